@@ -1,0 +1,187 @@
+"""Checks of arguments: the one place where bad input is turned away, before anything is computed or written.
+
+Every message names the argument, says what came, and says what would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
+    """The float type that values of `dtype` are computed in: float32 for 16-bit floats and uint8, else float64."""
+    if dtype in (FLOAT32, FLOAT64):
+        return dtype.newbyteorder("=")
+    if dtype.kind == "f" and dtype.itemsize == 2 or dtype.name == "bfloat16" or dtype == np.uint8:
+        return FLOAT32
+    if dtype.kind in "iub":
+        return FLOAT64
+    raise TypeError(f"{name} has dtype {dtype}; it must hold real numbers (float16, bfloat16, float32, float64 or integers)")
+
+
+def as_array(value: object, name: str) -> Array:
+    """`value` as a NumPy array of real numbers, without a copy where none is needed."""
+    if type(value) is not np.ndarray:
+        if hasattr(value, "toarray") and hasattr(value, "tocsr"):
+            raise TypeError(f"{name} is a sparse matrix; this version takes dense arrays ({name}.toarray())")
+        try:
+            value = np.asarray(value)
+        except (ValueError, TypeError) as error:
+            raise TypeError(f"{name} is no array of numbers: {error}") from None
+    compute_dtype(value.dtype, name)
+    return value
+
+
+def matrix(value: object, name: str, shape: str) -> Array:
+    """A 2-D array of real numbers. `shape` is the wanted shape in words, as "(N, C)"."""
+    array = as_array(value, name)
+    if array.ndim != 2:
+        raise ValueError(f"{name} has shape {array.shape}; it must be two-dimensional, {shape}")
+    return array
+
+
+def scores(value: object, name: str = "scores") -> Array:
+    array = matrix(value, name, "(N, C): a row of C class scores for each of N examples")
+    if array.shape[1] == 0:
+        raise ValueError(f"{name} has shape {array.shape}; there must be at least one class")
+    return array
+
+
+def targets(value: object, n_rows: int, n_classes: int) -> Array:
+    """Class indices `(N,)` of an integer type, or class probabilities `(N, C)`. The range is checked by `in_range`."""
+    array = as_array(value, "targets")
+    if array.ndim == 2 and (array.dtype.kind not in "iub" or array.shape == (n_rows, n_classes)):
+        if array.shape != (n_rows, n_classes):
+            raise ValueError(
+                f"targets has shape {array.shape}; class probabilities must have the scores' shape {(n_rows, n_classes)}"
+            )
+        finite_nonnegative(array, "targets")
+        return array
+    if array.shape != (n_rows,):
+        raise ValueError(f"targets has shape {array.shape}; it must be ({n_rows},): one class index for each row of scores")
+    if array.dtype.kind not in "iu":
+        if array.size == 0:
+            return np.zeros(0, np.int64)
+        raise TypeError(f"targets has dtype {array.dtype}; class indices must be of an integer type (targets.astype(int))")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def raise_bad_target(targets: Array, position: int, n_classes: int, ignore_index: int | None) -> None:
+    what = "1 class (0 only)" if n_classes == 1 else f"{n_classes} classes (0 to {n_classes - 1})"
+    ignored = "" if ignore_index is None else f", and ignore_index is {ignore_index}"
+    raise ValueError(f"targets[{position}] is {targets[position]}, but scores have {what}{ignored}")
+
+
+def rows(value: object, n_rows: int) -> Array:
+    array = np.asarray(value)
+    if array.ndim != 1:
+        raise ValueError(f"rows has shape {array.shape}; it must be one-dimensional: indices of rows of X")
+    if array.dtype.kind not in "iu":
+        if array.size == 0:
+            return np.zeros(0, np.int64)
+        raise TypeError(f"rows has dtype {array.dtype}; it must hold integers, indices of rows of X")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def raise_bad_row(rows: Array, position: int, n_rows: int) -> None:
+    raise IndexError(f"rows[{position}] is {rows[position]}, but X has {n_rows} rows (0 to {n_rows - 1})")
+
+
+def finite_nonnegative(array: Array, name: str) -> None:
+    """Raise unless every entry is finite and not negative, naming the first that is not."""
+    good = np.isfinite(array) & (array >= 0)
+    if not good.all():
+        where = tuple(int(k) for k in np.unravel_index(int(np.argmin(good)), array.shape))
+        at = ", ".join(map(str, where))
+        raise ValueError(f"{name}[{at}] is {array[where]}; {name} must be finite and not negative")
+
+
+def vector(value: object, name: str, size: int, of: str) -> Array:
+    """A float64 vector of `size` entries, one for each of `of`."""
+    array = as_array(value, name)
+    if array.shape != (size,):
+        raise ValueError(f"{name} has shape {array.shape}; it must be ({size},): one for each {of}")
+    return array.astype(np.float64)
+
+
+def finite(array: Array, name: str) -> Array:
+    if not np.isfinite(array).all():
+        position = int(np.argmin(np.isfinite(array)))
+        raise ValueError(f"{name}[{position}] is {array.flat[position]}; {name} must be finite")
+    return array
+
+
+def weights(value: object, name: str, size: int, of: str) -> Array:
+    array = vector(value, name, size, of)
+    finite_nonnegative(array, name)
+    return array
+
+
+def number(value: object, name: str, *, low: float = -np.inf, high: float = np.inf, above: bool = False) -> float:
+    """A finite real number in [low, high], or in (low, high] where `above`."""
+    if not isinstance(value, Real | np.number) or isinstance(value, bool | np.complexfloating):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    x = float(value)  # type: ignore[arg-type]
+    if not (np.isfinite(x) and low <= x <= high and not (above and x == low)):
+        bounds = [f"above {low:g}" if above else f"at least {low:g}"] if low > -np.inf else []
+        bounds += [f"at most {high:g}"] if high < np.inf else []
+        raise ValueError(f"{name} is {value!r}; it must be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}")
+    return x
+
+
+def integer(value: object, name: str, *, low: int | None = None) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be an integer")
+    if low is not None and value < low:
+        raise ValueError(f"{name} is {value!r}; it must be at least {low}")
+    return int(value)
+
+
+def one_of(value: object, name: str, choices: Iterable[object]) -> None:
+    choices = tuple(choices)
+    if value not in choices or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def out(array: object, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array given to receive a result."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is {type(array).__name__}; it must be a NumPy array")
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}; it must have {shape} and {dtype}")
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only; it must be writeable")
+    return array
+
+
+def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None = None) -> None:
+    """Raise if `out` shares memory with an input, or is that input `in_place` only in part."""
+    for other_name, other in inputs.items():
+        if other is out and other_name == in_place:
+            continue
+        if isinstance(other, np.ndarray) and np.may_share_memory(out, other) and _share(out, other):
+            same = (
+                other_name == in_place
+                and out.__array_interface__["data"] == other.__array_interface__["data"]
+                and out.strides == other.strides
+                and out.dtype == other.dtype
+            )
+            if not same:
+                hint = f"; it may be {in_place} itself, or share nothing with it" if other_name == in_place else ""
+                raise ValueError(f"{name} overlaps {other_name}{hint}")
+
+
+def _share(a: Array, b: Array) -> bool:
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,200 @@
+"""Backends: what computes. A lazy registry that says of each whether it is there, and why not.
+
+A backend is a module with a class derived from `Backend`. Nothing above this package knows one by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastloss._checks import Array
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call; the message says why."""
+
+
+class BackendWarning(UserWarning):
+    """The automatic choice passed over a faster backend; the message says why."""
+
+
+class Backend:
+    """What a backend can do. The driver has checked all arguments; arrays are NumPy's, native, of the compute dtype
+    (float32 or float64) where nothing else is said, of any strides.
+
+    Common arguments
+    ----------------
+    targets : (N,) integers, checked; (N, C) probabilities only if `why_not` did not refuse them
+    multiplier : (N,) float or None (all 1)
+        The row multiplier. 0: skip the row; write zeros.
+    scale : float
+        Multiplies the gradients, not the sum that is returned.
+    row_loss : (N,) or None
+        Receives the unweighted row losses.
+    """
+
+    name: str
+
+    def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
+        """Why this backend cannot serve a call; None if it can.
+
+        verb is "gradient" (value and gradient), "hvp" or "transform" (then `loss` is its name); needs names
+        the options, kinds of targets and extra outputs that are beyond a plain call.
+        """
+        raise NotImplementedError
+
+    def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
+        """The position of the first index outside [0, stop) that is not `ignored`; −1 if there is none."""
+        bad = (indices < 0) | (indices >= stop)
+        if ignored is not None:
+            bad &= indices != ignored
+        return int(bad.argmax()) if bad.any() else -1
+
+    def score_rows(
+        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+    ) -> float:  # fmt: skip
+        """Σ multiplier · ℓ of given scores; the gradient into `grad` (which may be `scores`)."""
+        raise NotImplementedError
+
+    def linear_rows(
+        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
+        row_loss: Array | None, chunk_rows: int | None, n_threads: int,
+    ) -> float:  # fmt: skip
+        """The same for scores X Wᵀ + b, of all rows of X or of `rows`; gradients into those of dW, db, dX given.
+
+        X is of any real type and not converted as a whole. targets and multiplier belong to X, not to `rows`.
+        """
+        raise NotImplementedError
+
+    def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
+        """multiplier · (Hessian of ℓ) · direction, for each row."""
+        raise NotImplementedError
+
+    def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
+        """softmax, log_softmax or logsumexp of given scores into `out` (which may be `scores`)."""
+        raise NotImplementedError
+
+
+class BackendInfo(NamedTuple):
+    name: str
+    available: bool
+    reason: str
+
+
+# Name → (module, factory and its argument), fastest first. A module is imported when it is first asked for.
+_TABLE: dict[str, tuple[str, str]] = {
+    "cython": ("fastloss.backends.cython", "best"),
+    "cython-v4": ("fastloss.backends.cython", "v4"),
+    "cython-v3": ("fastloss.backends.cython", "v3"),
+    "cython-v2": ("fastloss.backends.cython", "v2"),
+    "cython-base": ("fastloss.backends.cython", "base"),
+    "reference": ("fastloss.backends.reference", ""),
+}
+_AUTOMATIC = ("cython", "reference")
+_loaded: dict[str, Backend | str] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def _default() -> str | None:
+    name = os.environ.get("FASTLOSS_BACKEND") or None
+    if name is not None and name not in _TABLE:
+        raise BackendError(f"FASTLOSS_BACKEND is {name!r}; it must be one of {', '.join(_TABLE)}")
+    return name
+
+
+_forced: ContextVar[str | None] = ContextVar("fastloss backend", default=_default())
+
+
+def _load(name: str) -> Backend | str:
+    """The backend, or the reason why it is not there."""
+    found = _loaded.get(name)
+    if found is None:
+        module_name, variant = _TABLE[name]
+        try:
+            module = import_module(module_name)
+            found = module.load(variant) if variant else module.ReferenceBackend()
+        except ImportError as error:
+            found = f"{type(error).__name__}: {error}"
+        _loaded[name] = found
+    return found
+
+
+def get(name: str) -> Backend:
+    """The backend of that name; `BackendError` with the reason where it is not there."""
+    if name not in _TABLE:
+        raise BackendError(f"backend is {name!r}; it must be one of {', '.join(_TABLE)}")
+    found = _load(name)
+    if isinstance(found, str):
+        raise BackendError(f"backend {name!r} is not available: {found}")
+    return found
+
+
+def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> Backend:
+    """The backend for a call: the one named (here, by `use_backend` or FASTLOSS_BACKEND), else the first that can."""
+    name = name or _forced.get()
+    if name is not None:
+        backend = get(name)
+        reason = backend.why_not(verb, loss, dtype, needs)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
+        return backend
+    reasons = []
+    for candidate in _AUTOMATIC:
+        found = _load(candidate)
+        reason = found if isinstance(found, str) else found.why_not(verb, loss, dtype, needs)
+        if reason is None:
+            for passed, why in reasons:
+                if (passed, why) not in _warned:
+                    _warned.add((passed, why))
+                    message = f"backend {passed!r} passed over for {candidate!r}, which is slower: {why}"
+                    warnings.warn(message, BackendWarning, stacklevel=4)
+            assert isinstance(found, Backend)
+            return found
+        reasons.append((candidate, reason))
+    raise BackendError("no backend can serve this call: " + "; ".join(f"{n}: {why}" for n, why in reasons))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use the named backend within the block (in this thread or task); it raises where it cannot serve a call.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> with fl.use_backend("reference"):
+    ...     round(fl.Hinge().value([[1.3, 4.9, 2.0]], [1]), 1)
+    0.0
+    """
+    get(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def list_backends() -> list[BackendInfo]:
+    """Every backend: its name, whether it is available, and what it is or why it is not.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> [b.available for b in fl.list_backends() if b.name == "reference"]
+    [True]
+    """
+    found = {name: _load(name) for name in _TABLE}
+    return [BackendInfo(n, not isinstance(b, str), b if isinstance(b, str) else describe(b)) for n, b in found.items()]
+
+
+def describe(backend: Backend) -> str:
+    return (type(backend).__doc__ or "").partition(";")[0].strip() if backend.name == "reference" else str(backend)

@@ -1,0 +1,274 @@
+"""The NumPy reference: plain, complete, and the definition of every result. All other backends are tested against it.
+
+`row_math` gives, for each loss, the row losses, the gradient of each row with respect to its scores, and what else
+can be asked for. The functions of the backend interface below it only multiply, sum and store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastloss._checks import Array
+from fastloss.backends import Backend
+
+
+# --- softmax -------------------------------------------------------------------------------------------------------
+def shifted_exp(s: Array) -> tuple[Array, Array, Array, Array]:
+    """The parts of a stable softmax: s − m, exp(s − m), and of the latter the sum over all and over all but a maximum.
+
+    m is the row's maximum. NaN or +inf in a row, or no finite score, makes all of them NaN.
+    """
+    shifted = s - s.max(axis=1, keepdims=True)
+    exps = np.exp(shifted)
+    others = exps.copy()
+    np.put_along_axis(others, s.argmax(axis=1)[:, None], 0, axis=1)
+    rest = others.sum(axis=1, keepdims=True)
+    rest[np.isnan(shifted).any(axis=1)] = np.nan
+    return shifted, exps, 1 + rest, rest
+
+
+def softmax(s: Array) -> Array:
+    """p_j = exp(s_j − m) / Σ_k exp(s_k − m)."""
+    _, exps, total, _ = shifted_exp(s)
+    return exps / total
+
+
+def log_softmax(s: Array) -> Array:
+    """log p_j = (s_j − m) − log(1 + Σ of the others than the maximum)."""
+    shifted, _, _, rest = shifted_exp(s)
+    return shifted - np.log1p(rest)
+
+
+def logsumexp(s: Array) -> Array:
+    """m + log(1 + Σ of the others); the limit where m is infinite."""
+    m = s.max(axis=1)
+    _, _, _, rest = shifted_exp(s)
+    return np.where(np.isinf(m), np.where(np.isnan(s).any(axis=1), np.nan, m), m + np.log1p(rest[:, 0]))
+
+
+def map_scores(loss: Any, s: Array) -> tuple[Array, Any]:
+    """Softcap, then temperature; and the derivative of the mapped scores."""
+    slope = 1.0 / loss.temperature
+    if loss.softcap is not None:
+        bend = np.tanh(s / loss.softcap)
+        slope = np.where(np.isinf(s), 1, 1 - bend * bend) * slope
+        s = np.where(np.isinf(s), s, loss.softcap * bend)
+    return s / loss.temperature, slope
+
+
+def target_vectors(loss: Any, targets: Array, n: int, c: int) -> Array:
+    """u: e_y for a class index, smoothed; class probabilities as they are; times the class weights where inside."""
+    if targets.ndim == 2:
+        u = targets.astype(np.float64)
+    else:
+        u = np.full((n, c), loss.label_smoothing / c)
+        u[np.arange(n), targets] += 1 - loss.label_smoothing
+    if loss.class_weight is not None and loss.weighs_inside(targets.ndim == 2):
+        u *= loss.class_weight
+    return u
+
+
+def softmax_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """ℓ = U z − ⟨u, s⟩ + λ z² and its gradient (U + 2 λ z) p − u, each without cancellation.
+
+    U z − ⟨u, s⟩ is Σ u_j (−log p_j), and U p_j − u_j is (U − u_j) p_j − u_j (1 − p_j), where 1 − p_j of the
+    maximum is the sum of the others.
+    """
+    n, c = scores.shape
+    s, slope = map_scores(loss, scores)
+    shifted, exps, total, rest = shifted_exp(s)
+    p = exps / total
+    negative_log = np.log1p(rest) - shifted
+    one_minus_p = 1 - p
+    np.put_along_axis(one_minus_p, s.argmax(axis=1)[:, None], rest / total, axis=1)
+
+    u = target_vectors(loss, targets, n, c).astype(s.dtype)
+    total_u = u.sum(axis=1, keepdims=True)
+    bad = np.isnan(total[:, 0])
+    row_loss = np.where(u == 0, 0, u * negative_log).sum(axis=1)
+    # U − u_j summed without u_j where one class has it all: no probability of the others is lost or made up.
+    others_u = np.where(u == total_u, 0, total_u - u)
+    gradient = others_u * p - u * one_minus_p
+    z = s.max(axis=1) + np.log1p(rest[:, 0])
+    if loss.z_loss:
+        row_loss = row_loss + loss.z_loss * z * z
+        gradient = gradient + 2 * loss.z_loss * z[:, None] * p
+    gradient = gradient * slope
+    row_loss[bad] = np.nan
+    gradient[bad] = np.nan
+    entropy = np.where(p == 0, 0, p * negative_log).sum(axis=1)
+    entropy[bad] = np.nan
+    return row_loss, gradient, {"lse": z, "argmax": scores.argmax(axis=1), "entropy": entropy}
+
+
+def softmax_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Array:
+    """The Hessian of a row loss times a direction: U (p ∘ v − p ⟨p, v⟩) / T²."""
+    s, _ = map_scores(loss, scores)
+    p = softmax(s)
+    total_u = target_vectors(loss, targets, *scores.shape).sum(axis=1, keepdims=True)
+    spread = p * direction - p * (p * direction).sum(axis=1, keepdims=True)
+    return total_u * spread / loss.temperature**2
+
+
+# --- hinge ---------------------------------------------------------------------------------------------------------
+def margins(loss: Any, s: Array, targets: Array) -> Array:
+    """m_j = s_j − s_y + Δ; −inf (never active) at the target, unless it counts."""
+    n = np.arange(len(s))
+    delta = loss.margin if loss.pair_margins is None else loss.pair_margins[targets]
+    m = s - s[n, targets][:, None] + np.asarray(delta, s.dtype)
+    m[n, targets] = np.broadcast_to(delta, s.shape)[n, targets] if loss.count_target else -np.inf
+    return m
+
+
+def hinge_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """Σ, mean or max over the wrong classes of max(0, m_j)^power; NaN is active, so that it propagates."""
+    n, c = np.arange(len(scores)), scores.shape[1]
+    m = margins(loss, scores, targets)
+    if loss.over == "max":
+        best = m.argmax(axis=1)  # the first NaN, else the lowest class that has the maximum
+        kept = np.full_like(m, -np.inf)
+        kept[n, best] = m[n, best]
+        m = kept
+    active = ~(m <= 0)
+    clipped = np.where(active, m, 0)
+    per_class = clipped**loss.power
+    gradient = np.where(active, np.where(np.isnan(m), m, 1), 0) if loss.power == 1 else 2 * clipped
+    gradient[n, targets] = 0
+    gradient[n, targets] = -gradient.sum(axis=1)
+    row_loss = per_class.sum(axis=1)
+    if loss.over == "mean":
+        row_loss, gradient = row_loss / c, gradient / c
+    return row_loss, gradient.astype(scores.dtype), {"argmax": scores.argmax(axis=1)}
+
+
+def hinge_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Array:
+    """The generalised Hessian of the squared hinge: Σ over active j of 2 (v_j − v_y)(e_j − e_y)."""
+    n, c = np.arange(len(scores)), scores.shape[1]
+    m = margins(loss, scores, targets)
+    m[n, targets] = -np.inf
+    if loss.over == "max":
+        keep = np.zeros(m.shape, bool)
+        keep[n, m.argmax(axis=1)] = True
+        m = np.where(keep, m, -np.inf)
+    curve = np.where(m > 0, 2 * (direction - direction[n, targets][:, None]), 0)
+    curve[n, targets] = -curve.sum(axis=1)
+    return curve / (c if loss.over == "mean" else 1)
+
+
+ROWS = {"softmax": softmax_rows, "hinge": hinge_rows}
+HVP = {"softmax": softmax_hvp, "hinge": hinge_hvp}
+TRANSFORMS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
+
+
+def row_math(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """Row losses (N,), row gradients (N, C) and extra outputs of a loss, in the dtype of the scores."""
+    with np.errstate(all="ignore"):
+        row_loss, gradient, extras = ROWS[loss.kind](loss, scores, targets)
+    return row_loss.astype(scores.dtype), gradient.astype(scores.dtype), {"row_loss": row_loss, **extras}
+
+
+# --- penalties -----------------------------------------------------------------------------------------------------
+def l2(W: Array, strength: float) -> tuple[float, Array]:
+    """λ Σ W² and its gradient 2 λ W."""
+    return strength * float(np.sum(W * W, dtype=np.float64)), 2 * strength * W
+
+
+def l1(W: Array, strength: float) -> tuple[float, Array]:
+    """λ Σ |W| and its subgradient λ sign(W), 0 at 0."""
+    return strength * float(np.sum(np.abs(W), dtype=np.float64)), strength * np.sign(W)
+
+
+def elastic_net(W: Array, strength: float, beta: float) -> tuple[float, Array]:
+    """λ (β Σ W² + Σ |W|) and its subgradient."""
+    (square, square_gradient), (absolute, absolute_gradient) = l2(W, strength * beta), l1(W, strength)
+    return square + absolute, square_gradient + absolute_gradient
+
+
+def soft_threshold(W: Array, threshold: float) -> Array:
+    """The proximal step of threshold · Σ |W|: sign(W) max(0, |W| − threshold)."""
+    return np.sign(W) * np.maximum(np.abs(W) - threshold, 0)
+
+
+def max_norm(W: Array, radius: float) -> Array:
+    """The projection of each class's weights (a row) onto the ball ‖w‖₂ ≤ radius."""
+    norm = np.sqrt(np.sum(np.square(W, dtype=np.float64), axis=1, keepdims=True))
+    return np.where(norm > radius, W * (radius / np.where(norm > 0, norm, 1)), W).astype(W.dtype)
+
+
+def live_rows(multiplier: Array | None) -> Any:
+    """An index of the rows that are not skipped."""
+    return slice(None) if multiplier is None else np.flatnonzero(multiplier != 0)
+
+
+# --- the backend interface -----------------------------------------------------------------------------------------
+class ReferenceBackend(Backend):
+    """NumPy on whole arrays; see `Backend` for what each function is given."""
+
+    name = "reference"
+
+    def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
+        if verb == "hvp":
+            if loss.kind == "hinge" and loss.power == 1:
+                return "Hinge(power=1) has no second derivative; use power=2"
+            if loss.kind == "softmax" and (loss.z_loss or loss.softcap is not None):
+                return "Hessian products are not defined here for Softmax with z_loss or softcap"
+        return None
+
+    def score_rows(
+        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+    ) -> float:  # fmt: skip
+        live = live_rows(multiplier)
+        weight = None if multiplier is None else multiplier[live]
+        losses, gradient, more = row_math(loss, scores[live], targets[live])
+        if grad is not None:
+            grad[...] = 0
+            grad[live] = gradient * scale if weight is None else gradient * (weight * scale)[:, None]
+        for name, array in ({"row_loss": row_loss} | extras).items():
+            if array is not None:
+                array[...] = 0
+                array[live] = more[name]
+        return float(np.sum(losses if weight is None else losses * weight, dtype=np.float64))
+
+    def linear_rows(
+        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
+        row_loss: Array | None, chunk_rows: int | None, n_threads: int,
+    ) -> float:  # fmt: skip
+        if rows is not None:
+            X, targets = X[rows], targets[rows]
+            multiplier = None if multiplier is None else multiplier[rows]
+        live = live_rows(multiplier)
+        features = X[live].astype(W.dtype, copy=False)
+        scores = features @ W.T if b is None else features @ W.T + b
+        gradient = np.empty_like(scores)
+        losses = None if row_loss is None else np.empty_like(row_loss[live])
+        kept = None if multiplier is None else multiplier[live]
+        value = self.score_rows(loss, scores, targets[live], kept, 1.0, gradient, losses, {}, n_threads)
+        if dW is not None:
+            dW[...] = scale * (gradient.T @ features)
+        if db is not None:
+            db[...] = scale * gradient.sum(axis=0)
+        if dX is not None:
+            dX[...] = 0
+            dX[live] = scale * (gradient @ W)
+        if row_loss is not None:
+            row_loss[...] = 0
+            row_loss[live] = losses
+        return value
+
+    def hvp_rows(
+        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array
+    ) -> Array:
+        live = live_rows(multiplier)
+        product = np.zeros_like(direction)
+        with np.errstate(all="ignore"):
+            curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
+        product[live] = curve if multiplier is None else curve * multiplier[live, None]
+        return product
+
+    def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
+        with np.errstate(all="ignore"):
+            out[...] = TRANSFORMS[kind](scores) if scores.size else 0

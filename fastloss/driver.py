@@ -1,0 +1,178 @@
+"""The driver: what every loss, every kind of features and every backend have in common.
+
+It checks arguments, folds weights into one multiplier for each row, chooses the backend, and scales the result.
+Loops over elements are the backends'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastloss import _checks as checks
+from fastloss import backends, threads
+from fastloss._checks import Array
+
+
+def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int) -> None:
+    """Raise if a class index is outside [0, C) and not ignored: a pass of its own, before all else."""
+    if targets.ndim == 1:
+        position = backend.first_outside(targets, n_classes, loss.ignore_index)
+        if position >= 0:
+            checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
+
+
+def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None]:
+    """The row multipliers, and the weights that a mean divides by where those differ; None stands for all 1.
+
+    They differ where class weights are part of the row loss and the targets are indices (label smoothing): the mean
+    divides by the weights of the targets all the same, as PyTorch's does.
+    """
+    if sample_weight is None and loss.class_weight is None and loss.ignore_index is None:
+        return None, None
+    multiplier = np.ones(len(targets)) if sample_weight is None else sample_weight
+    if targets.ndim == 2:
+        return (None if sample_weight is None else multiplier.astype(dtype)), None
+    if loss.ignore_index is not None:
+        multiplier = np.where(targets == loss.ignore_index, 0.0, multiplier)
+    denominator = None
+    if loss.class_weight is not None:
+        weighted = multiplier * loss.class_weight[np.where(multiplier == 0, 0, targets)]
+        if loss.weighs_inside(probabilities=False):
+            denominator = weighted
+        else:
+            multiplier = weighted
+    return multiplier.astype(dtype), denominator
+
+
+def total_weight(multiplier: Array | None, denominator: Array | None, n: int) -> float:
+    """Σ w."""
+    weights = multiplier if denominator is None else denominator
+    return float(n) if weights is None else float(weights.sum(dtype=np.float64))
+
+
+def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """What a call asks for beyond the plain form of a loss."""
+    wanted: tuple[str, ...] = loss.general
+    if targets.ndim == 2:
+        wanted += ("probability targets",)
+    return wanted + tuple(f"output {name!r}" for name in outputs if name != "row_loss") if outputs else wanted
+
+
+def check_outputs(loss: Any, outputs: tuple[str, ...]) -> None:
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs is {outputs!r}; it must be a tuple of names, as ({outputs!r},)")
+    for name in outputs:
+        checks.one_of(name, "outputs", loss.extra_outputs)
+
+
+def check_upstream(upstream: object, reduction: str, n: int) -> float | Array:
+    """The gradient's factor: one number, or with reduction="none" one for each row."""
+    if reduction == "none" and np.ndim(upstream) == 1:  # type: ignore[arg-type]
+        return checks.finite(checks.vector(upstream, "upstream", n, "row"), "upstream")
+    if np.ndim(upstream) != 0:  # type: ignore[arg-type]
+        raise ValueError(f'upstream has shape {np.shape(upstream)}; with reduction="{reduction}" it must be a number')  # type: ignore[arg-type]
+    return checks.number(upstream[()] if isinstance(upstream, np.ndarray) else upstream, "upstream")
+
+
+def reduce(value: float, reduction: str, total: float) -> float:
+    if reduction == "mean":
+        return value / total if total > 0 else math.nan
+    return value
+
+
+def scale_of(reduction: str, total: float) -> float:
+    """What the gradient of Σ w ℓ is multiplied by; 0 for a mean over no weight."""
+    if reduction == "mean":
+        return 1 / total if total > 0 else 0.0
+    return 1.0
+
+
+def scores_call(
+    loss: Any, scores: object, targets: object, want_grad: bool, out: Array | None, sample_weight: object,
+    reduction: str, upstream: object, outputs: tuple[str, ...], backend_name: str | None, n_threads: int | None,
+) -> tuple[Any, Array | None, dict[str, Array]]:  # fmt: skip
+    """Loss, gradient and extra outputs of given scores."""
+    if reduction not in checks.REDUCTIONS:
+        checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    s = checks.scores(scores)
+    n, c = s.shape
+    loss.check_classes(c)
+    y = checks.targets(targets, n, c)
+    if y.ndim == 2:
+        loss.check_probabilities()
+    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of scores")
+    if outputs:
+        check_outputs(loss, outputs)
+    factor = 1.0 if upstream is None else check_upstream(upstream, reduction, n)
+    dtype = checks.compute_dtype(s.dtype, "scores")
+    result_dtype = s.dtype if s.dtype.kind not in "iub" else dtype
+    if out is not None:
+        checks.out(out, "out", s.shape, result_dtype)
+        checks.apart(out, "out", {"scores": scores, "targets": y, "sample_weight": sample_weight}, in_place="scores")
+    workers = threads.resolve(n_threads)
+    backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
+    check_range(backend, loss, y, c)
+
+    multiplier, denominator = fold(loss, y, weight, dtype)
+    total = total_weight(multiplier, denominator, n)
+    work = s if s.dtype == dtype else s.astype(dtype)
+    grad = None
+    if want_grad:
+        grad = out if out is not None and out.dtype == dtype else np.empty(s.shape, dtype)
+    kept = np.empty(n, dtype) if reduction == "none" or "row_loss" in outputs else None
+    extras = {name: np.empty(n, np.intp if name == "argmax" else dtype) for name in outputs if name != "row_loss"}
+
+    if isinstance(factor, np.ndarray):
+        # A row whose upstream is 0 has no gradient but has a loss: two passes, each with its own multiplier.
+        value = backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
+        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
+        backend.score_rows(loss, work, y, pulled, 1.0, grad, None, {}, workers)
+    else:
+        scale = scale_of(reduction, total) * factor
+        value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)
+
+    if grad is not None and grad.dtype != result_dtype:
+        if out is None:
+            grad = grad.astype(result_dtype)
+        else:
+            out[...] = grad
+            grad = out
+    if outputs and "row_loss" in outputs:
+        assert kept is not None
+        extras["row_loss"] = kept
+    if reduction == "none":
+        assert kept is not None
+        return (kept.copy() if multiplier is None else kept * multiplier), grad, extras
+    return reduce(value, reduction, total), grad, extras
+
+
+def transform_call(
+    kind: str, scores: object, out: Array | None, backend_name: str | None, n_threads: int | None
+) -> Array:
+    """softmax, log_softmax or logsumexp along the last axis."""
+    s = checks.as_array(scores, "scores")
+    if s.ndim == 0 or s.shape[-1] == 0:
+        raise ValueError(f"scores has shape {s.shape}; it must be (N, C) with at least one class along the last axis")
+    dtype = checks.compute_dtype(s.dtype, "scores")
+    result_dtype = s.dtype if s.dtype.kind not in "iub" else dtype
+    shape = s.shape[:-1] if kind == "logsumexp" else s.shape
+    if out is not None:
+        checks.out(out, "out", shape, result_dtype)
+        checks.apart(out, "out", {"scores": scores}, in_place=None if kind == "logsumexp" else "scores")
+    workers = threads.resolve(n_threads)
+    backend = backends.choose(backend_name, "transform", kind, dtype, ())
+    direct = s.ndim == 2 and s.dtype == dtype
+    work = s if direct else s.reshape(-1, s.shape[-1]).astype(dtype, copy=False)
+    if direct and out is not None:
+        backend.transform(kind, work, out, workers)
+        return out
+    result = np.empty(len(work) if kind == "logsumexp" else work.shape, dtype)
+    backend.transform(kind, work, result, workers)
+    shaped = result.reshape(shape).astype(result_dtype, copy=False)
+    if out is None:
+        return shaped
+    out[...] = shaped
+    return out

@@ -1,0 +1,407 @@
+"""Losses of a linear layer `scores = X Wᵀ + b`, fused with its gradients: one pass over X, no array of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastloss import _checks as checks
+from fastloss import backends, blocks, driver, threads
+from fastloss._checks import Array
+from fastloss.losses import Loss
+from fastloss.penalties import Penalty
+
+
+def _check_loss(loss: object) -> Loss:
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss is {loss!r}; it must be a loss, such as fastloss.Softmax() or fastloss.Hinge()")
+    return loss
+
+
+def _features(value: object) -> Array:
+    return checks.matrix(value, "X", "(N, D): a row of D features for each of N examples")
+
+
+class LinearObjective:
+    """The objective of a linear classifier: a loss of `X Wᵀ + b` over all rows, or some, plus a penalty on W.
+
+    W is `(C, D + 1)` with the bias in the last column, or `(C, D)` for `bias=False`.
+
+    Parameters
+    ----------
+    loss : Softmax or Hinge
+    X : array (N, D)
+        Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
+        (16-bit floats, uint8, float32) or float64.
+    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+        Copied: later changes to the array do not count.
+    penalty : L2, L1, ElasticNet or MaxNorm, optional
+        On the weights, not on the bias.
+    bias : bool
+        Whether W has a last column for the bias.
+    sample_weight : array (N,), optional
+        Finite, at least 0.
+    reduction : {"mean", "sum"}
+        With w the applied weights: Σ w ℓ / Σ w over the rows, or Σ w ℓ.
+    shift, scale : array (D,), optional
+        The features are taken as `(X − shift) / scale`, folded into W and b; X itself stays as it is.
+    chunk_rows : int, optional
+        With many classes rows are handled in chunks of this many, which bounds memory; the default is a good one.
+    backend, n_threads
+        As in `Loss.value`; for every call of this objective.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that do not fit together.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> X, y = np.eye(3), np.arange(3)
+    >>> objective = fl.LinearObjective(fl.Hinge(), X, y, penalty=fl.L2(0.1))
+    >>> value, grad = objective.value_and_grad(np.zeros((3, 4)))
+    >>> value, grad.shape
+    (2.0, (3, 4))
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        X: object,
+        targets: object,
+        *,
+        penalty: Penalty | None = None,
+        bias: bool = True,
+        sample_weight: object = None,
+        reduction: str = "mean",
+        shift: object = None,
+        scale: object = None,
+        chunk_rows: int | None = None,
+        backend: str | None = None,
+        n_threads: int | None = None,
+    ) -> None:
+        self.loss = _check_loss(loss)
+        self.X = _features(X)
+        n, d = self.X.shape
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise TypeError(f"penalty is {penalty!r}; it must be a penalty, such as fastloss.L2(1e-3), or None")
+        checks.one_of(reduction, "reduction", ("mean", "sum"))
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias is {bias!r}; it must be True or False")
+        self.penalty, self.bias, self.reduction = penalty, bias, reduction
+        self.dtype = checks.compute_dtype(self.X.dtype, "X")
+        self.chunk_rows = None if chunk_rows is None else checks.integer(chunk_rows, "chunk_rows", low=1)
+        self.backend, self.n_threads = backend, n_threads
+        threads.resolve(n_threads)
+        if backend is not None:
+            backends.get(backend)
+
+        y = checks.as_array(targets, "targets")
+        self.targets = checks.targets(y, n, y.shape[1] if y.ndim == 2 else 0).copy()
+        self.targets.flags.writeable = False
+        if self.targets.ndim == 2:
+            loss.check_probabilities()
+        self._needs = driver.needs(loss, self.targets, ())
+        self._checked_for = 0
+        weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")
+        self._sample_weight = weight
+        self._shift = None if shift is None else checks.finite(checks.vector(shift, "shift", d, "feature"), "shift")
+        self._scale = None if scale is None else checks.finite(checks.vector(scale, "scale", d, "feature"), "scale")
+        if self._scale is not None and not self._scale.all():
+            position = int(np.argmin(self._scale != 0))
+            raise ValueError(f"scale[{position}] is 0; the features are divided by it")
+
+    def _weights(self, W: object, ndim: int = 2, name: str = "W") -> Array:
+        """W, checked; and, once for each number of classes, the targets and the row multipliers that go with it."""
+        array = checks.as_array(W, name)
+        columns = self.X.shape[1] + self.bias
+        if array.ndim != ndim or array.shape[-1] != columns or array.shape[-2] == 0:
+            wanted = f"{'(K, C, ' if ndim == 3 else '(C, '}{columns})"
+            what = f"X has {self.X.shape[1]} features" + (" and the bias takes the last column" if self.bias else "")
+            raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}: {what}")
+        n_classes = array.shape[-2]
+        if n_classes != self._checked_for:
+            self.loss.check_classes(n_classes)
+            if self.targets.ndim == 2 and self.targets.shape[1] != n_classes:
+                raise ValueError(f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}")
+            driver.check_range(backends.get("reference"), self.loss, self.targets, n_classes)
+            self._multiplier, self._denominator = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
+            self._total = driver.total_weight(self._multiplier, self._denominator, len(self.X))
+            self._checked_for = n_classes
+        return array
+
+    def _choose(self, verb: str) -> backends.Backend:
+        return backends.choose(self.backend, verb, self.loss, self.dtype, self._needs)
+
+    def _rows(self, rows: object, backend: backends.Backend) -> tuple[Array | None, float]:
+        """Row indices, checked, and the weight that a mean over them divides by."""
+        if rows is None:
+            return None, self._total
+        picked = checks.rows(rows, len(self.X))
+        position = backend.first_outside(picked, len(self.X), None)
+        if position >= 0:
+            checks.raise_bad_row(picked, position, len(self.X))
+        weights = self._multiplier if self._denominator is None else self._denominator
+        return picked, float(len(picked)) if weights is None else float(weights[picked].sum(dtype=np.float64))
+
+    def _fold_in(self, W: Array) -> tuple[Array, Array | None]:
+        """W and b for the features as they are, in the compute type, shift and scale folded in."""
+        if self._shift is None and self._scale is None:
+            W = W.astype(self.dtype, copy=False)
+            return (W[..., :-1], W[..., -1]) if self.bias else (W, None)
+        weights = (W[..., :-1] if self.bias else W).astype(np.float64)
+        b = W[..., -1].astype(np.float64) if self.bias else np.zeros(W.shape[:-1])
+        if self._scale is not None:
+            weights = weights / self._scale
+        if self._shift is not None:
+            b = b - weights @ self._shift
+        return weights.astype(self.dtype), b.astype(self.dtype)
+
+    def _fold_out(self, dW: Array, db: Array) -> None:
+        """The gradient for W as given, in place of that for the folded W."""
+        if self._shift is not None:
+            dW -= np.multiply.outer(db, self._shift)
+        if self._scale is not None:
+            dW /= self._scale
+
+    def _data(self, W: Array, rows: object, grad: Array | None) -> float:
+        """Value of the loss without the penalty; its gradient into `grad` (C, D + 1)."""
+        backend = self._choose("gradient")
+        picked, total = self._rows(rows, backend)
+        weights, b = self._fold_in(W)
+        dW = db = None
+        direct = grad is not None and grad.dtype == self.dtype and self._shift is None and self._scale is None
+        if grad is not None:
+            if direct:
+                dW, db = (grad[:, :-1], grad[:, -1]) if self.bias else (grad, None)
+            else:
+                dW, db = np.empty(weights.shape, self.dtype), np.empty(len(weights), self.dtype)
+        scale = driver.scale_of(self.reduction, total)
+        value = backend.linear_rows(
+            self.loss, self.X, picked, weights, b, self.targets, self._multiplier, scale, dW, db, None, None,
+            self.chunk_rows, threads.resolve(self.n_threads),
+        )  # fmt: skip
+        if grad is not None and not direct:
+            assert dW is not None
+            assert db is not None
+            dW, db = dW.astype(np.float64), db.astype(np.float64)
+            self._fold_out(dW, db)
+            if self.bias:
+                grad[:, :-1], grad[:, -1] = dW, db
+            else:
+                grad[...] = dW
+        return driver.reduce(value, self.reduction, total)
+
+    def _gradient_out(self, W: Array, out: Array | None) -> Array:
+        dtype = W.dtype if W.dtype.kind not in "iub" else self.dtype
+        if out is None:
+            return np.empty(W.shape, dtype)
+        checks.out(out, "out", W.shape, dtype)
+        checks.apart(out, "out", {"W": W, "X": self.X, "targets": self.targets})
+        return out
+
+    def penalised(self, W: Array) -> Array:
+        """The part of W (or of a gradient) that the penalty acts on: all but the bias."""
+        return W[..., :-1] if self.bias else W
+
+    def value(self, W: object, rows: object = None) -> float:
+        """The objective at W, over all rows or those given by index.
+
+        Parameters
+        ----------
+        W : array (C, D + 1), or (C, D) without bias
+        rows : array of int, optional
+            Rows of X to use, in this order, repeats allowed.
+        """
+        array = self._weights(W)
+        value = self._data(array, rows, None)
+        return value if self.penalty is None else value + self.penalty.value(self.penalised(array))
+
+    def value_and_grad(self, W: object, rows: object = None, out: Array | None = None) -> tuple[float, Array]:
+        """The objective at W and its gradient, an array like W (into `out`, if given).
+
+        For L1 and ElasticNet the gradient is a subgradient (0 where a weight is 0). Parameters as for `value`.
+        """
+        array = self._weights(W)
+        grad = self._gradient_out(array, out)
+        value = self._data(array, rows, grad)
+        if self.penalty is not None:
+            penalty_value, penalty_grad = self.penalty.value_and_grad(self.penalised(array))
+            value += penalty_value
+            self.penalised(grad)[...] += penalty_grad
+        return value, grad
+
+    def data_value_and_grad(self, W: object, rows: object = None, out: Array | None = None) -> tuple[float, Array]:
+        """As `value_and_grad`, without the penalty: what proximal methods step along."""
+        array = self._weights(W)
+        grad = self._gradient_out(array, out)
+        return self._data(array, rows, grad), grad
+
+    def values(self, W_stack: object) -> Array:
+        """The objective at K candidates `(K, C, D + 1)`, in one pass over X: array (K,) of float64."""
+        stack = self._weights(W_stack, ndim=3, name="W_stack")
+        backend = self._choose("gradient")
+        weights, b = self._fold_in(stack)
+        sums = blocks.values(
+            backend, self.loss, self.X, weights, b, self.targets, self._multiplier, self.chunk_rows,
+            threads.resolve(self.n_threads),
+        )  # fmt: skip
+        values = np.array([driver.reduce(float(v), self.reduction, self._total) for v in sums])
+        if self.penalty is not None:
+            values += [self.penalty.value(self.penalised(W)) for W in stack]
+        return values
+
+    def hessp(self, W: object, V: object, rows: object = None) -> Array:
+        """The Hessian of the objective at W times V, both `(C, D + 1)`; for Hinge(power=2) a generalised Hessian.
+
+        Raises
+        ------
+        BackendError
+            If the loss has no second derivative, as Hinge(power=1).
+        ValueError
+            If the penalty has none (L1, ElasticNet).
+        """
+        array, direction = self._weights(W), self._weights(V, name="V")
+        if direction.shape != array.shape:
+            raise ValueError(f"V has shape {direction.shape}; it must have W's, {array.shape}")
+        if self.penalty is not None and self.penalty.by == "prox":
+            raise ValueError(f"penalty is {self.penalty!r}, which has no second derivative; use L2 or none")
+        backend = self._choose("hvp")
+        picked, total = self._rows(rows, backend)
+        (weights, b), (along, along_b) = self._fold_in(array), self._fold_in(direction)
+        HW, Hb = blocks.hvp(
+            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self._multiplier,
+            self.chunk_rows, threads.resolve(self.n_threads),
+        )  # fmt: skip
+        HW, Hb = HW * driver.scale_of(self.reduction, total), Hb * driver.scale_of(self.reduction, total)
+        self._fold_out(HW, Hb)
+        if self.penalty is not None and self.penalty.by == "gradient":
+            HW += self.penalty.value_and_grad(self.penalised(direction))[1]
+        product = np.concatenate([HW, Hb[:, None]], axis=1) if self.bias else HW
+        return product.astype(direction.dtype if direction.dtype.kind == "f" else self.dtype)
+
+    @property
+    def flat(self) -> Flat:
+        """The objective over flat vectors, for `scipy.optimize.minimize(objective.flat, w0, jac=True)`.
+
+        Raises ValueError if the penalty has no gradient (L1, ElasticNet) or is a constraint (MaxNorm).
+        """
+        if self.penalty is not None and self.penalty.by != "gradient":
+            raise ValueError(f"penalty is {self.penalty!r}, which has no gradient everywhere; use L2, or a proximal method")
+        return Flat(self)
+
+
+class Flat:
+    """`LinearObjective` over flat vectors of C · (D + 1) numbers: value and gradient, always in a fresh array."""
+
+    def __init__(self, objective: LinearObjective) -> None:
+        self.objective = objective
+
+    def _unflatten(self, w: object, name: str) -> Array:
+        columns = self.objective.X.shape[1] + self.objective.bias
+        array = checks.as_array(w, name)
+        if array.ndim != 1 or array.size == 0 or array.size % columns:
+            raise ValueError(f"{name} has shape {array.shape}; it must be (C * {columns},), the rows of W one by one")
+        return array.reshape(-1, columns)
+
+    def __call__(self, w: object) -> tuple[float, Array]:
+        value, grad = self.objective.value_and_grad(self._unflatten(w, "w"))
+        return value, grad.ravel()
+
+    def hessp(self, w: object, v: object) -> Array:
+        """The Hessian at w times v, both flat; for `minimize(..., hessp=objective.flat.hessp)`."""
+        return self.objective.hessp(self._unflatten(w, "w"), self._unflatten(v, "v")).ravel()
+
+
+def linear_value_and_grad(
+    loss: Loss,
+    X: object,
+    W: object,
+    targets: object,
+    b: object = None,
+    *,
+    wrt: tuple[str, ...] = ("W", "b", "X"),
+    sample_weight: object = None,
+    reduction: str = "mean",
+    upstream: object = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+    n_threads: int | None = None,
+) -> tuple[Any, dict[str, Array]]:
+    """The loss of `X Wᵀ + b` and its gradients: large output layers, without an array of N × C scores.
+
+    Parameters
+    ----------
+    loss : Softmax or Hinge
+    X : array (N, D)
+    W : array (C, D)
+    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+    b : array (C,), optional
+    wrt : tuple of "W", "b", "X"
+        The gradients to compute; leaving out "X" saves a product of its size. "b" may be asked for without `b` (0).
+    sample_weight, reduction, upstream, backend, n_threads
+        As in `Loss.value_and_grad`. With `reduction="none"` the gradients are those of Σ upstream · w ℓ.
+    chunk_rows : int, optional
+        Rows handled at a time when there are many classes.
+
+    Returns
+    -------
+    value : float, or array (N,) for `reduction="none"`
+    grads : dict
+        For each name in `wrt` an array like the argument, of its dtype (that of W for "b" without `b`).
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> X, W = np.ones((4, 3), np.float32), np.zeros((5, 3), np.float32)
+    >>> value, grads = fl.linear_value_and_grad(fl.Softmax(), X, W, np.arange(4), wrt=("W",))
+    >>> round(value, 4), grads["W"].shape
+    (1.6094, (5, 3))
+    """
+    _check_loss(loss)
+    features = _features(X)
+    weights = checks.matrix(W, "W", "(C, D): a row of D weights for each of C classes")
+    n, d = features.shape
+    if weights.shape[1] != d or len(weights) == 0:
+        raise ValueError(f"W has shape {weights.shape}; it must be (C, {d}), as X has {d} features")
+    c = len(weights)
+    bias = None if b is None else checks.as_array(b, "b")
+    if bias is not None and bias.shape != (c,):
+        raise ValueError(f"b has shape {bias.shape}; it must be ({c},): one for each row of W")
+    if isinstance(wrt, str) or not set(wrt) <= {"W", "b", "X"}:
+        raise ValueError(f'wrt is {wrt!r}; it must be a tuple of "W", "b" and "X"')
+    checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    loss.check_classes(c)
+    y = checks.targets(targets, n, c)
+    if y.ndim == 2:
+        loss.check_probabilities()
+    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")
+    factor = 1.0 if upstream is None else driver.check_upstream(upstream, reduction, n)
+    chunk_rows = None if chunk_rows is None else checks.integer(chunk_rows, "chunk_rows", low=1)
+    workers = threads.resolve(n_threads)
+    dtype = checks.compute_dtype(features.dtype, "X")
+    chosen = backends.choose(backend, "gradient", loss, dtype, driver.needs(loss, y, ()))
+    driver.check_range(chosen, loss, y, c)
+
+    multiplier, denominator = driver.fold(loss, y, weight, dtype)
+    total = driver.total_weight(multiplier, denominator, n)
+    like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
+    found = {name: np.empty(like[name].shape, dtype) for name in wrt}
+    row_loss = np.empty(n, dtype) if reduction == "none" else None
+    common = (loss, features, None, weights.astype(dtype, copy=False), None if bias is None else bias.astype(dtype), y)
+    gradients = (found.get("W"), found.get("b"), found.get("X"))
+    if isinstance(factor, np.ndarray):
+        value = chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
+        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
+        chosen.linear_rows(*common, pulled, 1.0, *gradients, None, chunk_rows, workers)
+    else:
+        scale = driver.scale_of(reduction, total) * factor
+        value = chosen.linear_rows(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)
+    for name, array in found.items():
+        if like[name].dtype.kind not in "iub":
+            found[name] = array.astype(like[name].dtype, copy=False)
+    if row_loss is not None:
+        return (row_loss if multiplier is None else row_loss * multiplier), found
+    return driver.reduce(value, reduction, total), found

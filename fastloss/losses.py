@@ -1,0 +1,359 @@
+"""What a loss is: its options, their checks, and the methods that compute it. No loop over elements is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastloss import _checks as checks
+from fastloss import driver
+from fastloss._checks import Array
+
+
+def _frozen_array(value: object) -> Array:
+    array = np.array(value, dtype=np.float64)
+    array.flags.writeable = False
+    return array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss:
+    """A multiclass loss of scores `(N, C)` and targets `(N,)`.
+
+    Parameters
+    ----------
+    class_weight : array (C,), optional
+        A finite weight, at least 0, for each class: a row counts with the weight of its target.
+    ignore_index : int, optional
+        Rows with this target are skipped: no loss, no gradient, no weight. It may be outside `[0, C)`.
+    """
+
+    class_weight: Any = None
+    ignore_index: int | None = None
+
+    #: What the backends know the loss by.
+    kind: ClassVar[str]
+    #: Extra outputs that have a meaning for this loss.
+    extra_outputs: ClassVar[tuple[str, ...]] = ("row_loss", "argmax")
+    #: Options in use that need the general form of a kernel; filled in by `__post_init__`.
+    general: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.class_weight is not None:
+            weight = checks.as_array(self.class_weight, "class_weight")
+            if weight.ndim != 1:
+                raise ValueError(f"class_weight has shape {weight.shape}; it must be (C,): one for each class")
+            checks.finite_nonnegative(weight, "class_weight")
+            self._set("class_weight", _frozen_array(weight))
+        if self.ignore_index is not None:
+            self._set("ignore_index", checks.integer(self.ignore_index, "ignore_index"))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _key(self) -> tuple[object, ...]:
+        values = (getattr(self, f.name) for f in fields(self))
+        return (type(self), *((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loss) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def check_classes(self, n_classes: int) -> None:
+        """Raise if an option does not fit scores of `n_classes` classes."""
+        if self.class_weight is not None and self.class_weight.shape != (n_classes,):
+            raise ValueError(
+                f"class_weight has shape {self.class_weight.shape}, but scores have {n_classes} classes: "
+                f"it must be ({n_classes},)"
+            )
+
+    def check_probabilities(self) -> None:
+        """Raise unless the targets may be class probabilities."""
+        raise ValueError(f"targets are class probabilities; {type(self).__name__} takes class indices (N,)")
+
+    def weighs_inside(self, probabilities: bool) -> bool:
+        """Whether class weights are part of the row loss itself, not one multiplier for each row."""
+        return False
+
+    def value(
+        self,
+        scores: object,
+        targets: object,
+        *,
+        sample_weight: object = None,
+        reduction: str = "mean",
+        outputs: tuple[str, ...] = (),
+        backend: str | None = None,
+        n_threads: int | None = None,
+    ) -> Any:
+        """The loss.
+
+        Parameters
+        ----------
+        scores : array (N, C)
+            Float16, bfloat16, float32, float64 or integers; computed in float32 or float64.
+        targets : array (N,) of any integer type
+            Class indices in `[0, C)`; for `Softmax` also probabilities `(N, C)`.
+        sample_weight : array (N,), optional
+            Finite, at least 0. Rows of weight 0 are skipped, even with NaN in them.
+        reduction : {"mean", "sum", "none"}
+            With w the applied weights: Σ w ℓ / Σ w, Σ w ℓ, or the array w ℓ. A mean over no weight is NaN.
+        outputs : tuple of str
+            Extra results: "row_loss" (unweighted), "argmax", and for `Softmax` "lse" and "entropy"; each `(N,)`.
+        backend : str, optional
+            A backend by name (see `fastloss.list_backends`), instead of the automatic choice.
+        n_threads : int, optional
+            Threads to use, instead of `fastloss.get_num_threads()`. Results do not depend on it.
+
+        Returns
+        -------
+        value : float, or array (N,) for `reduction="none"`
+        extras : dict of arrays, only if `outputs` is not empty
+
+        Raises
+        ------
+        ValueError, TypeError
+            For arguments that do not fit; before anything is computed.
+        fastloss.BackendError
+            If the named backend cannot serve the call.
+
+        Examples
+        --------
+        >>> import fastloss as fl
+        >>> round(fl.Softmax().value([[3.2, 5.1, -1.7]], [0]), 2)
+        2.04
+        >>> round(fl.Hinge().value([[3.2, 5.1, -1.7]], [0]), 2)
+        2.9
+        """
+        value, _, extras = driver.scores_call(
+            self, scores, targets, False, None, sample_weight, reduction, None, outputs, backend, n_threads
+        )
+        return (value, extras) if outputs else value
+
+    def value_and_grad(
+        self,
+        scores: object,
+        targets: object,
+        *,
+        out: Array | None = None,
+        sample_weight: object = None,
+        reduction: str = "mean",
+        upstream: object = None,
+        outputs: tuple[str, ...] = (),
+        backend: str | None = None,
+        n_threads: int | None = None,
+    ) -> Any:
+        """The loss and its gradient with respect to the scores.
+
+        Parameters
+        ----------
+        out : array (N, C), optional
+            Receives the gradient; of the scores' dtype (float64 for integers). `out=scores` works in place.
+        upstream : float, or array (N,) with `reduction="none"`, optional
+            The gradient is multiplied by it, as in the chain rule. The value is not.
+
+        The other parameters, and what is raised, are those of `value`.
+
+        Returns
+        -------
+        value : float, or array (N,) for `reduction="none"`
+        grad : array (N, C)
+        extras : dict of arrays, only if `outputs` is not empty
+
+        Examples
+        --------
+        >>> import fastloss as fl
+        >>> value, grad = fl.Softmax().value_and_grad([[30.0, 10.0, 5.0, 0.0]], [0])
+        >>> print(f"{grad[0, 0]:.1e}")
+        -2.1e-09
+        """
+        value, grad, extras = driver.scores_call(
+            self, scores, targets, True, out, sample_weight, reduction, upstream, outputs, backend, n_threads
+        )
+        return (value, grad, extras) if outputs else (value, grad)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Softmax(Loss):
+    """Softmax cross-entropy: `log Σ_j exp(s_j) − s_y`, computed with the row's maximum shifted out.
+
+    With u the target vector of a row (`e_y` for a class index), U = Σ u and z = log Σ exp(s), every option is one
+    formula: loss = U z − ⟨u, s⟩ + λ z², gradient = (U + 2 λ z) p − u, where p = softmax(s).
+
+    Parameters
+    ----------
+    label_smoothing : float in [0, 1]
+        ε: u = (1 − ε) e_y + ε / C, times the class weights, as in PyTorch.
+    z_loss : float, at least 0
+        λ: adds λ z² to each row.
+    softcap : float above 0, optional
+        Scores become `softcap · tanh(s / softcap)` first; infinite scores stay as they are.
+    temperature : float above 0
+        Scores (after the softcap) are divided by it.
+    class_weight, ignore_index
+        See `Loss`. With probabilities q as targets, u = class_weight · q, and the mean is over sample weights alone.
+
+    References
+    ----------
+    Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4; CS231n, "Linear Classification".
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> fl.Softmax().value(np.zeros((5, 10)), np.arange(5)) == np.log(10)
+    True
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    kind: ClassVar[str] = "softmax"
+    extra_outputs: ClassVar[tuple[str, ...]] = ("row_loss", "lse", "argmax", "entropy")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("label_smoothing", checks.number(self.label_smoothing, "label_smoothing", low=0, high=1))
+        self._set("z_loss", checks.number(self.z_loss, "z_loss", low=0))
+        if self.softcap is not None:
+            self._set("softcap", checks.number(self.softcap, "softcap", low=0, above=True))
+        self._set("temperature", checks.number(self.temperature, "temperature", low=0, above=True))
+        off = {"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "temperature": 1.0}
+        self._set("general", tuple(name for name, value in off.items() if getattr(self, name) != value))
+
+    def check_probabilities(self) -> None:
+        for name in ("label_smoothing", "ignore_index"):
+            if getattr(self, name):
+                raise ValueError(f"{name} has no meaning for targets that are class probabilities")
+
+    def weighs_inside(self, probabilities: bool) -> bool:
+        return probabilities or self.label_smoothing > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hinge(Loss):
+    """Multiclass hinge (SVM) loss over the margins `m_j = s_j − s_y + Δ` of the wrong classes j ≠ y.
+
+    The subgradient at the kink m_j = 0 is 0.
+
+    Parameters
+    ----------
+    margin : float
+        Δ.
+    power : {1, 2}
+        `max(0, m_j)` or its square.
+    over : {"sum", "mean", "max"}
+        "sum": Weston–Watkins, Σ_j max(0, m_j)^power. "mean": the same divided by C, as PyTorch's
+        `multi_margin_loss`. "max": Crammer–Singer, max(0, max_j m_j)^power; the lowest class wins a tie.
+    pair_margins : array (C, C), optional
+        Δ[y, j] in place of `margin`: what it costs to take class y for class j. The diagonal is not used.
+    count_target : bool
+        Count the target's own term, which adds max(0, Δ)^power to each row (a slip that the lecture on loss
+        functions discusses); not with `over="max"`.
+    class_weight, ignore_index
+        See `Loss`.
+
+    References
+    ----------
+    Weston and Watkins, 1999; Crammer and Singer, 2001; CS231n, "Linear Classification".
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> scores = [[3.2, 5.1, -1.7], [1.3, 4.9, 2.0], [2.2, 2.5, -3.1]]
+    >>> fl.Hinge().value(scores, [0, 1, 2], reduction="none").round(1).tolist()
+    [2.9, 0.0, 12.9]
+    """
+
+    margin: float = 1.0
+    power: int = 1
+    over: str = "sum"
+    pair_margins: Any = None
+    count_target: bool = False
+
+    kind: ClassVar[str] = "hinge"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("margin", checks.number(self.margin, "margin"))
+        checks.one_of(self.power, "power", (1, 2))
+        checks.one_of(self.over, "over", ("sum", "mean", "max"))
+        if not isinstance(self.count_target, bool):
+            raise TypeError(f"count_target is {self.count_target!r}; it must be True or False")
+        if self.count_target and self.over == "max":
+            raise ValueError('count_target has no meaning with over="max": use over="sum" or "mean"')
+        general = ["count_target"] if self.count_target else []
+        if self.pair_margins is not None:
+            pairs = checks.matrix(self.pair_margins, "pair_margins", "(C, C)")
+            if pairs.shape[0] != pairs.shape[1]:
+                raise ValueError(f"pair_margins has shape {pairs.shape}; it must be square, (C, C)")
+            checks.finite(pairs, "pair_margins")
+            self._set("pair_margins", _frozen_array(pairs))
+            general.append("pair_margins")
+        self._set("general", tuple(general))
+
+    def check_classes(self, n_classes: int) -> None:
+        super().check_classes(n_classes)
+        if self.pair_margins is not None and len(self.pair_margins) != n_classes:
+            raise ValueError(
+                f"pair_margins has shape {self.pair_margins.shape}, but scores have {n_classes} classes: "
+                f"it must be {(n_classes, n_classes)}"
+            )
+
+
+def softmax(scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None) -> Array:
+    """`exp(s_j) / Σ_k exp(s_k)` along the last axis, with the maximum shifted out.
+
+    Parameters
+    ----------
+    scores : array (N, C)
+        Real numbers; −inf is a masked class, of probability exactly 0.
+    out : array (N, C), optional
+        Receives the result; `out=scores` works in place.
+
+    Returns
+    -------
+    array (N, C) of the scores' float dtype (float64 for integers)
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> fl.softmax([[123.0, 456.0, 789.0]]).round(3).tolist()
+    [[0.0, 0.0, 1.0]]
+    """
+    return driver.transform_call("softmax", scores, out, backend, n_threads)
+
+
+def log_softmax(
+    scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None
+) -> Array:
+    """`s_j − log Σ_k exp(s_k)` along the last axis. Parameters and result as for `softmax`.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> fl.log_softmax([[1000.0, 0.0]]).tolist()
+    [[0.0, -1000.0]]
+    """
+    return driver.transform_call("log_softmax", scores, out, backend, n_threads)
+
+
+def logsumexp(
+    scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None
+) -> Array:
+    """`log Σ_k exp(s_k)` along the last axis: array (N,). Parameters as for `softmax`, with `out` (N,).
+
+    A row of −inf alone gives −inf and a +inf score gives +inf, as the limits are, and as in SciPy.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> fl.logsumexp([[1000.0, 1000.0]]).round(4).tolist()
+    [1000.6931]
+    """
+    return driver.transform_call("logsumexp", scores, out, backend, n_threads)
