@@ -1,0 +1,123 @@
+"""The compiled kernels: which level of them this processor can run, and what they can do."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from fastloss import blocks
+from fastloss._checks import FLOAT32, FLOAT64, Array
+from fastloss._kernels import cpu
+from fastloss.backends import Backend
+
+LEVELS = ("v4", "v3", "v2", "base")
+#: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
+PANEL_BYTES = 1 << 20
+FEW_CLASSES = 64
+
+
+def why_no_level(level: str) -> str | None:
+    """Why the kernels of a level cannot be used here; None if they can."""
+    if level != "base" and cpu.level() < int(level[1:]):
+        return f"this processor does not have x86-64-{level}"
+    try:
+        for bits in (32, 64):
+            import_module(f"fastloss._kernels.f{bits}_{level}")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def load(level: str) -> CythonBackend:
+    """The backend at a level, or at the best that this processor has (FASTLOSS_LEVEL forces one)."""
+    if level != "best":
+        reason = why_no_level(level)
+        if reason is not None:
+            raise ImportError(reason)
+        return CythonBackend(level)
+    forced = os.environ.get("FASTLOSS_LEVEL")
+    if forced:
+        if forced not in LEVELS:
+            raise ImportError(f"FASTLOSS_LEVEL is {forced!r}; it must be one of {', '.join(LEVELS)}")
+        return load(forced)
+    reasons = {level: why_no_level(level) for level in LEVELS}
+    for level, reason in reasons.items():
+        if reason is None:
+            return CythonBackend(level)
+    raise ImportError("; ".join(f"{level}: {reason}" for level, reason in reasons.items()))
+
+
+def ready(array: Array) -> Array:
+    """The array itself, or an aligned copy: kernels read whole numbers."""
+    return array if array.flags.aligned else array.copy()
+
+
+def row_options(loss: Any) -> tuple[str, float, int, str]:
+    """What the kernels know of a loss: kind, margin, power, over."""
+    if loss.kind == "softmax":
+        return "softmax", 0.0, 1, ""
+    return loss.kind, loss.margin, loss.power, loss.over
+
+
+class CythonBackend(Backend):
+    """Cython kernels with OpenMP at one instruction-set level."""
+
+    def __init__(self, level: str) -> None:
+        self.name = f"cython-{level}"
+        self.level = level
+        self._kernels = {
+            FLOAT32: import_module(f"fastloss._kernels.f32_{level}"),
+            FLOAT64: import_module(f"fastloss._kernels.f64_{level}"),
+        }
+
+    def __str__(self) -> str:
+        kernels = self._kernels[FLOAT32]
+        target = "the compiler's default target" if self.level == "base" else f"x86-64-{self.level}"
+        openmp = "OpenMP" if kernels.OPENMP else "no OpenMP: one thread"
+        return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
+
+    def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
+        if verb == "hvp":
+            return "Hessian products are not compiled yet"
+        if needs:
+            return f"not compiled yet: {', '.join(needs)}"
+        return None
+
+    def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
+        return int(self._kernels[FLOAT32].first_outside(ready(indices), stop, ignored))
+
+    def score_rows(
+        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+    ) -> float:  # fmt: skip
+        value: float = self._kernels[scores.dtype].score_rows(
+            *row_options(loss), ready(scores), ready(targets), multiplier, scale, grad, row_loss, n_threads
+        )
+        return value
+
+    def linear_rows(
+        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
+        row_loss: Array | None, chunk_rows: int | None, n_threads: int,
+    ) -> float:  # fmt: skip
+        fused = (
+            len(W) <= FEW_CLASSES
+            and W.nbytes <= PANEL_BYTES
+            and (X.dtype == W.dtype or X.dtype == np.uint8 and W.dtype == FLOAT32)
+            and X.flags.aligned
+            and dX is None
+        )
+        if not fused:
+            return blocks.linear_rows(
+                self, loss, X, rows, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
+            )
+        value: float = self._kernels[W.dtype].linear_rows(
+            *row_options(loss), X, rows, ready(W), b, ready(targets), multiplier, scale, dW, db, row_loss, n_threads
+        )
+        return value
+
+    def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
+        self._kernels[scores.dtype].transform(kind, ready(scores), out, n_threads)

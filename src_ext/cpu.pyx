@@ -1,0 +1,24 @@
+# cython: language_level=3
+"""What the processor can run: compiled for the baseline, so that it can be asked before any kernel is loaded."""
+
+cdef extern from *:
+    """
+    #if defined(__x86_64__)
+    static int fastloss_level(void) {
+        __builtin_cpu_init();
+        #define HAS(feature) __builtin_cpu_supports(feature)
+        if (!(HAS("sse3") && HAS("ssse3") && HAS("sse4.1") && HAS("sse4.2") && HAS("popcnt"))) return 1;
+        if (!(HAS("avx") && HAS("avx2") && HAS("bmi") && HAS("bmi2") && HAS("fma"))) return 2;
+        if (!(HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl"))) return 3;
+        return 4;
+    }
+    #else
+    static int fastloss_level(void) { return 0; }
+    #endif
+    """
+    int fastloss_level() nogil
+
+
+def level() -> int:
+    """The x86-64 level of this processor and its operating system: 1 to 4; 0 on other architectures."""
+    return fastloss_level()

@@ -1,0 +1,269 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""The kernels: one pass over tiles of rows. This module exists once for each float type and instruction-set level.
+
+A tile of TILE rows goes through three rooms, none of which knows the others:
+
+    producer      features.pxi   rows of features → tile of scores;  scores.pxi  given scores → tile
+    row loss      losses.pxi     tile of scores and targets → row losses, and the gradient in place
+    accumulator   features.pxi   tile of gradients and features → dW, db;  scores.pxi  tile → gradient array
+
+This file owns what is common: the borrowed arrays, targets, row multipliers, segments and threads. Rows are split into
+segments whose size depends on the shape alone; a segment's sums are its own and are added in the order of segments.
+Results therefore have the same bits for any number of threads.
+"""
+from cpython.buffer cimport (
+    PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+)
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+
+cdef extern from "simd.h" nogil:
+    ctypedef float real
+    ctypedef int lane_int
+    ctypedef struct vec:
+        pass
+    ctypedef struct ivec:
+        pass
+    ctypedef struct mask:
+        pass
+    const int LANES, TILE, ROWS, CLASS_BLOCK
+    vec vload(const real *) noexcept
+    void vstore(real *, vec) noexcept
+    vec vload_part(const real *, Py_ssize_t, real) noexcept
+    void vstore_part(real *, vec, Py_ssize_t) noexcept
+    vec vset(real) noexcept
+    ivec iload(const lane_int *) noexcept
+    ivec iset(lane_int) noexcept
+    ivec iota() noexcept
+    mask vlt(vec, vec) noexcept
+    mask vle(vec, vec) noexcept
+    mask veq(vec, vec) noexcept
+    mask ieq(ivec, ivec) noexcept
+    mask ige(ivec, ivec) noexcept
+    mask mand(mask, mask) noexcept
+    mask mor(mask, mask) noexcept
+    mask mandnot(mask, mask) noexcept
+    vec choose(mask, vec, vec) noexcept
+    ivec ichoose(mask, ivec, ivec) noexcept
+    vec vmax(vec, vec) noexcept
+    vec vexp(vec) noexcept
+    vec vlog(vec) noexcept
+    real lane_sum(vec) noexcept
+    real lane_max(vec) noexcept
+    vec transposed_sum(const vec *, Py_ssize_t) noexcept
+    void gather_columns(const real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
+    void scatter_columns(real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
+    void dot_panel(int, const real **, Py_ssize_t, Py_ssize_t, const real *, vec *) noexcept
+    void outer_panel(int, bint, const real **, Py_ssize_t, const real *, real *, bint) noexcept
+    void add_products(double *, const real *, const real *) noexcept
+    void prefetch(const void *) noexcept
+    unsigned flush_to_zero() noexcept
+    void restore_mode(unsigned) noexcept
+    # Arithmetic on vectors is C's.
+    vec add "FL_ADD" (vec, vec) noexcept
+    vec sub "FL_SUB" (vec, vec) noexcept
+    vec mul "FL_MUL" (vec, vec) noexcept
+    vec div "FL_DIV" (vec, vec) noexcept
+    ivec iadd "FL_ADD" (ivec, ivec) noexcept
+
+cdef extern from *:
+    """
+    #define FL_ADD(a, b) ((a) + (b))
+    #define FL_SUB(a, b) ((a) - (b))
+    #define FL_MUL(a, b) ((a) * (b))
+    #define FL_DIV(a, b) ((a) / (b))
+    #ifdef _OPENMP
+    #define FASTLOSS_OPENMP 1
+    #else
+    #define FASTLOSS_OPENMP 0
+    #endif
+    """
+    const int FASTLOSS_OPENMP
+
+cdef extern from "math.h" nogil:
+    const double NAN, INFINITY
+
+cdef enum:
+    SEGMENTS = 64  # at most; what bounds the threads that can share a call
+    SEGMENT_WORK = 8192  # scores in a segment, at least: a few microseconds
+
+OPENMP = bool(FASTLOSS_OPENMP)
+VECTOR_BYTES = LANES * sizeof(real)
+
+ctypedef fused integer:
+    int8_t
+    int16_t
+    int32_t
+    int64_t
+    uint8_t
+    uint16_t
+    uint32_t
+    uint64_t
+
+
+# --- borrowed arrays -----------------------------------------------------------------------------------------------
+cdef struct Matrix:
+    real *data
+    Py_ssize_t rows, columns, row_stride, column_stride  # strides in numbers
+
+
+cdef struct Indices:
+    char *data
+    Py_ssize_t size, stride  # in bytes
+    char kind  # as in the buffer protocol's format; 0 for none
+
+
+cdef class Loan:
+    """Buffers borrowed for one call and given back at its end."""
+    cdef Py_buffer views[10]
+    cdef int used
+
+    def __cinit__(self):
+        self.used = 0
+
+    def __dealloc__(self):
+        for k in range(self.used):
+            PyBuffer_Release(&self.views[k])
+
+    cdef Py_buffer *borrow(self, object array, bint write) except NULL:
+        cdef Py_buffer *view = &self.views[self.used]
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if write else 0))
+        self.used += 1
+        return view
+
+    cdef Matrix matrix(self, object array, bint write) except *:
+        """A matrix, or a vector as one row, of `real`; data is NULL for None."""
+        cdef Matrix m
+        cdef Py_buffer *view
+        m.data, m.rows, m.columns, m.row_stride, m.column_stride = NULL, 0, 0, 0, 0
+        if array is None:
+            return m
+        view = self.borrow(array, write)
+        if view.itemsize != sizeof(real) or view.format[0] != (c"f" if sizeof(real) == 4 else c"d"):
+            raise TypeError("array of another type than the kernel's")
+        m.data = <real *> view.buf
+        m.columns, m.column_stride = view.shape[view.ndim - 1], view.strides[view.ndim - 1] // <Py_ssize_t> sizeof(real)
+        m.rows = view.shape[0] if view.ndim == 2 else 1
+        m.row_stride = view.strides[0] // <Py_ssize_t> sizeof(real) if view.ndim == 2 else 0
+        return m
+
+    cdef Indices indices(self, object array) except *:
+        cdef Indices found
+        cdef Py_buffer *view
+        found.data, found.size, found.stride, found.kind = NULL, 0, 0, 0
+        if array is None:
+            return found
+        view = self.borrow(array, False)
+        found.data, found.size, found.stride = <char *> view.buf, view.shape[0], view.strides[0]
+        found.kind = view.format[0]
+        if found.kind == c"l":  # C's long is of either size
+            found.kind = c"q" if view.itemsize == 8 else c"i"
+        elif found.kind == c"L":
+            found.kind = c"Q" if view.itemsize == 8 else c"I"
+        return found
+
+
+# --- targets and other indices -------------------------------------------------------------------------------------
+cdef inline Py_ssize_t outside_typed(integer *p, Py_ssize_t stride, Py_ssize_t n, uint64_t stop, bint ignores,
+                                     int64_t ignored) noexcept nogil:
+    cdef Py_ssize_t i, k, size
+    cdef int64_t v
+    cdef bint bad
+    for i in range(0, n, 1024):  # by blocks, so that the test vectorises and the position is found afterwards
+        size = min(1024, n - i)
+        bad = False
+        if ignores:
+            for k in range(size):
+                v = <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0]
+                bad |= (<uint64_t> v >= stop) & (v != ignored)
+        elif stride == sizeof(integer):
+            for k in range(size):
+                bad |= <uint64_t> <int64_t> p[i + k] >= stop
+        else:
+            for k in range(size):
+                bad |= <uint64_t> <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0] >= stop
+        if bad:
+            for k in range(size):
+                v = <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0]
+                if <uint64_t> v >= stop and not (ignores and v == ignored):
+                    return i + k
+    return -1
+
+
+cdef inline void convert_typed(integer *p, Py_ssize_t stride, int n, lane_int *to) noexcept nogil:
+    cdef int k
+    if stride == sizeof(integer) and n == TILE:
+        for k in range(TILE):
+            to[k] = <lane_int> p[k]
+    else:
+        for k in range(n):
+            to[k] = <lane_int> (<integer *> (<char *> p + k * stride))[0]
+
+
+cdef Py_ssize_t outside(const Indices *a, uint64_t stop, bint ignores, int64_t ignored) noexcept nogil:
+    """Position of the first index outside [0, stop) that is not ignored; -1 if there is none."""
+    if a.kind == c"q": return outside_typed(<int64_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"i": return outside_typed(<int32_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"h": return outside_typed(<int16_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"b": return outside_typed(<int8_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"Q": return outside_typed(<uint64_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"I": return outside_typed(<uint32_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    if a.kind == c"H": return outside_typed(<uint16_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+    return outside_typed(<uint8_t *> a.data, a.stride, a.size, stop, ignores, ignored)
+
+
+cdef void convert(const Indices *a, Py_ssize_t at, int n, lane_int *to) noexcept nogil:
+    """n indices from position `at` on, as lanes."""
+    cdef char *p = a.data + at * a.stride
+    if a.kind == c"q": convert_typed(<int64_t *> p, a.stride, n, to)
+    elif a.kind == c"i": convert_typed(<int32_t *> p, a.stride, n, to)
+    elif a.kind == c"h": convert_typed(<int16_t *> p, a.stride, n, to)
+    elif a.kind == c"b": convert_typed(<int8_t *> p, a.stride, n, to)
+    elif a.kind == c"Q": convert_typed(<uint64_t *> p, a.stride, n, to)
+    elif a.kind == c"I": convert_typed(<uint32_t *> p, a.stride, n, to)
+    elif a.kind == c"H": convert_typed(<uint16_t *> p, a.stride, n, to)
+    else: convert_typed(<uint8_t *> p, a.stride, n, to)
+
+
+cdef inline Py_ssize_t row_index(const Indices *a, Py_ssize_t at) noexcept nogil:
+    """One index as it is; rows of X are not bounded by a lane's range."""
+    cdef char *p = a.data + at * a.stride
+    if a.kind == c"q": return (<int64_t *> p)[0]
+    if a.kind == c"i": return (<int32_t *> p)[0]
+    if a.kind == c"h": return (<int16_t *> p)[0]
+    if a.kind == c"b": return (<int8_t *> p)[0]
+    if a.kind == c"Q": return <Py_ssize_t> (<uint64_t *> p)[0]
+    if a.kind == c"I": return (<uint32_t *> p)[0]
+    if a.kind == c"H": return (<uint16_t *> p)[0]
+    return (<uint8_t *> p)[0]
+
+
+def first_outside(indices, Py_ssize_t stop, ignored):
+    """The position of the first index outside [0, stop) that is not `ignored` (None: no such exception), or -1."""
+    cdef Loan loan = Loan()
+    cdef Indices a = loan.indices(indices)
+    cdef bint ignores = ignored is not None
+    cdef int64_t value = 0
+    cdef Py_ssize_t position
+    if ignores:
+        if not -(1 << 63) <= ignored < 1 << 63:
+            ignores = False  # no 64-bit target can be it
+        else:
+            value = ignored
+    with nogil:
+        position = outside(&a, <uint64_t> stop, ignores, value)
+    return position
+
+
+# --- segments ------------------------------------------------------------------------------------------------------
+cdef Py_ssize_t segment_rows(Py_ssize_t n, Py_ssize_t row_work, Py_ssize_t multiple) noexcept nogil:
+    """Rows of a segment: from the shape alone; a multiple of `multiple`."""
+    cdef Py_ssize_t rows = max((n + SEGMENTS - 1) // SEGMENTS, (SEGMENT_WORK + row_work - 1) // row_work)
+    return (rows + multiple - 1) // multiple * multiple
+
+
+include "losses.pxi"
+include "scores.pxi"
+include "features.pxi"

@@ -1,0 +1,402 @@
+/* Primitives of the kernels: a vector of LANES numbers of type `real`, and what the row losses and the linear layer
+ * do with it. FASTLOSS_BITS chooses float or double; the compiler's target chooses the width. GCC and Clang.
+ *
+ * Comparisons give a `mask`: bits in a register with AVX-512, else a vector of all-ones and zeros. Comparisons with
+ * NaN are false. Products and sums in one expression are fused where the target can (-ffp-contract=fast).
+ */
+#ifndef FASTLOSS_SIMD_H
+#define FASTLOSS_SIMD_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif !defined(__GNUC__)
+#error "fastloss needs GCC or Clang: it uses their vector extensions"
+#endif
+
+#define FL_INLINE static inline __attribute__((always_inline))
+#define FL_PASTE_(a, b) a##b
+#define FL_PASTE(a, b) FL_PASTE_(a, b)
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FL_MASK_REGISTERS 1
+#define VBYTES 64
+#define FL_PREFIX _mm512_
+#define CLASS_BLOCK 6 /* classes whose sums stay in registers: 4 rows of them fill 24 of 32 */
+#elif defined(__AVX2__)
+#define VBYTES 32
+#define FL_PREFIX _mm256_
+#define CLASS_BLOCK 3 /* 12 of 16 registers */
+#else
+#define VBYTES 16
+#define FL_PREFIX _mm_
+#define CLASS_BLOCK 3
+#endif
+
+#if FASTLOSS_BITS == 32
+typedef float real;
+typedef int32_t lane_int;
+#define FL_SUFFIX ps
+#define FL_CHOICE __mmask16
+#define FL_MANTISSA 23
+#define FL_BIAS 127
+#define FL_ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
+#define FL_EXP_LOW -87.33654f /* log of the smallest normal number */
+#define FL_LN2_HIGH 0.693359375f
+#define FL_LN2_LOW -2.12194440e-4f
+#define FL_SQRT_HALF 0x3f3504f3
+#else
+typedef double real;
+typedef int64_t lane_int;
+#define FL_SUFFIX pd
+#define FL_CHOICE __mmask8
+#define FL_MANTISSA 52
+#define FL_BIAS 1023
+#define FL_ROUND 6755399441055744.0
+#define FL_EXP_LOW -708.3964185322641
+#define FL_LN2_HIGH 6.93147180369123816490e-01
+#define FL_LN2_LOW 1.90821492927058770002e-10
+#define FL_SQRT_HALF 0x3fe6a09e667f3bcd
+#endif
+
+#define LANES ((int)(VBYTES / sizeof(real)))
+#define TILE 16 /* rows handled together, a multiple of LANES */
+#define ROWS 4  /* rows whose products share the loads of W */
+#define VOP(name) FL_PASTE(FL_PASTE(FL_PASTE(FL_PREFIX, name), _), FL_SUFFIX)
+
+typedef real vec __attribute__((vector_size(VBYTES)));
+typedef lane_int ivec __attribute__((vector_size(VBYTES)));
+typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
+typedef lane_int ivec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(lane_int)), may_alias));
+
+/* ---- loads, stores, constants ---- */
+FL_INLINE vec vload(const real *p) { return (vec)(*(const vec_unaligned *)p); }
+FL_INLINE void vstore(real *p, vec v) { *(vec_unaligned *)p = v; }
+FL_INLINE ivec iload(const lane_int *p) { return (ivec)(*(const ivec_unaligned *)p); }
+FL_INLINE vec vset(real x) {
+#ifdef __x86_64__
+    return VOP(set1)(x);
+#else
+    vec v;
+    for (int k = 0; k < LANES; k++) v[k] = x;
+    return v;
+#endif
+}
+FL_INLINE ivec iset(lane_int i) { return (ivec){0} + i; }
+FL_INLINE ivec iota(void) {
+    static const lane_int count[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return iload(count);
+}
+
+/* ---- comparisons and choice: vlt a < b, vle a <= b, veq a == b; choose(m, a, b) is a where m, else b ---- */
+#ifdef FL_MASK_REGISTERS
+typedef FL_CHOICE mask;
+#define FL_COMPARE(name) FL_PASTE(FL_PASTE(FL_PREFIX, name), FL_PASTE(_, FL_PASTE(FL_SUFFIX, _mask)))
+FL_INLINE mask vlt(vec a, vec b) { return FL_COMPARE(cmp)(a, b, _CMP_LT_OQ); }
+FL_INLINE mask vle(vec a, vec b) { return FL_COMPARE(cmp)(a, b, _CMP_LE_OQ); }
+FL_INLINE mask veq(vec a, vec b) { return FL_COMPARE(cmp)(a, b, _CMP_EQ_OQ); }
+FL_INLINE vec choose(mask m, vec a, vec b) { return VOP(mask_blend)(m, b, a); }
+#if FASTLOSS_BITS == 32
+FL_INLINE mask ieq(ivec a, ivec b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
+FL_INLINE mask ige(ivec a, ivec b) { return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b); }
+FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a); }
+#else
+FL_INLINE mask ieq(ivec a, ivec b) { return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b); }
+FL_INLINE mask ige(ivec a, ivec b) { return _mm512_cmpge_epi64_mask((__m512i)a, (__m512i)b); }
+FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_epi64(m, (__m512i)b, (__m512i)a); }
+#endif
+FL_INLINE mask mand(mask a, mask b) { return a & b; }
+FL_INLINE mask mor(mask a, mask b) { return a | b; }
+FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
+/* The first n lanes of p, the others `fill`; and the first n lanes of v to p. n in [0, LANES]. */
+FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
+    return VOP(mask_loadu)(vset(fill), (mask)((1u << n) - 1u), p);
+}
+FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) { VOP(mask_storeu)(p, (mask)((1u << n) - 1u), v); }
+#else
+typedef ivec mask;
+FL_INLINE mask vlt(vec a, vec b) { return (mask)(a < b); }
+FL_INLINE mask vle(vec a, vec b) { return (mask)(a <= b); }
+FL_INLINE mask veq(vec a, vec b) { return (mask)(a == b); }
+FL_INLINE mask ieq(ivec a, ivec b) { return (mask)(a == b); }
+FL_INLINE mask ige(ivec a, ivec b) { return (mask)(a >= b); }
+FL_INLINE mask mand(mask a, mask b) { return a & b; }
+FL_INLINE mask mor(mask a, mask b) { return a | b; }
+FL_INLINE mask mandnot(mask a, mask b) { return a & ~b; }
+FL_INLINE vec choose(mask m, vec a, vec b) {
+#ifdef __SSE4_1__
+    return VOP(blendv)(b, a, (vec)m);
+#else
+    return (vec)((m & (ivec)a) | (~m & (ivec)b));
+#endif
+}
+FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (m & a) | (~m & b); }
+FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
+    vec v = vset(fill);
+    memcpy(&v, p, (size_t)n * sizeof(real));
+    return v;
+}
+FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) { memcpy(p, &v, (size_t)n * sizeof(real)); }
+#endif
+
+/* The larger of two; which one is given where one is NaN is not said. */
+FL_INLINE vec vmax(vec a, vec b) {
+#ifdef __x86_64__
+    return VOP(max)(a, b);
+#else
+    return choose(vlt(a, b), b, a);
+#endif
+}
+
+/* ---- sums and maxima over the lanes, in a fixed order ---- */
+#ifdef __clang__
+#define FL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#if VBYTES == 64 && FASTLOSS_BITS == 32
+#define FL_ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define FL_ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VBYTES / (FASTLOSS_BITS / 8) == 8
+#define FL_ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define FL_ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif VBYTES / (FASTLOSS_BITS / 8) == 4
+#define FL_ZIP_LOW 0, 4, 1, 5
+#define FL_ZIP_HIGH 2, 6, 3, 7
+#else
+#define FL_ZIP_LOW 0, 2
+#define FL_ZIP_HIGH 1, 3
+#endif
+FL_INLINE vec zip_low(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_LOW); }
+FL_INLINE vec zip_high(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_HIGH); }
+
+FL_INLINE real lane_sum(vec v) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(reduce_add)(v);
+#else
+    real part[LANES];
+    vstore(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) part[k] += part[k + half];
+    return part[0];
+#endif
+}
+FL_INLINE real lane_max(vec v) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(reduce_max)(v);
+#else
+    real part[LANES];
+    vstore(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) part[k] = part[k] < part[k + half] ? part[k + half] : part[k];
+    return part[0];
+#endif
+}
+
+/* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ---- */
+FL_INLINE void transpose(vec r[LANES]) {
+    vec t[LANES];
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+        for (int k = 0; k < LANES / 2; k++) {
+            t[2 * k] = zip_low(r[k], r[k + LANES / 2]);
+            t[2 * k + 1] = zip_high(r[k], r[k + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; k++) r[k] = t[k];
+    }
+}
+
+/* Lane k of the result is the sum of the lanes of r[k]: the same rounds, adding what they bring together. */
+FL_INLINE vec transposed_sum(const vec *p, ptrdiff_t stride) {
+    vec r[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = p[k * stride];
+#pragma GCC unroll 4
+    for (int left = LANES; left > 1; left /= 2) {
+#pragma GCC unroll 8
+        for (int k = 0; k < left / 2; k++)
+            r[k] = zip_low(r[k], r[k + left / 2]) + zip_high(r[k], r[k + left / 2]);
+    }
+    return r[0];
+}
+
+/* n <= LANES columns of LANES rows, row-major at `from`, as n vectors TILE apart; and back. Rows from `rows` on are
+ * taken as zeros, and not written. */
+FL_INLINE void gather_columns(const real *from, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, real *to) {
+    vec r[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = k < rows ? vload_part(from + k * row_stride, n, 0) : vset(0);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++)
+        if (k < n) vstore(to + k * TILE, r[k]);
+}
+FL_INLINE void scatter_columns(real *to, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, const real *from) {
+    vec r[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = k < n ? vload(from + k * TILE) : vset(0);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++)
+        if (k < rows) vstore_part(to + k * row_stride, r[k], n);
+}
+
+/* ---- exp and log ---- */
+/* exp(x) for x <= 0 or NaN; 0 below the smallest normal number. x = n log 2 + r, |r| <= log(2) / 2; the polynomial in r
+ * interpolates (exp(r) - 1 - r) / r^2 at Chebyshev points: relative error 1e-8 in float, 1.7e-17 in double. */
+FL_INLINE vec vexp(vec x) {
+    vec t = x * vset((real)1.4426950408889634) + vset(FL_ROUND);
+    vec n = t - vset(FL_ROUND);
+    vec r = x - n * vset(FL_LN2_HIGH) - n * vset(FL_LN2_LOW);
+#if FASTLOSS_BITS == 32
+    vec q = vset(0x1.6d1109p-10f);
+    q = q * r + vset(0x1.120b6ep-7f);
+    q = q * r + vset(0x1.555519p-5f);
+    q = q * r + vset(0x1.5554ddp-3f);
+    q = q * r + vset(0.5f);
+#else
+    vec q = vset(0x1.af38a9b0ec855p-26);
+    q = q * r + vset(0x1.289185613a3d6p-22);
+    q = q * r + vset(0x1.71de0dae63bb3p-19);
+    q = q * r + vset(0x1.a019b90d2ae7ap-16);
+    q = q * r + vset(0x1.a01a01a7c41d5p-13);
+    q = q * r + vset(0x1.6c16c1788bd90p-10);
+    q = q * r + vset(0x1.11111111109b3p-7);
+    q = q * r + vset(0x1.5555555553d63p-5);
+    q = q * r + vset(0x1.5555555555556p-3);
+    q = q * r + vset(0x1.0000000000001p-1);
+#endif
+    vec p = (q * r * r + r) + vset(1);
+    ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
+    return choose(vlt(x, vset(FL_EXP_LOW)), vset(0), p * (vec)scale);
+}
+
+/* log(u) for normal u > 0, NaN for NaN or inf, as fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. */
+FL_INLINE vec vlog(vec u) {
+    ivec k = ((ivec)u - iset(FL_SQRT_HALF)) >> FL_MANTISSA;
+    vec f = (vec)((ivec)u - (k << FL_MANTISSA)) - vset(1);
+    vec e = (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
+    vec s = f / (vset(2) + f), z = s * s;
+#if FASTLOSS_BITS == 32
+    vec series = vset(0xf89e26p-26f);
+    series = series * z + vset(0x91e9eep-25f);
+    series = series * z + vset(0xccce13p-25f);
+    series = series * z + vset(0xaaaaaap-24f);
+#else
+    vec series = vset(1.479819860511658591e-01);
+    series = series * z + vset(1.531383769920937332e-01);
+    series = series * z + vset(1.818357216161805012e-01);
+    series = series * z + vset(2.222219843214978396e-01);
+    series = series * z + vset(2.857142874366239149e-01);
+    series = series * z + vset(3.999999999940941908e-01);
+    series = series * z + vset(6.666666666666735130e-01);
+#endif
+    vec half = f * f * vset((real)0.5);
+    vec log = e * vset(FL_LN2_HIGH) + (f - (half - (s * (half + z * series) + e * vset(FL_LN2_LOW))));
+    return log + (u - u);
+}
+
+/* ---- results too small to be normal become 0 within a kernel; the thread's mode is put back after it ---- */
+FL_INLINE unsigned flush_to_zero(void) {
+#ifdef __x86_64__
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8000u);
+    return before;
+#else
+    return 0;
+#endif
+}
+FL_INLINE void restore_mode(unsigned before) {
+#ifdef __x86_64__
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
+}
+
+/* ---- sums of row losses: one double for each lane of a tile ---- */
+FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {
+    for (int k = 0; k < TILE; k++) sums[k] += (double)a[k] * (double)b[k];
+}
+
+/* ---- the linear layer on panels ----
+ * A panel holds a block of k <= CLASS_BLOCK classes: for each vector of LANES features, k vectors, one a class.
+ */
+
+/* sums[class][row] += x[row] . w[class], lane by lane, over n vectors of features, for ROWS rows and k classes. */
+#define FL_DOT(K)                                                                                          \
+    FL_INLINE void dot_##K(const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums) {      \
+        const real *x0 = x[0] + at, *x1 = x[1] + at, *x2 = x[2] + at, *x3 = x[3] + at;                       \
+        vec a[K][ROWS];                                                                                    \
+        _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                                \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] = sums[c * TILE + r];           \
+        for (ptrdiff_t v = 0; v < n; v++) {                                                                \
+            vec f[ROWS] = {vload(x0 + v * LANES), vload(x1 + v * LANES), vload(x2 + v * LANES),            \
+                           vload(x3 + v * LANES)};                                                         \
+            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) {                                          \
+                vec weight = vload(w + (v * K + c) * LANES);                                               \
+                _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] += f[r] * weight;           \
+            }                                                                                              \
+        }                                                                                                  \
+        _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                                \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) sums[c * TILE + r] = a[c][r];           \
+    }
+
+/* dw[class] += Σ_row g[class][row] x[row], over one or two vectors of features, for TILE rows and k classes. */
+#define FL_OUTER(K, N)                                                                                     \
+    FL_INLINE void outer_##K##_##N(const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) { \
+        vec a[N][K];                                                                                       \
+        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
+            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                            \
+                a[v][c] = first ? vset(0) : vload(dw + (v * K + c) * LANES);                               \
+        for (int r = 0; r < TILE; r++) {                                                                   \
+            const real *row = x[r] + at;                                                                   \
+            vec f[N];                                                                                      \
+            _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) f[v] = vload(row + v * LANES);             \
+            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) {                                          \
+                vec factor = vset(g[c * TILE + r]);                                                        \
+                _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];              \
+            }                                                                                              \
+        }                                                                                                  \
+        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
+            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) vstore(dw + (v * K + c) * LANES, a[v][c]); \
+    }
+
+#define FL_BLOCK(K) FL_DOT(K) FL_OUTER(K, 1) FL_OUTER(K, 2)
+FL_BLOCK(1)
+FL_BLOCK(2)
+FL_BLOCK(3)
+FL_BLOCK(4)
+FL_BLOCK(5)
+FL_BLOCK(6)
+
+static inline void dot_panel(int k, const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums) {
+    switch (k) {
+    case 1: dot_1(x, at, n, w, sums); break;
+    case 2: dot_2(x, at, n, w, sums); break;
+    case 3: dot_3(x, at, n, w, sums); break;
+#if CLASS_BLOCK > 3
+    case 4: dot_4(x, at, n, w, sums); break;
+    case 5: dot_5(x, at, n, w, sums); break;
+    case 6: dot_6(x, at, n, w, sums); break;
+#endif
+    }
+}
+static inline void outer_panel(int k, int two, const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) {
+#define FL_CASE(K) case K: two ? outer_##K##_2(x, at, g, dw, first) : outer_##K##_1(x, at, g, dw, first); break;
+    switch (k) {
+    FL_CASE(1) FL_CASE(2) FL_CASE(3)
+#if CLASS_BLOCK > 3
+    FL_CASE(4) FL_CASE(5) FL_CASE(6)
+#endif
+    }
+#undef FL_CASE
+}
+FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+
+#endif
