@@ -21,11 +21,11 @@ def compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
     """The float type that values of `dtype` are computed in: float32 for 16-bit floats and uint8, else float64."""
     if dtype in (FLOAT32, FLOAT64):
         return dtype.newbyteorder("=")
-    if dtype.kind == "f" and dtype.itemsize == 2 or dtype.name == "bfloat16" or dtype == np.uint8:
+    if (dtype.kind == "f" and dtype.itemsize == 2) or dtype.name == "bfloat16" or dtype == np.uint8:
         return FLOAT32
     if dtype.kind in "iub":
         return FLOAT64
-    raise TypeError(f"{name} has dtype {dtype}; it must hold real numbers (float16, bfloat16, float32, float64 or integers)")
+    raise TypeError(f"{name} has dtype {dtype}; it must hold real numbers: floats of 16 to 64 bits, or integers")
 
 
 def as_array(value: object, name: str) -> Array:
@@ -61,17 +61,18 @@ def targets(value: object, n_rows: int, n_classes: int) -> Array:
     array = as_array(value, "targets")
     if array.ndim == 2 and (array.dtype.kind not in "iub" or array.shape == (n_rows, n_classes)):
         if array.shape != (n_rows, n_classes):
+            wanted = (n_rows, n_classes)
             raise ValueError(
-                f"targets has shape {array.shape}; class probabilities must have the scores' shape {(n_rows, n_classes)}"
+                f"targets has shape {array.shape}; class probabilities must have the scores' shape {wanted}"
             )
         finite_nonnegative(array, "targets")
         return array
     if array.shape != (n_rows,):
-        raise ValueError(f"targets has shape {array.shape}; it must be ({n_rows},): one class index for each row of scores")
+        raise ValueError(f"targets has shape {array.shape}; it must be ({n_rows},), a class for each row")
     if array.dtype.kind not in "iu":
         if array.size == 0:
             return np.zeros(0, np.int64)
-        raise TypeError(f"targets has dtype {array.dtype}; class indices must be of an integer type (targets.astype(int))")
+        raise TypeError(f"targets has dtype {array.dtype}; class indices must be integers (targets.astype(int))")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -130,7 +131,7 @@ def number(value: object, name: str, *, low: float = -np.inf, high: float = np.i
     """A finite real number in [low, high], or in (low, high] where `above`."""
     if not isinstance(value, Real | np.number) or isinstance(value, bool | np.complexfloating):
         raise TypeError(f"{name} is {value!r}; it must be a number")
-    x = float(value)  # type: ignore[arg-type]
+    x = float(value)
     if not (np.isfinite(x) and low <= x <= high and not (above and x == low)):
         bounds = [f"above {low:g}" if above else f"at least {low:g}"] if low > -np.inf else []
         bounds += [f"at most {high:g}"] if high < np.inf else []
@@ -182,6 +183,6 @@ def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None
 
 def _share(a: Array, b: Array) -> bool:
     try:
-        return bool(np.shares_memory(a, b, max_work=10_000))
+        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -115,7 +115,9 @@ def linear_rows(
             if array is not None:
                 array[...] = 0
     # Where row k of a chunk goes in dX and row_loss: skipping leaves gaps, picking rows does not.
-    places = None if kept is rows else kept if rows is None else np.flatnonzero(multiplier[rows] != 0)  # type: ignore[index]
+    places = None
+    if kept is not rows and multiplier is not None:
+        places = kept if rows is None else np.flatnonzero(multiplier[rows] != 0)
     n = len(X) if kept is None else len(kept)
     wants_gradient = not (dW is None and db is None and dX is None)
     W = np.ascontiguousarray(W)
@@ -142,9 +144,7 @@ def linear_rows(
                 weights = None if w is None else w[block]
                 return backend.score_rows(loss, some, y[block], weights, 1.0, grad, kept_losses, {}, 1)
 
-            def accumulate(
-                block: slice, x: Array = x, scores: Array = scores, first: bool = part.start == 0
-            ) -> None:
+            def accumulate(block: slice, x: Array = x, scores: Array = scores, first: bool = part.start == 0) -> None:
                 grad = scores[:, block]
                 for array, product in ((dW, x), (db, np.ones(len(x), W.dtype))):
                     if array is not None:
@@ -160,7 +160,7 @@ def linear_rows(
 
                 def pull(block: slice, scores: Array = scores, where: Any = where) -> None:
                     at = slice(where.start + block.start, where.start + block.stop) if places is None else where[block]
-                    dX[at] = (scores[block] @ W) * W.dtype.type(scale)  # type: ignore[index]
+                    dX[at] = (scores[block] @ W) * W.dtype.type(scale)
 
                 workers.run(pull, split(len(x), 256))
             if row_loss is not None:

@@ -24,7 +24,9 @@ def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes:
             checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
 
 
-def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None]:
+def fold(
+    loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]
+) -> tuple[Array | None, Array | None]:
     """The row multipliers, and the weights that a mean divides by where those differ; None stands for all 1.
 
     They differ where class weights are part of the row loss and the targets are indices (label smoothing): the mean
@@ -70,11 +72,12 @@ def check_outputs(loss: Any, outputs: tuple[str, ...]) -> None:
 
 def check_upstream(upstream: object, reduction: str, n: int) -> float | Array:
     """The gradient's factor: one number, or with reduction="none" one for each row."""
-    if reduction == "none" and np.ndim(upstream) == 1:  # type: ignore[arg-type]
+    array = np.asarray(upstream)
+    if reduction == "none" and array.ndim == 1:
         return checks.finite(checks.vector(upstream, "upstream", n, "row"), "upstream")
-    if np.ndim(upstream) != 0:  # type: ignore[arg-type]
-        raise ValueError(f'upstream has shape {np.shape(upstream)}; with reduction="{reduction}" it must be a number')  # type: ignore[arg-type]
-    return checks.number(upstream[()] if isinstance(upstream, np.ndarray) else upstream, "upstream")
+    if array.ndim != 0:
+        raise ValueError(f'upstream has shape {array.shape}; with reduction="{reduction}" it must be a number')
+    return checks.number(array[()], "upstream")
 
 
 def reduce(value: float, reduction: str, total: float) -> float:

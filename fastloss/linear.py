@@ -125,7 +125,9 @@ class LinearObjective:
         if n_classes != self._checked_for:
             self.loss.check_classes(n_classes)
             if self.targets.ndim == 2 and self.targets.shape[1] != n_classes:
-                raise ValueError(f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}")
+                raise ValueError(
+                    f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
+                )
             driver.check_range(backends.get("reference"), self.loss, self.targets, n_classes)
             self._multiplier, self._denominator = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
             self._total = driver.total_weight(self._multiplier, self._denominator, len(self.X))
@@ -289,7 +291,9 @@ class LinearObjective:
         Raises ValueError if the penalty has no gradient (L1, ElasticNet) or is a constraint (MaxNorm).
         """
         if self.penalty is not None and self.penalty.by != "gradient":
-            raise ValueError(f"penalty is {self.penalty!r}, which has no gradient everywhere; use L2, or a proximal method")
+            raise ValueError(
+                f"penalty is {self.penalty!r}, which has no gradient everywhere; use L2, or a proximal method"
+            )
         return Flat(self)
 
 

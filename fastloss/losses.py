@@ -306,7 +306,9 @@ class Hinge(Loss):
             )
 
 
-def softmax(scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None) -> Array:
+def softmax(
+    scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None
+) -> Array:
     """`exp(s_j) / Σ_k exp(s_k)` along the last axis, with the maximum shifted out.
 
     Parameters

@@ -266,7 +266,7 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
 
     X holds `real` or uint8, of any strides. targets and multiplier belong to X, losses to the rows picked.
     """
-    cdef Loan loan = Loan()
+    cdef _Loan loan = _Loan()
     cdef LinearPass p
     cdef Matrix w, bias, m
     cdef Py_buffer *view = loan.borrow(X, False)

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True, auto_pickle=False
 """The kernels: one pass over tiles of rows. This module exists once for each float type and instruction-set level.
 
 A tile of TILE rows goes through three rooms, none of which knows the others:
@@ -11,6 +11,7 @@ This file owns what is common: the borrowed arrays, targets, row multipliers, se
 segments whose size depends on the shape alone; a segment's sums are its own and are added in the order of segments.
 Results therefore have the same bits for any number of threads.
 """
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 )
@@ -115,7 +116,8 @@ cdef struct Indices:
     char kind  # as in the buffer protocol's format; 0 for none
 
 
-cdef class Loan:
+@cython.final
+cdef class _Loan:
     """Buffers borrowed for one call and given back at its end."""
     cdef Py_buffer views[10]
     cdef int used
@@ -242,7 +244,7 @@ cdef inline Py_ssize_t row_index(const Indices *a, Py_ssize_t at) noexcept nogil
 
 def first_outside(indices, Py_ssize_t stop, ignored):
     """The position of the first index outside [0, stop) that is not `ignored` (None: no such exception), or -1."""
-    cdef Loan loan = Loan()
+    cdef _Loan loan = _Loan()
     cdef Indices a = loan.indices(indices)
     cdef bint ignores = ignored is not None
     cdef int64_t value = 0

@@ -186,7 +186,7 @@ cdef char *aligned(char *p) noexcept nogil:
 
 def score_rows(kind, margin, power, over, scores, targets, multiplier, double scale, grad, losses, int n_threads):
     """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`."""
-    cdef Loan loan = Loan()
+    cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
     cdef double partial[SEGMENTS]
@@ -267,7 +267,7 @@ cdef void transform_segment(ScoresPass *s, Py_ssize_t k, int thread) noexcept no
 
 def transform(kind, scores, out, int n_threads):
     """softmax, log_softmax (out like scores) or logsumexp (out a vector) of the rows of `scores`."""
-    cdef Loan loan = Loan()
+    cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
     cdef Py_ssize_t k, segments

@@ -112,7 +112,8 @@ def _default() -> str | None:
     return name
 
 
-_forced: ContextVar[str | None] = ContextVar("fastloss backend", default=_default())
+_environment = _default()
+_forced: ContextVar[str | None] = ContextVar("fastloss backend", default=None)
 
 
 def _load(name: str) -> Backend | str:
@@ -141,14 +142,14 @@ def get(name: str) -> Backend:
 
 def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> Backend:
     """The backend for a call: the one named (here, by `use_backend` or FASTLOSS_BACKEND), else the first that can."""
-    name = name or _forced.get()
+    name = name or _forced.get() or _environment
     if name is not None:
         backend = get(name)
         reason = backend.why_not(verb, loss, dtype, needs)
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
         return backend
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for candidate in _AUTOMATIC:
         found = _load(candidate)
         reason = found if isinstance(found, str) else found.why_not(verb, loss, dtype, needs)

@@ -106,7 +106,7 @@ class CythonBackend(Backend):
         fused = (
             len(W) <= FEW_CLASSES
             and W.nbytes <= PANEL_BYTES
-            and (X.dtype == W.dtype or X.dtype == np.uint8 and W.dtype == FLOAT32)
+            and (X.dtype == W.dtype or (X.dtype == np.uint8 and W.dtype == FLOAT32))
             and X.flags.aligned
             and dX is None
         )

@@ -109,7 +109,7 @@ def softmax_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> A
     p = softmax(s)
     total_u = target_vectors(loss, targets, *scores.shape).sum(axis=1, keepdims=True)
     spread = p * direction - p * (p * direction).sum(axis=1, keepdims=True)
-    return total_u * spread / loss.temperature**2
+    return np.asarray(total_u * spread / loss.temperature**2)
 
 
 # --- hinge ---------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def hinge_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Arr
         m = np.where(keep, m, -np.inf)
     curve = np.where(m > 0, 2 * (direction - direction[n, targets][:, None]), 0)
     curve[n, targets] = -curve.sum(axis=1)
-    return curve / (c if loss.over == "mean" else 1)
+    return np.asarray(curve / (c if loss.over == "mean" else 1))
 
 
 ROWS = {"softmax": softmax_rows, "hinge": hinge_rows}
@@ -259,9 +259,7 @@ class ReferenceBackend(Backend):
             row_loss[live] = losses
         return value
 
-    def hvp_rows(
-        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array
-    ) -> Array:
+    def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
         live = live_rows(multiplier)
         product = np.zeros_like(direction)
         with np.errstate(all="ignore"):
