@@ -17,9 +17,16 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
+# What is asked for at every call, found without asking NumPy.
+_COMPUTE = {FLOAT32: FLOAT32, FLOAT64: FLOAT64, np.dtype(np.int64): FLOAT64, np.dtype(np.int32): FLOAT64}
+
+
 def compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
     """The float type that values of `dtype` are computed in: float32 for 16-bit floats and uint8, else float64."""
-    if dtype in (FLOAT32, FLOAT64):
+    known = _COMPUTE.get(dtype)
+    if known is not None:
+        return known
+    if dtype.kind == "f" and dtype.itemsize in (4, 8):
         return dtype.newbyteorder("=")
     if (dtype.kind == "f" and dtype.itemsize == 2) or dtype.name == "bfloat16" or dtype == np.uint8:
         return FLOAT32
@@ -59,6 +66,8 @@ def scores(value: object, name: str = "scores") -> Array:
 def targets(value: object, n_rows: int, n_classes: int) -> Array:
     """Class indices `(N,)` of an integer type, or class probabilities `(N, C)`. The range is checked by `in_range`."""
     array = as_array(value, "targets")
+    if array.shape == (n_rows,) and array.dtype.kind in "iu" and array.dtype.isnative:
+        return array
     if array.ndim == 2 and (array.dtype.kind not in "iub" or array.shape == (n_rows, n_classes)):
         if array.shape != (n_rows, n_classes):
             wanted = (n_rows, n_classes)
@@ -161,6 +170,8 @@ def out(array: object, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
         raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}; it must have {shape} and {dtype}")
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only; it must be writeable")
+    if not array.flags.aligned:
+        raise ValueError(f"{name} is not aligned to its dtype {dtype}; it must be")
     return array
 
 
@@ -168,6 +179,8 @@ def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None
     """Raise if `out` shares memory with an input, or is that input `in_place` only in part."""
     for other_name, other in inputs.items():
         if other is out and other_name == in_place:
+            continue
+        if type(other) is np.ndarray and out is not other and out.flags.owndata and other.flags.owndata:
             continue
         if isinstance(other, np.ndarray) and np.may_share_memory(out, other) and _share(out, other):
             same = (

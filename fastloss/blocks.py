@@ -20,7 +20,8 @@ from fastloss._checks import Array
 from fastloss.backends import Backend
 
 CHUNK_BYTES = 32 << 20  # of scores in one chunk
-CLASS_BLOCK = 1024  # classes of one product
+PRODUCT_BLOCK = 1024  # classes, and features, of one product
+SMALL = 1 << 20  # multiplications below which starting threads costs more than it brings
 
 _blas_lock = threading.RLock()
 _blas_users = 0
@@ -67,7 +68,7 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def run(self, task: Callable[[slice], Any], parts: list[slice]) -> list[Any]:
+    def run(self, task: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
         if self._pool is None or len(parts) == 1:
             return [task(part) for part in parts]
         return list(self._pool.map(task, parts))
@@ -76,6 +77,10 @@ class Workers:
 def split(n: int, size: int) -> list[slice]:
     """Consecutive parts of range(n) of `size` each, the last maybe shorter."""
     return [slice(start, min(n, start + size)) for start in range(0, n, size)]
+
+
+def pairs(rows: list[slice], columns: list[slice]) -> list[tuple[slice, slice]]:
+    return [(r, c) for c in columns for r in rows]
 
 
 def chunks(n: int, row_bytes: int, chunk_rows: int | None) -> list[slice]:
@@ -121,8 +126,10 @@ def linear_rows(
     n = len(X) if kept is None else len(kept)
     wants_gradient = not (dW is None and db is None and dX is None)
     W = np.ascontiguousarray(W)
-    classes = split(c, CLASS_BLOCK)
+    classes, features = split(c, PRODUCT_BLOCK), split(W.shape[1], PRODUCT_BLOCK)
     total = 0.0
+    if n * W.size < SMALL:
+        n_threads = 1
     if n == 0:
         for array in (dW, db):
             if array is not None:
@@ -133,10 +140,11 @@ def linear_rows(
             scores = np.empty((len(x), c), W.dtype)
             losses = None if row_loss is None else np.empty(len(x), W.dtype)
 
-            def produce(block: slice, x: Array = x, scores: Array = scores) -> None:
-                np.matmul(x, W[block].T, out=scores[:, block])
+            def produce(at: tuple[slice, slice], x: Array = x, scores: Array = scores) -> None:
+                some, block = at
+                np.matmul(x[some], W[block].T, out=scores[at])
                 if b is not None:
-                    scores[:, block] += b[block]
+                    scores[at] += b[block]
 
             def reduce(block: slice, y: Array = y, w: Any = w, scores: Array = scores, losses: Any = losses) -> float:
                 some = scores[block]
@@ -144,17 +152,20 @@ def linear_rows(
                 weights = None if w is None else w[block]
                 return backend.score_rows(loss, some, y[block], weights, 1.0, grad, kept_losses, {}, 1)
 
-            def accumulate(block: slice, x: Array = x, scores: Array = scores, first: bool = part.start == 0) -> None:
-                grad = scores[:, block]
-                for array, product in ((dW, x), (db, np.ones(len(x), W.dtype))):
-                    if array is not None:
-                        found = grad.T @ product
-                        array[block] = found if first else array[block] + found
+            def accumulate(
+                at: tuple[slice, slice], x: Array = x, scores: Array = scores, first: bool = part.start == 0
+            ) -> None:
+                grad = scores[:, at[0]].T
+                add_to(dW, at, grad, x[:, at[1]], first)
+                if at[1].start == 0:
+                    add_to(db, at[0], grad, np.ones(len(x), W.dtype), first)
 
-            workers.run(produce, classes)
+            # Where classes alone do not give each thread a product, rows are split too; by the shape, not the threads.
+            few = len(classes) < 4
+            workers.run(produce, pairs(split(len(x), 256 if few else len(x)), classes))
             total += sum(workers.run(reduce, split(len(x), 64)))
             if dW is not None or db is not None:
-                workers.run(accumulate, classes)
+                workers.run(accumulate, pairs(classes, features))
             where = part if places is None else places[part]
             if dX is not None:
 
@@ -169,6 +180,13 @@ def linear_rows(
         if array is not None:
             array *= W.dtype.type(scale)
     return total
+
+
+def add_to(sums: Array | None, at: Any, left: Array, right: Array, first: bool) -> None:
+    """sums[at] += left @ right; the first product is written, so that nothing needs to be cleared."""
+    if sums is not None:
+        product = left @ right
+        sums[at] = product if first else sums[at] + product
 
 
 def values(
