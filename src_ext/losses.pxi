@@ -5,8 +5,11 @@
 #   rows    (layout ROWED)  a vector holds LANES classes of one row; sums and maxima are folded over the lanes
 # `layout`, `grad`, `power` are constants where the functions are called, so each call is compiled for its case alone.
 #
+# Classes are walked in blocks of 16 vectors. A block's sum is added to the sum of blocks, so that rounding grows little
+# with C; and only a block that holds the target, or the end of a row, looks at where its lanes are (`careful`).
+#
 # Cost: softmax reads the scores twice and, for the gradient, writes and scales the exponentials; all but the first read
-# find the row in cache. Sums over classes are blocked by 64 vectors, so that rounding does not grow with C.
+# find the row in cache.
 
 cdef enum:
     LANED = 0
@@ -33,21 +36,22 @@ cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
     const real *src
     real *dst
-    Py_ssize_t step  # numbers from one vector to the next
     Py_ssize_t vectors
     Py_ssize_t classes
+    Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target) noexcept nogil:
     cdef Walk w
-    w.src, w.dst, w.step, w.vectors, w.classes, w.target = tile, tile, TILE, c, c, target
+    w.src, w.dst, w.vectors, w.classes, w.target_block, w.target = tile, tile, c, c, 0, target
     return w
 
 
 cdef inline Walk walk_row(const real *src, real *dst, Py_ssize_t c, lane_int target) noexcept nogil:
     cdef Walk w
-    w.src, w.dst, w.step, w.vectors, w.classes, w.target = src, dst, LANES, (c + LANES - 1) // LANES, c, iset(target)
+    w.src, w.dst, w.vectors, w.classes = src, dst, (c + LANES - 1) // LANES, c
+    w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     return w
 
 
@@ -68,26 +72,30 @@ cdef inline mask not_wrong(int layout, const Walk *w, Py_ssize_t k) noexcept nog
     return m
 
 
-cdef inline vec fetch(int layout, const Walk *w, const real *p, Py_ssize_t k, real fill) noexcept nogil:
+cdef inline bint is_careful(int layout, const Walk *w, Py_ssize_t start) noexcept nogil:
+    """Whether the block of 16 vectors from `start` on holds the target, or the end of a row."""
+    if layout == LANED:
+        return True
+    return start == w.target_block or (start + 16) * LANES > w.classes
+
+
+cdef inline vec fetch(int layout, bint careful, const Walk *w, const real *p, Py_ssize_t k, real fill) noexcept nogil:
     cdef Py_ssize_t left
-    if layout == ROWED:
+    if layout == ROWED and careful:
         left = w.classes - k * LANES
         if left < LANES:
             return vload_part(p + k * LANES, left, fill)
-        return vload(p + k * LANES)
-    return vload(p + k * TILE)
+    return vload(p + k * (LANES if layout == ROWED else TILE))
 
 
-cdef inline void put(int layout, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
+cdef inline void put(int layout, bint careful, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
     cdef Py_ssize_t left
-    if layout == ROWED:
+    if layout == ROWED and careful:
         left = w.classes - k * LANES
         if left < LANES:
             vstore_part(w.dst + k * LANES, v, left)
-        else:
-            vstore(w.dst + k * LANES, v)
-    else:
-        vstore(w.dst + k * TILE, v)
+            return
+    vstore(w.dst + k * (LANES if layout == ROWED else TILE), v)
 
 
 cdef inline vec fold_sum(int layout, vec v) noexcept nogil:
@@ -118,29 +126,74 @@ cdef extern from *:
     void store_lanes "fl_store_lanes" (lane_int *, ivec) noexcept nogil
 
 
+cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
+    """v to dst at the target."""
+    cdef Py_ssize_t k
+    cdef lane_int y[32]
+    cdef real lanes[32]
+    if layout == ROWED:
+        store_lanes(y, w.target)
+        vstore(lanes, v)
+        w.dst[y[0]] = lanes[0]
+    else:
+        for k in range(w.vectors):
+            put(layout, True, w, k, choose(at_target(layout, w, k), v, vload(w.dst + k * TILE)))
+
+
 cdef inline vec row_max(int layout, const Walk *w) noexcept nogil:
     cdef vec m = vset(<real> -INFINITY)
-    cdef Py_ssize_t k
-    for k in range(w.vectors):
-        m = vmax(m, fetch(layout, w, w.src, k, <real> -INFINITY))
+    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    for k in range(whole):
+        m = vmax(m, fetch(layout, False, w, w.src, k, 0))
+    if whole < w.vectors:
+        m = vmax(m, fetch(layout, True, w, w.src, whole, <real> -INFINITY))
     return fold_max(layout, m)
 
 
-cdef inline vec row_exps(int layout, bint keep, bint spare, const Walk *w, vec m) noexcept nogil:
-    """Σ exp(s − m), without the target where it is spared; the exponentials are kept in dst (0 at a spared target)."""
-    cdef vec total = vset(0), part, e
-    cdef Py_ssize_t start, k
-    for start in range(0, w.vectors, 64):
-        part = vset(0)
-        for k in range(start, min(w.vectors, start + 64)):
-            e = vexp(sub(fetch(layout, w, w.src, k, <real> -INFINITY), m))
-            if spare:
-                e = choose(at_target(layout, w, k), vset(0), e)
-            if keep:
-                put(layout, w, k, e)
-            part = add(part, e)
-        total = add(total, part)
+cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m,
+                           vec *last) noexcept nogil:
+    cdef vec total = vset(0), e
+    cdef Py_ssize_t k
+    for k in range(start, min(w.vectors, start + 16)):
+        e = vexp(sub(fetch(layout, careful, w, w.src, k, <real> -INFINITY), m))
+        if careful:
+            e = choose(at_target(layout, w, k), vset(0), e)
+        if layout == ROWED and careful and (k + 1) * LANES > w.classes:
+            last[0] = e
+        elif keep:
+            put(layout, False, w, k, e)
+        total = add(total, e)
+    return total
+
+
+cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *last) noexcept nogil:
+    """Σ exp(s − m) without the target; the exponentials are kept in dst, 0 at the target.
+
+    Those of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been written
+    cannot be read again without a stall.
+    """
+    cdef vec total = vset(0)
+    cdef Py_ssize_t start
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            total = add(total, block_exps(layout, True, keep, w, start, m, last))
+        else:
+            total = add(total, block_exps(layout, False, keep, w, start, m, last))
     return fold_sum(layout, total)
+
+
+cdef inline void scale(int layout, const Walk *w, vec last, vec r, vec target) noexcept nogil:
+    """What row_exps kept, times r, to dst; but `target` at the target."""
+    cdef Py_ssize_t k, whole = w.classes // LANES
+    if layout == LANED:
+        for k in range(w.vectors):
+            put(LANED, False, w, k, choose(at_target(LANED, w, k), target, mul(vload(w.dst + k * TILE), r)))
+        return
+    for k in range(whole):
+        put(ROWED, False, w, k, mul(fetch(ROWED, False, w, w.dst, k, 0), r))
+    if whole < w.vectors:
+        put(ROWED, True, w, whole, mul(last, r))
+    put_at_target(ROWED, w, target)
 
 
 cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
@@ -151,56 +204,46 @@ cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
 
 cdef inline vec softmax(int layout, bint grad, const Walk *w, vec factor) noexcept nogil:
     """log Σ exp(s − m) − (s_y − m), and factor · (p − e_y), whose entry at the target is −Σ_{j≠y} p_j."""
-    cdef vec m = row_max(layout, w), st = target_score(layout, w), others, total, r, g
-    cdef vec below = sub(st, m)
-    cdef Py_ssize_t k
-    others = row_exps(layout, grad, True, w, m)
+    cdef vec m = row_max(layout, w), st = target_score(layout, w), others, total, r
+    cdef vec below = sub(st, m), last = vset(0)
+    others = row_exps(layout, grad, w, m, &last)
     total = add(others, vexp(below))
     if grad:
         r = div(factor, total)
-        g = mul(others, sub(vset(0), r))
-        for k in range(w.vectors):
-            put(layout, w, k, choose(at_target(layout, w, k), g, mul(fetch(layout, w, w.dst, k, 0), r)))
+        scale(layout, w, last, r, mul(others, sub(vset(0), r)))
     return sub(log_sum(total, others, veq(st, m)), below)
+
+
+cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
+                            Py_ssize_t start, vec st, vec share, vec *pull) noexcept nogil:
+    cdef vec loss = vset(0), some = vset(0), zero = vset(0), m, active, d
+    cdef Py_ssize_t k
+    for k in range(start, min(w.vectors, start + 16)):
+        m = add(sub(fetch(layout, careful, w, w.src, k, 0), st), vset(o.margin))
+        if careful:
+            m = choose(not_wrong(layout, w, k), zero, m)
+        active = choose(vle(m, zero), zero, m)
+        loss = add(loss, active if power == 1 else mul(active, active))
+        if grad:
+            d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
+            some = add(some, d)
+            put(layout, careful, w, k, mul(d, share))
+    pull[0] = add(pull[0], some)
+    return loss
 
 
 cdef inline vec hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor) noexcept nogil:
     """Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed."""
-    cdef vec st = target_score(layout, w), zero = vset(0), one = vset(1), two = vset(2)
-    cdef vec loss = zero, pull = zero, part, some, m, active, d, share
-    cdef Py_ssize_t start, k
-    share = mul(factor, vset(o.per_class))
-    for start in range(0, w.vectors, 64):
-        part = some = zero
-        for k in range(start, min(w.vectors, start + 64)):
-            m = add(sub(fetch(layout, w, w.src, k, 0), st), vset(o.margin))
-            m = choose(not_wrong(layout, w, k), zero, m)
-            active = choose(vle(m, zero), zero, m)
-            part = add(part, active if power == 1 else mul(active, active))
-            if grad:
-                d = choose(vlt(zero, m), one, active) if power == 1 else mul(two, active)
-                some = add(some, d)
-                put(layout, w, k, mul(d, share))
-        loss = add(loss, part)
-        pull = add(pull, some)
+    cdef vec st = target_score(layout, w), loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
+    cdef Py_ssize_t start
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, st, share, &pull))
+        else:
+            loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, st, share, &pull))
     if grad:
-        pull = mul(fold_sum(layout, pull), sub(zero, share))
-        target_gradient(layout, w, pull)
+        put_at_target(layout, w, mul(fold_sum(layout, pull), sub(vset(0), share)))
     return mul(fold_sum(layout, loss), vset(o.per_class))
-
-
-cdef inline void target_gradient(int layout, const Walk *w, vec g) noexcept nogil:
-    """Write the gradient's entry at the target."""
-    cdef Py_ssize_t k
-    cdef lane_int y[32]
-    cdef real lanes[32]
-    if layout == ROWED:
-        store_lanes(y, w.target)
-        vstore(lanes, g)
-        w.dst[y[0]] = lanes[0]
-    else:
-        for k in range(w.vectors):
-            put(layout, w, k, choose(at_target(layout, w, k), g, vload(w.dst + k * TILE)))
 
 
 cdef inline vec hinge_max(int layout, bint grad, const Options *o, const Walk *w, vec factor) noexcept nogil:
@@ -210,7 +253,7 @@ cdef inline vec hinge_max(int layout, bint grad, const Options *o, const Walk *w
     cdef mask better
     cdef Py_ssize_t k
     for k in range(w.vectors):
-        m = add(sub(fetch(layout, w, w.src, k, 0), st), vset(o.margin))
+        m = add(sub(fetch(layout, True, w, w.src, k, 0), st), vset(o.margin))
         m = choose(not_wrong(layout, w, k), vset(<real> -INFINITY), m)
         better = mandnot(veq(best, best), vle(m, best))
         best = choose(better, m, best)
@@ -227,7 +270,7 @@ cdef inline vec hinge_max(int layout, bint grad, const Options *o, const Walk *w
         for k in range(w.vectors):
             cls = classes_of(layout, k)
             m = choose(ieq(cls, w.target), sub(zero, d), choose(ieq(cls, index), d, zero))
-            put(layout, w, k, m)
+            put(layout, True, w, k, m)
     return active if o.power == 1 else mul(active, active)
 
 
@@ -279,39 +322,39 @@ cdef inline vec transform_walk(int layout, int kind, const Walk *w) noexcept nog
 
     The first maximum plays the part of the target: its exponential is 1 and is spared from the sum.
     """
-    cdef vec m = row_max(layout, w), others, total, log, r
+    cdef vec m = row_max(layout, w), others, total, log, r, last = vset(0)
     cdef Walk top = w[0]
     cdef Py_ssize_t k
-    top.target = first_equal(layout, w, m)
-    others = row_exps(layout, kind == PROBABILITIES, True, &top, m)
+    find_first(layout, &top, m)
+    others = row_exps(layout, kind == PROBABILITIES, &top, m, &last)
     total = add(others, vexp(sub(m, m)))
     log = log_sum(total, others, veq(m, m))
     if kind == PROBABILITIES:
         r = div(vset(1), total)
-        for k in range(w.vectors):
-            put(layout, w, k, choose(at_target(layout, &top, k), r, mul(fetch(layout, w, w.dst, k, 0), r)))
+        scale(layout, &top, last, r, r)
     elif kind == LOG_PROBABILITIES:
         for k in range(w.vectors):
-            put(layout, w, k, sub(sub(fetch(layout, w, w.src, k, 0), m), log))
+            put(layout, True, w, k, sub(sub(fetch(layout, True, w, w.src, k, 0), m), log))
     return limit_of_log_sum(layout, w, m, add(m, log)) if kind == LOG_SUM else log
 
 
-cdef inline ivec first_equal(int layout, const Walk *w, vec m) noexcept nogil:
-    """The first class whose score is m; 0 where there is none (NaN)."""
-    cdef ivec index = iset(<lane_int> w.classes), cls
+cdef inline void find_first(int layout, Walk *w, vec m) noexcept nogil:
+    """Make the first class whose score is m the target; class 0 where there is none (NaN)."""
+    cdef ivec index = iset(<lane_int> w.classes)
     cdef lane_int lanes[32]
-    cdef int lane, first
+    cdef lane_int first
+    cdef int lane
     cdef Py_ssize_t k
     for k in range(w.vectors - 1, -1, -1):
-        cls = classes_of(layout, k)
-        index = ichoose(veq(fetch(layout, w, w.src, k, <real> NAN), m), cls, index)
+        index = ichoose(veq(fetch(layout, True, w, w.src, k, <real> NAN), m), classes_of(layout, k), index)
     if layout == ROWED:
         store_lanes(lanes, index)
         first = lanes[0]
         for lane in range(1, LANES):
             first = min(first, lanes[lane])
         index = iset(first)
-    return ichoose(ige(index, iset(<lane_int> w.classes)), iset(0), index)
+        w.target_block = first // (16 * LANES) * 16 if first < w.classes else 0
+    w.target = ichoose(ige(index, iset(<lane_int> w.classes)), iset(0), index)
 
 
 cdef inline vec limit_of_log_sum(int layout, const Walk *w, vec m, vec z) noexcept nogil:
@@ -322,7 +365,7 @@ cdef inline vec limit_of_log_sum(int layout, const Walk *w, vec m, vec z) noexce
     if lane_max(choose(infinite, vset(1), vset(0))) == 0:
         return z
     for k in range(w.vectors):
-        x = fetch(layout, w, w.src, k, 0)
+        x = fetch(layout, True, w, w.src, k, 0)
         bad = choose(veq(x, x), bad, vset(1))
     bad = fold_max(layout, bad)
     return choose(mandnot(infinite, veq(bad, vset(1))), m, z)

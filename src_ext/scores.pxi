@@ -4,7 +4,7 @@
 # tile of 16 rows) fits in cache. Rows of few classes, or whose classes are not contiguous, go through a transposed tile.
 
 cdef enum:
-    FEW = 64  # classes up to which 16 rows are handled transposed: shorter rows fill no vectors of their own
+    FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
 cdef struct ScoresPass:
     Matrix scores, grad
@@ -23,7 +23,7 @@ cdef struct ScoresPass:
 
 cdef bint is_laned(const Matrix *a, const Matrix *b) noexcept nogil:
     """Whether the tile is transposed: few classes, or classes that are not contiguous in source or destination."""
-    return a.columns <= FEW or a.column_stride != 1 or (b.data != NULL and b.column_stride != 1)
+    return a.columns <= FEW * LANES or a.column_stride != 1 or (b.data != NULL and b.column_stride != 1)
 
 
 cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) noexcept nogil:
@@ -46,6 +46,15 @@ cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) n
         for j in range(a.columns):
             for i in range(TILE):
                 tile[j * TILE + i] = p[i * a.row_stride + j * a.column_stride] if i < n else 0
+
+
+cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """Ask for rows that come next: a tile reads them in an order that the processor does not foresee."""
+    cdef Py_ssize_t row, j
+    if a.column_stride == 1:
+        for row in range(start, stop):
+            for j in range(0, a.columns, 64 // 4):
+                prefetch(a.data + row * a.row_stride + j)
 
 
 cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *tile) noexcept nogil:
@@ -119,6 +128,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         n = <int> min(<Py_ssize_t> TILE, stop - row)
         live = tile_multipliers(s.multiplier, row, n, mult)
         convert(&s.targets, row, n, y)
+        fetch_rows(&s.scores, row + TILE, min(row + 2 * TILE, stop))
         load_tile(&s.scores, row, n, tile)
         tile_losses(&s.options, grad, tile, c, y, mult, s.scale, live == TILE, losses)
         if grad:

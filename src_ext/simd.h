@@ -134,12 +134,25 @@ FL_INLINE vec choose(mask m, vec a, vec b) {
 #endif
 }
 FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (m & a) | (~m & b); }
+#ifdef __AVX2__
+FL_INLINE ivec first_lanes(ptrdiff_t n) { return (ivec)(iota() < iset((lane_int)n)); }
+FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
+    ivec m = first_lanes(n);
+    return choose((mask)m, VOP(maskload)((const void *)p, (__m256i)m), vset(fill));
+}
+FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) { VOP(maskstore)((void *)p, (__m256i)first_lanes(n), v); }
+#else
 FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
     vec v = vset(fill);
-    memcpy(&v, p, (size_t)n * sizeof(real));
+    for (int k = 0; k < LANES; k++)
+        if (k < n) v[k] = p[k];
     return v;
 }
-FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) { memcpy(p, &v, (size_t)n * sizeof(real)); }
+FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
+    for (int k = 0; k < LANES; k++)
+        if (k < n) p[k] = v[k];
+}
+#endif
 #endif
 
 /* The larger of two; which one is given where one is NaN is not said. */
