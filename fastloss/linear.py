@@ -113,7 +113,7 @@ class LinearObjective:
             position = int(np.argmin(self._scale != 0))
             raise ValueError(f"scale[{position}] is 0; the features are divided by it")
 
-    def _weights(self, W: object, ndim: int = 2, name: str = "W") -> Array:
+    def check_weights(self, W: object, ndim: int = 2, name: str = "W") -> Array:
         """W, checked; and, once for each number of classes, the targets and the row multipliers that go with it."""
         array = checks.as_array(W, name)
         columns = self.X.shape[1] + self.bias
@@ -129,12 +129,12 @@ class LinearObjective:
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
                 )
             driver.check_range(backends.get("reference"), self.loss, self.targets, n_classes)
-            self._multiplier, self._denominator = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
-            self._total = driver.total_weight(self._multiplier, self._denominator, len(self.X))
+            self.multiplier, self._denominator = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
+            self._total = driver.total_weight(self.multiplier, self._denominator, len(self.X))
             self._checked_for = n_classes
         return array
 
-    def _choose(self, verb: str) -> backends.Backend:
+    def choose_backend(self, verb: str) -> backends.Backend:
         return backends.choose(self.backend, verb, self.loss, self.dtype, self._needs)
 
     def _rows(self, rows: object, backend: backends.Backend) -> tuple[Array | None, float]:
@@ -145,10 +145,10 @@ class LinearObjective:
         position = backend.first_outside(picked, len(self.X), None)
         if position >= 0:
             checks.raise_bad_row(picked, position, len(self.X))
-        weights = self._multiplier if self._denominator is None else self._denominator
+        weights = self.multiplier if self._denominator is None else self._denominator
         return picked, float(len(picked)) if weights is None else float(weights[picked].sum(dtype=np.float64))
 
-    def _fold_in(self, W: Array) -> tuple[Array, Array | None]:
+    def fold_in(self, W: Array) -> tuple[Array, Array | None]:
         """W and b for the features as they are, in the compute type, shift and scale folded in."""
         if self._shift is None and self._scale is None:
             W = W.astype(self.dtype, copy=False)
@@ -170,9 +170,9 @@ class LinearObjective:
 
     def _data(self, W: Array, rows: object, grad: Array | None) -> float:
         """Value of the loss without the penalty; its gradient into `grad` (C, D + 1)."""
-        backend = self._choose("gradient")
+        backend = self.choose_backend("gradient")
         picked, total = self._rows(rows, backend)
-        weights, b = self._fold_in(W)
+        weights, b = self.fold_in(W)
         dW = db = None
         direct = grad is not None and grad.dtype == self.dtype and self._shift is None and self._scale is None
         if grad is not None:
@@ -182,7 +182,7 @@ class LinearObjective:
                 dW, db = np.empty(weights.shape, self.dtype), np.empty(len(weights), self.dtype)
         scale = driver.scale_of(self.reduction, total)
         value = backend.linear_rows(
-            self.loss, self.X, picked, weights, b, self.targets, self._multiplier, scale, dW, db, None, None,
+            self.loss, self.X, picked, weights, b, self.targets, self.multiplier, scale, dW, db, None, None,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         if grad is not None and not direct:
@@ -217,7 +217,7 @@ class LinearObjective:
         rows : array of int, optional
             Rows of X to use, in this order, repeats allowed.
         """
-        array = self._weights(W)
+        array = self.check_weights(W)
         value = self._data(array, rows, None)
         return value if self.penalty is None else value + self.penalty.value(self.penalised(array))
 
@@ -226,7 +226,7 @@ class LinearObjective:
 
         For L1 and ElasticNet the gradient is a subgradient (0 where a weight is 0). Parameters as for `value`.
         """
-        array = self._weights(W)
+        array = self.check_weights(W)
         grad = self._gradient_out(array, out)
         value = self._data(array, rows, grad)
         if self.penalty is not None:
@@ -237,17 +237,17 @@ class LinearObjective:
 
     def data_value_and_grad(self, W: object, rows: object = None, out: Array | None = None) -> tuple[float, Array]:
         """As `value_and_grad`, without the penalty: what proximal methods step along."""
-        array = self._weights(W)
+        array = self.check_weights(W)
         grad = self._gradient_out(array, out)
         return self._data(array, rows, grad), grad
 
     def values(self, W_stack: object) -> Array:
         """The objective at K candidates `(K, C, D + 1)`, in one pass over X: array (K,) of float64."""
-        stack = self._weights(W_stack, ndim=3, name="W_stack")
-        backend = self._choose("gradient")
-        weights, b = self._fold_in(stack)
+        stack = self.check_weights(W_stack, ndim=3, name="W_stack")
+        backend = self.choose_backend("gradient")
+        weights, b = self.fold_in(stack)
         sums = blocks.values(
-            backend, self.loss, self.X, weights, b, self.targets, self._multiplier, self.chunk_rows,
+            backend, self.loss, self.X, weights, b, self.targets, self.multiplier, self.chunk_rows,
             threads.resolve(self.n_threads),
         )  # fmt: skip
         values = np.array([driver.reduce(float(v), self.reduction, self._total) for v in sums])
@@ -265,16 +265,16 @@ class LinearObjective:
         ValueError
             If the penalty has none (L1, ElasticNet).
         """
-        array, direction = self._weights(W), self._weights(V, name="V")
+        array, direction = self.check_weights(W), self.check_weights(V, name="V")
         if direction.shape != array.shape:
             raise ValueError(f"V has shape {direction.shape}; it must have W's, {array.shape}")
         if self.penalty is not None and self.penalty.by == "prox":
             raise ValueError(f"penalty is {self.penalty!r}, which has no second derivative; use L2 or none")
-        backend = self._choose("hvp")
+        backend = self.choose_backend("hvp")
         picked, total = self._rows(rows, backend)
-        (weights, b), (along, along_b) = self._fold_in(array), self._fold_in(direction)
+        (weights, b), (along, along_b) = self.fold_in(array), self.fold_in(direction)
         HW, Hb = blocks.hvp(
-            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self._multiplier,
+            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self.multiplier,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         HW, Hb = HW * driver.scale_of(self.reduction, total), Hb * driver.scale_of(self.reduction, total)

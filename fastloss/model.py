@@ -26,6 +26,8 @@ FORMAT = "fastloss.LinearModel 1"
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` only once it is complete."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target} cannot be written: {target.parent} is no folder")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -46,8 +48,9 @@ def _score(X: Array, W: Array, b: Array | None, prepare: Callable[[Array], Array
             scores += b
         store[part] = scores if store.ndim == 2 else scores.argmax(axis=1)
 
-    with blocks.Workers(threads.resolve(None)) as workers:
-        workers.run(some_rows, row_chunks(X))
+    chunks = row_chunks(X)
+    with blocks.Workers(min(threads.resolve(None), len(chunks))) as workers:
+        workers.run(some_rows, chunks)
 
 
 def predict(X: Array, W: Array, b: Array | None) -> Array:
@@ -185,8 +188,11 @@ class LinearModel:
         found = read_arrays(path, ("format", "W", "class_names", "loss"), ("shift", "scale", "image_shape"))
         if str(found["format"]) != FORMAT:
             raise DataError(f"{name} has the format {str(found['format'])!r}; expected {FORMAT!r}")
+        shape = found.get("image_shape")
         try:
-            shape = found.get("image_shape")
+            for key in ("class_names", "image_shape"):
+                if key in found and found[key].ndim != 1:
+                    raise ValueError(f"{key} has shape {found[key].shape}; it must be one-dimensional")
             return cls(
                 W=found["W"],
                 class_names=tuple(found["class_names"].tolist()),

@@ -21,6 +21,11 @@ class Penalty:
     strength: float = 1.0
     by: ClassVar[str]
 
+    @property
+    def decay(self) -> float:
+        """The q of a penalty whose gradient is q W, which a descent step can take in as it goes; 0 for others."""
+        return 0.0
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", checks.number(self.strength, "strength", low=0))
 
@@ -49,6 +54,10 @@ class L2(Penalty):
     """
 
     by: ClassVar[str] = "gradient"
+
+    @property
+    def decay(self) -> float:
+        return 2 * self.strength
 
     def value_and_grad(self, W: Array) -> tuple[float, Array]:
         return reference.l2(W, self.strength)

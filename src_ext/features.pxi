@@ -296,7 +296,7 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
     p.segment = max((p.n + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_ROWS)
     p.segment = (p.segment + TILE - 1) // TILE * TILE
     p.segments = (p.n + p.segment - 1) // p.segment
-    n_threads = <int> max(1, min(<Py_ssize_t> n_threads, p.segments))
+    n_threads = useful_threads(n_threads, p.segments, <double> p.n * p.classes * p.features, THREAD_PRODUCTS)
 
     # One piece of memory: packed W, bias, a row of zeros; partial sums of the segments; scratch of the threads.
     row_size = p.vectors * LANES * sizeof(real)

@@ -89,6 +89,8 @@ cdef extern from "math.h" nogil:
 cdef enum:
     SEGMENTS = 64  # at most; what bounds the threads that can share a call
     SEGMENT_WORK = 8192  # scores in a segment, at least: a few microseconds
+    THREAD_WORK = 16384  # scores for each thread, at least: below, waking it costs more than it brings
+    THREAD_PRODUCTS = 1 << 18  # multiplications for each thread, likewise
 
 OPENMP = bool(FASTLOSS_OPENMP)
 VECTOR_BYTES = LANES * sizeof(real)
@@ -266,6 +268,12 @@ cdef Py_ssize_t segment_rows(Py_ssize_t n, Py_ssize_t row_work, Py_ssize_t multi
     return (rows + multiple - 1) // multiple * multiple
 
 
+cdef int useful_threads(int n_threads, Py_ssize_t segments, double work, double thread_work) noexcept nogil:
+    cdef double most = min(<double> segments, work / thread_work)
+    return <int> max(1.0, min(<double> n_threads, most))
+
+
 include "losses.pxi"
 include "scores.pxi"
 include "features.pxi"
+include "descent.pxi"

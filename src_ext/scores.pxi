@@ -217,7 +217,7 @@ def score_rows(kind, margin, power, over, scores, targets, multiplier, double sc
     cdef bint laned = is_laned(&s.scores, &s.grad)
     s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
-    n_threads = <int> min(<Py_ssize_t> n_threads, segments)
+    n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if laned:
         s.scratch_size = (s.scores.columns * TILE * sizeof(real) + 127) // 64 * 64
@@ -297,7 +297,7 @@ def transform(kind, scores, out, int n_threads):
     laned = is_laned(&s.scores, &s.grad)
     s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
-    n_threads = <int> min(<Py_ssize_t> n_threads, segments)
+    n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
     s.scratch, s.scratch_size = NULL, 0
     if laned:
         s.scratch_size = (s.scores.columns * TILE * sizeof(real) + 127) // 64 * 64

@@ -85,6 +85,16 @@ class Backend:
         raise NotImplementedError
 
 
+    def descend(
+        self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
+    ) -> None:
+        """In place: v ← μ v − η (g + decay · W), W ← W + v, all (C, D); without decay from column `decayed` on."""
+        velocity *= momentum
+        velocity -= step_size * grad
+        velocity[:, :decayed] -= step_size * decay * W[:, :decayed]
+        W += velocity
+
+
 class BackendInfo(NamedTuple):
     name: str
     available: bool

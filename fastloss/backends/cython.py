@@ -119,5 +119,10 @@ class CythonBackend(Backend):
         )
         return value
 
+    def descend(
+        self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
+    ) -> None:
+        self._kernels[W.dtype].descend(W, velocity, grad, step_size, momentum, decay, decayed)
+
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
         self._kernels[scores.dtype].transform(kind, ready(scores), out, n_threads)

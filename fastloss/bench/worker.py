@@ -1,0 +1,114 @@
+"""One peer in a process of its own, which the runner tells over a pipe what to set up and when to run.
+
+A request is a line of JSON on the standard input, the reply one on the standard output.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastloss.bench import peers
+from fastloss.bench.cases import Case
+
+
+def choose_cpus(threads: int) -> list[int]:
+    """As many CPUs as threads, of different cores as far as possible; all that there are, if fewer."""
+    usable = sorted(os.sched_getaffinity(0))
+    first: dict[str, int] = {}
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        first.setdefault(siblings.read_text() if siblings.exists() else str(cpu), cpu)
+    cores = list(first.values())
+    return (cores + [cpu for cpu in usable if cpu not in cores])[:threads]
+
+
+def settle(limit: float = 2.0) -> bool:
+    """Wait until this process is quiet: thread pools spin for a while after their work. False if it never was."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        used = time.process_time()  # of all threads
+        time.sleep(0.01)
+        if time.process_time() - used < 0.001:
+            return True
+    return False
+
+
+def measure(work: peers.Work, seconds: float) -> float:
+    """The median time of one job, over about `seconds`, of a job that has run before."""
+    began = now = time.perf_counter()
+    once = 0.0
+    while now - began < 0.02:  # wake the threads, fill the caches
+        work.run()
+        once, now = time.perf_counter() - now, time.perf_counter()
+    if once > 0.5:  # a long job does not notice, and is not waited for again
+        return once / work.repeats
+    calls = max(1, int(2e-4 / once)) if once > 0 else 1000  # enough for the clock
+    samples: list[float] = []
+    gc.disable()
+    try:
+        deadline = time.perf_counter() + seconds
+        while not samples or time.perf_counter() < deadline:
+            began = time.perf_counter()
+            for _ in range(calls):
+                work.run()
+            samples.append((time.perf_counter() - began) / calls / work.repeats)
+    finally:
+        gc.enable()
+    return statistics.median(samples)
+
+
+class Session:
+    """The jobs of the present case, by variant."""
+
+    def __init__(self, peer: peers.Peer, threads: int) -> None:
+        self.peer, self.threads = peer, threads
+        self.works: dict[str, peers.Work] = {}
+
+    def prepare(self, name: str) -> dict[str, Any]:
+        """Set the case up in every variant. Variant → the loss and the norms of its gradients, or what went wrong."""
+        self.works.clear()
+        gc.collect()
+        case = Case.parse(name)
+        inputs = case.inputs()
+        answers: dict[str, Any] = {}
+        for variant, build in self.peer.variants[case.kind].items():
+            try:
+                work = build(inputs, self.threads)
+                result = work.run()
+                answer = work.answer(result) if work.answer else ()
+                answers[variant] = [float(np.linalg.norm(np.ravel(part))) for part in answer]
+                del result, answer
+                self.works[variant] = work
+            except Exception as error:  # whatever a peer raises is a result
+                answers[variant] = f"{type(error).__name__}: {error}"
+        return answers
+
+    def time(self, variants: list[str], seconds: float) -> dict[str, float]:
+        return {variant: measure(self.works[variant], seconds) for variant in variants}
+
+
+def main(name: str, threads: int) -> None:
+    # Libraries print: what they say goes to the standard error.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, choose_cpus(threads))
+    session = Session(peers.table()[name], threads)
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply = getattr(session, request.pop("do"))(**request)
+        quiet = settle()
+        print(json.dumps({"reply": reply, "quiet": quiet}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,185 @@
+"""The peers agree with fastloss: every builder of the benchmarks' table, and options that others have too."""
+
+import numpy as np
+import pytest
+
+import fastloss as fl
+from fastloss.bench import peers
+from fastloss.bench.cases import KINDS, LOSSES, Case
+
+TABLE = {name: peer for name, peer in peers.table().items() if not peer.control}
+# A few rows; few classes and many, as NumPy and the kernels go different ways there. N, D and C all differ.
+SHAPES = {"scores": ("33x10", "7x131"), "linear": ("37x19x7", "5x3x131")}
+
+
+def _grid():
+    for peer in TABLE.values():
+        if peer.why_not() is not None:
+            continue
+        for kind, variants in peer.variants.items():
+            shapes = SHAPES["linear" if kind.startswith("linear-") else "scores"]
+            for variant in variants:
+                for dtype in ("float32", "float64"):
+                    for shape in shapes[:1] if peer.slow_to_build else shapes:
+                        yield pytest.param(
+                            peer, variant, Case.parse(f"{kind}-{shape}-{dtype}"),
+                            id=f"{peer.name}-{variant.replace(' ', '_')}-{kind}-{shape}-{dtype}",
+                            marks=pytest.mark.full if peer.slow_to_build else (),
+                        )  # fmt: skip
+
+
+def _answer(peer, variant, case, threads=2):
+    inputs = case.inputs()
+    work = peer.variants[case.kind][variant](inputs, threads)
+    work.run()  # twice: what is left in buffers must not count
+    answer = work.answer(work.run())
+    for given, fresh in zip(inputs, case.inputs(), strict=True):
+        np.testing.assert_array_equal(given, fresh, err_msg="an input was written")
+    return answer
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_peer_is_here(name):
+    """Peers that are not installed show up in the report, with the reason."""
+    reason = TABLE[name].why_not()
+    if reason is not None:
+        pytest.skip(f"no parity with {name}: {reason}")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_kind_of_case_has_builders_or_a_reason(name):
+    peer = TABLE[name]
+    assert set(peer.variants) | set(peer.lacks) == set(KINDS)
+    assert not set(peer.variants) & set(peer.lacks)
+    assert all(peer.variants.values())
+
+
+# The compiler's own code warns of its own code.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(("peer", "variant", "case"), list(_grid()))
+def test_peer_agrees(peer, variant, case):
+    found = _answer(peer, variant, case)
+    eps = np.finfo(case.dtype).eps
+    for name in ("fastloss-reference", "fastloss-cython"):
+        if TABLE[name].why_not() is not None:
+            continue
+        expected = _answer(TABLE[name], "out=", case)
+        # The scores are up to 13 in size, and s − m is off by eps times that; the exponential makes it relative. The
+        # peers form the target's entry as p − 1, and sums over rows, features or classes in their own order, which is
+        # off by eps times the largest entry.
+        np.testing.assert_allclose(float(found[0]), expected[0], rtol=32 * eps)
+        for gradient, wanted in zip(found[1:], expected[1:], strict=True):
+            assert gradient.dtype == wanted.dtype == case.dtype
+            np.testing.assert_allclose(gradient, wanted, rtol=32 * eps, atol=8 * eps * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES["scores"] + SHAPES["linear"])
+def test_no_margin_of_the_hinge_cases_is_at_the_kink(shape):
+    """There the gradient would depend on rounding, and on how a peer splits ties."""
+    kind = "hinge" if shape in SHAPES["scores"] else "linear-hinge"
+    for dtype in ("float32", "float64"):
+        *features, targets = Case.parse(f"{kind}-{shape}-{dtype}").inputs()
+        scores = features[0] if len(features) == 1 else features[0] @ features[1].T + features[2]
+        margins = scores - np.take_along_axis(scores, targets[:, None], axis=1) + 1
+        assert np.abs(margins).min() > 1e-5
+
+
+# --- options that others have too, beyond what is benchmarked --------------------------------------------------------
+def _scores(n=41, c=9):
+    rng = np.random.default_rng(1)
+    return 2 * rng.standard_normal((n, c)), rng.integers(0, c, n), rng.random(c) + 0.5
+
+
+def _by_autograd(function, scores):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    leaf = torch.from_numpy(scores).requires_grad_()
+    loss = function(torch.nn.functional, leaf, torch.from_numpy)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach().numpy(), grad.numpy()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight"}, {"ignore_index"}, {"label_smoothing"}, {"weight", "ignore_index", "label_smoothing"}],
+    ids=lambda options: "+".join(sorted(options)) or "plain",
+)  # fmt: skip
+def test_softmax_options_as_in_torch(options, reduction):
+    scores, targets, weight = _scores()
+
+    def cross_entropy(F, s, tensor):
+        given = {"weight": tensor(weight), "ignore_index": 3, "label_smoothing": 0.2}
+        return F.cross_entropy(s, tensor(targets), reduction=reduction, **{name: given[name] for name in options})
+
+    ours = {"class_weight": weight, "ignore_index": 3, "label_smoothing": 0.2}
+    loss = fl.Softmax(**{name: option for name, option in ours.items() if name.removeprefix("class_") in options})
+    value, grad = loss.value_and_grad(scores, targets, reduction=reduction, backend="reference")
+    wanted_value, wanted_grad = _by_autograd(cross_entropy, scores)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-13)
+    np.testing.assert_allclose(grad, wanted_grad, rtol=1e-12, atol=1e-15)
+
+
+def test_probability_targets_as_in_torch():
+    """PyTorch divides by N here, not by the weights, and so does Softmax."""
+    scores, _, weight = _scores()
+    q = np.random.default_rng(2).dirichlet(np.ones(scores.shape[1]), len(scores))
+    value, grad = fl.Softmax(class_weight=weight).value_and_grad(scores, q, backend="reference")
+    wanted = _by_autograd(lambda F, s, tensor: F.cross_entropy(s, tensor(q), weight=tensor(weight)), scores)
+    np.testing.assert_allclose(value, wanted[0], rtol=1e-13)
+    np.testing.assert_allclose(grad, wanted[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("margin", [1.0, 0.3])
+def test_mean_hinge_as_torch_multi_margin_loss(power, margin):
+    scores, targets, weight = _scores()
+
+    def multi_margin_loss(F, s, tensor):
+        # With weights it divides by N, not by their sum: compare sums.
+        return F.multi_margin_loss(s, tensor(targets), p=power, margin=margin, weight=tensor(weight), reduction="sum")
+
+    loss = fl.Hinge(over="mean", power=power, margin=margin, class_weight=weight)
+    value, grad = loss.value_and_grad(scores, targets, reduction="sum", backend="reference")
+    wanted_value, wanted_grad = _by_autograd(multi_margin_loss, scores)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-13)
+    np.testing.assert_allclose(grad, wanted_grad, rtol=1e-12, atol=1e-15)
+
+
+def test_nan_that_torch_multi_margin_loss_drops_is_kept_here():
+    scores = np.array([[1.0, np.nan, 2.0]])
+    theirs, _ = _by_autograd(lambda F, s, tensor: F.multi_margin_loss(s, tensor(np.array([0]))), scores)
+    assert not np.isnan(theirs)
+    assert np.isnan(fl.Hinge(over="mean").value(scores, [0], backend="reference"))
+
+
+def test_max_hinge_as_in_scikit_learn():
+    scores, targets, _ = _scores()
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    value = fl.Hinge(over="max").value(scores, targets, backend="reference")
+    np.testing.assert_allclose(value, metrics.hinge_loss(targets, scores, labels=range(scores.shape[1])), rtol=1e-13)
+
+
+def test_max_hinge_as_in_optax():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    optax = pytest.importorskip("optax", reason="optax is not installed")
+    scores, targets, _ = _scores()
+    scores = scores.astype(np.float32)
+
+    def mean_loss(s):
+        return optax.losses.multiclass_hinge_loss(s, targets).mean()
+
+    wanted_value, wanted_grad = jax.value_and_grad(mean_loss)(scores)
+    value, grad = fl.Hinge(over="max").value_and_grad(scores, targets, backend="reference")
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+    np.testing.assert_allclose(grad, wanted_grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_transforms_as_in_scipy(name):
+    special = pytest.importorskip("scipy.special")
+    scores, _, _ = _scores()
+    ours = getattr(fl, name)(scores, backend="reference")
+    np.testing.assert_allclose(ours, getattr(special, name)(scores, axis=1), rtol=1e-13)
+
+
+def test_the_table_covers_every_loss():
+    assert {kind.removeprefix("linear-") for kind in KINDS} == set(LOSSES)
