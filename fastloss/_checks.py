@@ -18,7 +18,12 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 # What is asked for at every call, found without asking NumPy.
-_COMPUTE = {FLOAT32: FLOAT32, FLOAT64: FLOAT64, np.dtype(np.int64): FLOAT64, np.dtype(np.int32): FLOAT64}
+_COMPUTE: dict[np.dtype[Any], np.dtype[Any]] = {
+    FLOAT32: FLOAT32,
+    FLOAT64: FLOAT64,
+    np.dtype(np.int32): FLOAT64,
+    np.dtype(np.int64): FLOAT64,
+}
 
 
 def compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
@@ -40,6 +45,8 @@ def as_array(value: object, name: str) -> Array:
     if type(value) is not np.ndarray:
         if hasattr(value, "toarray") and hasattr(value, "tocsr"):
             raise TypeError(f"{name} is a sparse matrix; this version takes dense arrays ({name}.toarray())")
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask would be lost; give its data, and rows weights of 0")
         try:
             value = np.asarray(value)
         except (ValueError, TypeError) as error:
@@ -140,7 +147,10 @@ def number(value: object, name: str, *, low: float = -np.inf, high: float = np.i
     """A finite real number in [low, high], or in (low, high] where `above`."""
     if not isinstance(value, Real | np.number) or isinstance(value, bool | np.complexfloating):
         raise TypeError(f"{name} is {value!r}; it must be a number")
-    x = float(value)
+    try:
+        x = float(value)
+    except OverflowError:
+        x = np.inf
     if not (np.isfinite(x) and low <= x <= high and not (above and x == low)):
         bounds = [f"above {low:g}" if above else f"at least {low:g}"] if low > -np.inf else []
         bounds += [f"at most {high:g}"] if high < np.inf else []
@@ -186,8 +196,9 @@ def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None
             same = (
                 other_name == in_place
                 and out.__array_interface__["data"] == other.__array_interface__["data"]
-                and out.strides == other.strides
                 and out.dtype == other.dtype
+                and out.shape == other.shape
+                and all(a == b or n == 1 for a, b, n in zip(out.strides, other.strides, out.shape, strict=True))
             )
             if not same:
                 hint = f"; it may be {in_place} itself, or share nothing with it" if other_name == in_place else ""

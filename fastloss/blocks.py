@@ -7,11 +7,11 @@ is switched for the call, in the whole process, and switched back): so results d
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,50 +23,88 @@ CHUNK_BYTES = 32 << 20  # of scores in one chunk
 PRODUCT_BLOCK = 1024  # classes, and features, of one product
 SMALL = 1 << 20  # multiplications below which starting threads costs more than it brings
 
-_blas_lock = threading.RLock()
-_blas_users = 0
-_blas_limit: Any = None
+
+class BlasSwitch:
+    """One thread for each BLAS call while any call of ours is under way; then as it was, whoever ends last.
+
+    threadpoolctl lets the first thread that changes a BLAS of its own threads (OpenBLAS) be the only one to do so, and
+    ignores others; but the switch must work from any thread, so that claim is taken over, and given up after.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, int]] = []
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._in_child
+            )
+
+    def _in_child(self) -> None:
+        self._restore()  # the calls under way are the parent's
+        self._users = 0
+        self._lock.release()
+
+    @cached_property
+    def _libraries(self) -> list[Any]:
+        from threadpoolctl import ThreadpoolController
+
+        return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+
+    @staticmethod
+    def _set(library: Any, n_threads: int) -> None:
+        give_up_claim = getattr(library, "clear_controlling_thread", lambda force: None)
+        give_up_claim(force=True)
+        library.set_num_threads(n_threads)
+        give_up_claim(force=True)
+
+    def _restore(self) -> None:
+        for library, n_threads in self._before:
+            self._set(library, n_threads)
+        self._before = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = [(library, library.get_num_threads()) for library in self._libraries]
+            self._users += 1
+            self._limit()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+    def limit_this_thread(self) -> None:
+        """Some libraries (MKL, OpenMP's) keep a number for each thread: our own threads set theirs as they start."""
+        with self._lock:
+            self._limit()
+
+    def _limit(self) -> None:
+        for library in self._libraries:
+            self._set(library, 1)
 
 
-@cache
-def _blas_controller() -> Any:
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Let BLAS use one thread a call within the block; concurrent blocks share one switch, the last restores it."""
-    global _blas_users, _blas_limit
-    with _blas_lock:
-        if _blas_users == 0:
-            _blas_limit = _blas_controller().limit(limits=1)
-        _blas_users += 1
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _blas_limit.restore_original_limits()
+one_blas_thread = BlasSwitch()
 
 
 class Workers:
     """Threads of our own for one call: `run` calls a function on each of some parts, in any order."""
 
     def __init__(self, n_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(n_threads) if n_threads > 1 else None
+        self._pool = None
+        if n_threads > 1:
+            self._pool = ThreadPoolExecutor(n_threads, initializer=one_blas_thread.limit_this_thread)
 
     def __enter__(self) -> Workers:
-        self._blas = one_blas_thread()
-        self._blas.__enter__()
+        one_blas_thread.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._blas.__exit__(None, None, None)
         if self._pool is not None:
             self._pool.shutdown()
+        one_blas_thread.__exit__()
 
     def run(self, task: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
         if self._pool is None or len(parts) == 1:

@@ -7,7 +7,7 @@ Loops over elements are the backends'.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,35 +24,63 @@ def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes:
             checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
 
 
-def fold(
-    loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]
-) -> tuple[Array | None, Array | None]:
-    """The row multipliers, and the weights that a mean divides by where those differ; None stands for all 1.
+class Weights(NamedTuple):
+    """What the rows of a call count, folded from sample weights, class weights and `ignore_index`."""
 
-    They differ where class weights are part of the row loss and the targets are indices (label smoothing): the mean
-    divides by the weights of the targets all the same, as PyTorch's does.
-    """
-    if sample_weight is None and loss.class_weight is None and loss.ignore_index is None:
-        return None, None
+    #: One multiplier for each row, in the compute type; None stands for all 1. 0: skip the row.
+    multiplier: Array | None = None
+    #: What a mean divides by where that is not the multiplier: class weights that are part of the row loss (label
+    #: smoothing) still count in the mean, for the targets' classes, as in PyTorch.
+    denominator: Array | None = None
+    #: Weights too large or small for the compute type are given in this unit, a power of two.
+    unit: float = 1.0
+
+    def total(self, n: int, rows: Array | None = None) -> float:
+        """Σ w over all n rows, or those picked, in the unit."""
+        weights = self.multiplier if self.denominator is None else self.denominator
+        if weights is None:
+            return float(n if rows is None else len(rows))
+        return float((weights if rows is None else weights[rows]).sum(dtype=np.float64))
+
+    def reduce(self, value: float, reduction: str, total: float) -> float:
+        """The loss, from Σ multiplier · ℓ."""
+        if reduction == "mean":
+            return value / total if total > 0 else math.nan
+        return value * self.unit
+
+    def scale(self, reduction: str, total: float) -> float:
+        """What the gradient of Σ multiplier · ℓ is multiplied by; 0 for a mean over no weight."""
+        if reduction == "mean":
+            return 1 / total if total > 0 else 0.0
+        return self.unit
+
+    def row_values(self, row_loss: Array) -> Array:
+        """w ℓ for each row."""
+        return row_loss if self.multiplier is None else row_loss * (self.multiplier * self.unit)
+
+
+def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> Weights:
+    """Sample weights, class weights of index targets and `ignore_index`, as row multipliers."""
+    by_class = targets.ndim == 1 and not (loss.class_weight is None and loss.ignore_index is None)
+    if sample_weight is None and not by_class:
+        return Weights()
     multiplier = np.ones(len(targets)) if sample_weight is None else sample_weight
-    if targets.ndim == 2:
-        return (None if sample_weight is None else multiplier.astype(dtype)), None
-    if loss.ignore_index is not None:
-        multiplier = np.where(targets == loss.ignore_index, 0.0, multiplier)
     denominator = None
-    if loss.class_weight is not None:
+    if by_class and loss.ignore_index is not None:
+        multiplier = np.where(targets == loss.ignore_index, 0.0, multiplier)
+    if by_class and loss.class_weight is not None:
         weighted = multiplier * loss.class_weight[np.where(multiplier == 0, 0, targets)]
         if loss.weighs_inside(probabilities=False):
             denominator = weighted
         else:
             multiplier = weighted
-    return multiplier.astype(dtype), denominator
-
-
-def total_weight(multiplier: Array | None, denominator: Array | None, n: int) -> float:
-    """Σ w."""
-    weights = multiplier if denominator is None else denominator
-    return float(n) if weights is None else float(weights.sum(dtype=np.float64))
+    if denominator is not None and not denominator.any():
+        multiplier = np.zeros(len(targets))  # a mean over no weight has no gradient, whatever the scores
+    top, unit = float(multiplier.max(initial=0)), 1.0
+    if top > 0 and not 1e-10 < top < 1e10:
+        unit = 2.0 ** math.frexp(top)[1]
+        multiplier, denominator = multiplier / unit, None if denominator is None else denominator / unit
+    return Weights(multiplier.astype(dtype), denominator, unit)
 
 
 def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,19 +108,6 @@ def check_upstream(upstream: object, reduction: str, n: int) -> float | Array:
     return checks.number(array[()], "upstream")
 
 
-def reduce(value: float, reduction: str, total: float) -> float:
-    if reduction == "mean":
-        return value / total if total > 0 else math.nan
-    return value
-
-
-def scale_of(reduction: str, total: float) -> float:
-    """What the gradient of Σ w ℓ is multiplied by; 0 for a mean over no weight."""
-    if reduction == "mean":
-        return 1 / total if total > 0 else 0.0
-    return 1.0
-
-
 def scores_call(
     loss: Any, scores: object, targets: object, want_grad: bool, out: Array | None, sample_weight: object,
     reduction: str, upstream: object, outputs: tuple[str, ...], backend_name: str | None, n_threads: int | None,
@@ -114,13 +129,14 @@ def scores_call(
     result_dtype = s.dtype if s.dtype.kind not in "iub" else dtype
     if out is not None:
         checks.out(out, "out", s.shape, result_dtype)
-        checks.apart(out, "out", {"scores": scores, "targets": y, "sample_weight": sample_weight}, in_place="scores")
+        inputs = {"scores": s, "targets": y, "sample_weight": sample_weight, "upstream": upstream}
+        checks.apart(out, "out", inputs, in_place="scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
     check_range(backend, loss, y, c)
 
-    multiplier, denominator = fold(loss, y, weight, dtype)
-    total = total_weight(multiplier, denominator, n)
+    weights = fold(loss, y, weight, dtype)
+    multiplier, total = weights.multiplier, weights.total(n)
     work = s if s.dtype == dtype else s.astype(dtype)
     grad = None
     if want_grad:
@@ -132,9 +148,9 @@ def scores_call(
         # A row whose upstream is 0 has no gradient but has a loss: two passes, each with its own multiplier.
         value = backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
         pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        backend.score_rows(loss, work, y, pulled, 1.0, grad, None, {}, workers)
+        backend.score_rows(loss, work, y, pulled, weights.unit, grad, None, {}, workers)
     else:
-        scale = scale_of(reduction, total) * factor
+        scale = weights.scale(reduction, total) * factor
         value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)
 
     if grad is not None and grad.dtype != result_dtype:
@@ -148,8 +164,9 @@ def scores_call(
         extras["row_loss"] = kept
     if reduction == "none":
         assert kept is not None
-        return (kept.copy() if multiplier is None else kept * multiplier), grad, extras
-    return reduce(value, reduction, total), grad, extras
+        values = weights.row_values(kept)
+        return values.copy() if values is extras.get("row_loss") else values, grad, extras
+    return weights.reduce(value, reduction, total), grad, extras
 
 
 def transform_call(
@@ -164,7 +181,7 @@ def transform_call(
     shape = s.shape[:-1] if kind == "logsumexp" else s.shape
     if out is not None:
         checks.out(out, "out", shape, result_dtype)
-        checks.apart(out, "out", {"scores": scores}, in_place=None if kind == "logsumexp" else "scores")
+        checks.apart(out, "out", {"scores": s}, in_place=None if kind == "logsumexp" else "scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "transform", kind, dtype, ())
     direct = s.ndim == 2 and s.dtype == dtype

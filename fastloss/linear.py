@@ -129,12 +129,13 @@ class LinearObjective:
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
                 )
             driver.check_range(backends.get("reference"), self.loss, self.targets, n_classes)
-            self.multiplier, self._denominator = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
-            self._total = driver.total_weight(self.multiplier, self._denominator, len(self.X))
+            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
+            self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
 
     def choose_backend(self, verb: str) -> backends.Backend:
+        """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""
         return backends.choose(self.backend, verb, self.loss, self.dtype, self._needs)
 
     def _rows(self, rows: object, backend: backends.Backend) -> tuple[Array | None, float]:
@@ -145,8 +146,7 @@ class LinearObjective:
         position = backend.first_outside(picked, len(self.X), None)
         if position >= 0:
             checks.raise_bad_row(picked, position, len(self.X))
-        weights = self.multiplier if self._denominator is None else self._denominator
-        return picked, float(len(picked)) if weights is None else float(weights[picked].sum(dtype=np.float64))
+        return picked, self.weights.total(len(self.X), picked)
 
     def fold_in(self, W: Array) -> tuple[Array, Array | None]:
         """W and b for the features as they are, in the compute type, shift and scale folded in."""
@@ -180,9 +180,9 @@ class LinearObjective:
                 dW, db = (grad[:, :-1], grad[:, -1]) if self.bias else (grad, None)
             else:
                 dW, db = np.empty(weights.shape, self.dtype), np.empty(len(weights), self.dtype)
-        scale = driver.scale_of(self.reduction, total)
+        scale = self.weights.scale(self.reduction, total)
         value = backend.linear_rows(
-            self.loss, self.X, picked, weights, b, self.targets, self.multiplier, scale, dW, db, None, None,
+            self.loss, self.X, picked, weights, b, self.targets, self.weights.multiplier, scale, dW, db, None, None,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         if grad is not None and not direct:
@@ -194,7 +194,7 @@ class LinearObjective:
                 grad[:, :-1], grad[:, -1] = dW, db
             else:
                 grad[...] = dW
-        return driver.reduce(value, self.reduction, total)
+        return self.weights.reduce(value, self.reduction, total)
 
     def _gradient_out(self, W: Array, out: Array | None) -> Array:
         dtype = W.dtype if W.dtype.kind not in "iub" else self.dtype
@@ -247,10 +247,10 @@ class LinearObjective:
         backend = self.choose_backend("gradient")
         weights, b = self.fold_in(stack)
         sums = blocks.values(
-            backend, self.loss, self.X, weights, b, self.targets, self.multiplier, self.chunk_rows,
+            backend, self.loss, self.X, weights, b, self.targets, self.weights.multiplier, self.chunk_rows,
             threads.resolve(self.n_threads),
         )  # fmt: skip
-        values = np.array([driver.reduce(float(v), self.reduction, self._total) for v in sums])
+        values = np.array([self.weights.reduce(float(v), self.reduction, self._total) for v in sums])
         if self.penalty is not None:
             values += [self.penalty.value(self.penalised(W)) for W in stack]
         return values
@@ -265,7 +265,7 @@ class LinearObjective:
         ValueError
             If the penalty has none (L1, ElasticNet).
         """
-        array, direction = self.check_weights(W), self.check_weights(V, name="V")
+        array, direction = self.check_weights(W), checks.as_array(V, "V")
         if direction.shape != array.shape:
             raise ValueError(f"V has shape {direction.shape}; it must have W's, {array.shape}")
         if self.penalty is not None and self.penalty.by == "prox":
@@ -274,10 +274,11 @@ class LinearObjective:
         picked, total = self._rows(rows, backend)
         (weights, b), (along, along_b) = self.fold_in(array), self.fold_in(direction)
         HW, Hb = blocks.hvp(
-            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self.multiplier,
+            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self.weights.multiplier,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
-        HW, Hb = HW * driver.scale_of(self.reduction, total), Hb * driver.scale_of(self.reduction, total)
+        scale = self.weights.scale(self.reduction, total)
+        HW, Hb = HW * scale, Hb * scale
         self._fold_out(HW, Hb)
         if self.penalty is not None and self.penalty.by == "gradient":
             HW += self.penalty.value_and_grad(self.penalised(direction))[1]
@@ -389,8 +390,8 @@ def linear_value_and_grad(
     chosen = backends.choose(backend, "gradient", loss, dtype, driver.needs(loss, y, ()))
     driver.check_range(chosen, loss, y, c)
 
-    multiplier, denominator = driver.fold(loss, y, weight, dtype)
-    total = driver.total_weight(multiplier, denominator, n)
+    folded = driver.fold(loss, y, weight, dtype)
+    multiplier, total = folded.multiplier, folded.total(n)
     like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
     row_loss = np.empty(n, dtype) if reduction == "none" else None
@@ -399,13 +400,13 @@ def linear_value_and_grad(
     if isinstance(factor, np.ndarray):
         value = chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
         pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        chosen.linear_rows(*common, pulled, 1.0, *gradients, None, chunk_rows, workers)
+        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None, chunk_rows, workers)
     else:
-        scale = driver.scale_of(reduction, total) * factor
+        scale = folded.scale(reduction, total) * factor
         value = chosen.linear_rows(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)
     for name, array in found.items():
         if like[name].dtype.kind not in "iub":
             found[name] = array.astype(like[name].dtype, copy=False)
     if row_loss is not None:
-        return (row_loss if multiplier is None else row_loss * multiplier), found
-    return driver.reduce(value, reduction, total), found
+        return folded.row_values(row_loss), found
+    return folded.reduce(value, reduction, total), found

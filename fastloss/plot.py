@@ -8,6 +8,7 @@ pictures can be told apart in print.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +24,20 @@ COLOURS = ("#08519c", "#e6821e", "#3a3a3a", "#7b9e3f")
 MARKS = ("o", "s", "^", "D")
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure of its own, in inches."""
+def figure_class() -> type[Figure]:
+    """matplotlib's Figure; ImportError, with the extra that brings it, where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "fastloss[cli]"') from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own, in inches."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return figure_class()(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
 def _axes(ax: Axes | Sequence[Axes], n: int, of: str) -> list[Axes]:
@@ -72,7 +80,7 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
     >>> from fastloss.train import gradient_descent
     >>> result = gradient_descent(fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3)), steps=5)
     >>> [axes.get_ylabel() for axes in training_curves({"softmax": result.history}).axes]
-    ['softmax loss (with penalty)', 'accuracy (%)']
+    ['loss (with penalty)', 'accuracy (%)']
     """
     if not histories:
         raise ValueError("histories is empty; it must hold at least one history by name")
@@ -80,30 +88,35 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
     if ax is None:
         figure = _figure(4.2 * n, 3.6)
         ax = list(figure.subplots(1, n))
+    from matplotlib.ticker import MaxNLocator
+
     *loss_panels, accuracy_panel = _axes(ax, n, "one for each history, then one for the accuracies")
 
     accuracies = []
-    for (name, history), panel, colour, mark in zip(histories.items(), loss_panels, COLOURS * n, MARKS * n, strict=False):
+    looks = zip(cycle(COLOURS), cycle(MARKS), strict=False)
+    for (name, history), panel, (colour, mark) in zip(histories.items(), loss_panels, looks, strict=False):
         epochs = history["epoch"]
-        style = {"color": colour, "marker": mark, "markersize": 3.5, "markevery": max(1, len(epochs) // 12)}
+        every = max(1, len(epochs) // 12)
+        style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 3.5, "markevery": every}
         panel.plot(epochs, history["loss"], **style)
-        panel.set_ylabel(f"{name} loss (with penalty)")
+        panel.set_ylabel("loss (with penalty)")
+        panel.set_title(name)
         start = f"at the start: {history['loss'][0]:.4g}"
         panel.text(0.97, 0.95, start, transform=panel.transAxes, ha="right", va="top")
         _focus(panel, [history["loss"]])
-        for key, label, more in (
-            ("accuracy", "training", {}),
-            ("validation_accuracy", "test", {"linestyle": "--", "mfc": "white"}),
+        for key, label, line, fill in (
+            ("accuracy", "training", "-", colour),
+            ("validation_accuracy", "test", "--", "white"),
         ):
             if key in history:
                 accuracies.append(100 * history[key])
-                accuracy_panel.plot(epochs, accuracies[-1], label=f"{name}, {label}", **style, **more)
+                accuracy_panel.plot(epochs, accuracies[-1], label=f"{name}, {label}", linestyle=line, mfc=fill, **style)
     _focus(accuracy_panel, accuracies)
     accuracy_panel.set_ylabel("accuracy (%)")
-    accuracy_panel.legend(frameon=False)
+    accuracy_panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9)
     for panel in (*loss_panels, accuracy_panel):
         panel.set_xlabel("epochs (passes over the training data)")
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     return _owner(accuracy_panel)
@@ -128,12 +141,13 @@ def _pictures(model: LinearModel) -> tuple[Array, float]:
 
     All templates of a model share one scale, which cuts off the largest weights, one in 200.
     """
-    if model.image_shape is None or len(model.image_shape) not in (2, 3) or model.image_shape[:-2] not in ((), (1,), (3,)):
+    shape = model.image_shape
+    if shape is None or len(shape) not in (2, 3) or shape[:-2] not in ((), (1,), (3,)):
         raise ValueError(
-            f"model.image_shape is {model.image_shape}; templates are pictures of (height, width), (1, height, width) "
+            f"model.image_shape is {shape}; templates are pictures of (height, width), (1, height, width) "
             "or (3, height, width)"
         )
-    templates = model.W[:, :-1].astype(np.float64).reshape(len(model.W), *model.image_shape)
+    templates = model.W[:, :-1].astype(np.float64).reshape(len(model.W), *shape)
     if templates.ndim == 4:
         templates = np.moveaxis(templates, 1, -1)
         if templates.shape[-1] == 1:

@@ -17,7 +17,7 @@ def _default() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_n_threads = _default()
+_n_threads: int | None = None  # the default, until it is asked for
 _forked = False
 
 
@@ -41,6 +41,9 @@ def set_num_threads(n: int) -> None:
 
 def get_num_threads() -> int:
     """How many threads the CPU kernels may use; 1 in a forked child."""
+    global _n_threads
+    if _n_threads is None:
+        _n_threads = _default()
     return _n_threads
 
 
@@ -48,7 +51,7 @@ def resolve(n_threads: int | None) -> int:
     """The number of threads for a call. A forked child has no thread pool (OpenMP's does not survive) and uses one."""
     if _forked:
         return 1
-    return _n_threads if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
+    return get_num_threads() if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
 
 
 def _after_fork() -> None:

@@ -252,10 +252,10 @@ def first_outside(indices, Py_ssize_t stop, ignored):
     cdef int64_t value = 0
     cdef Py_ssize_t position
     if ignores:
-        if not -(1 << 63) <= ignored < 1 << 63:
-            ignores = False  # no 64-bit target can be it
+        if (0 <= ignored < 1 << 64) if a.kind == c"Q" else (-(1 << 63) <= ignored < 1 << 63):
+            value = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
         else:
-            value = ignored
+            ignores = False  # no index of this type can be it
     with nogil:
         position = outside(&a, <uint64_t> stop, ignores, value)
     return position

@@ -303,6 +303,8 @@ cdef inline vec row_loss(int layout, bint grad, const Options *o, const Walk *w,
 
 
 cdef int read_options(Options *o, kind, margin, power, over, Py_ssize_t c) except -1:
+    if c > 0x7fffffff:
+        raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
     o.kind = SOFTMAX if kind == "softmax" else HINGE_MAX if over == "max" else HINGE
     o.power, o.margin = power, margin

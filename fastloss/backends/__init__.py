@@ -6,6 +6,7 @@ A backend is a module with a class derived from `Backend`. Nothing above this pa
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -84,7 +85,6 @@ class Backend:
         """softmax, log_softmax or logsumexp of given scores into `out` (which may be `scores`)."""
         raise NotImplementedError
 
-
     def descend(
         self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
     ) -> None:
@@ -115,14 +115,14 @@ _loaded: dict[str, Backend | str] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def _default() -> str | None:
+@functools.cache
+def _environment() -> str | None:
     name = os.environ.get("FASTLOSS_BACKEND") or None
     if name is not None and name not in _TABLE:
         raise BackendError(f"FASTLOSS_BACKEND is {name!r}; it must be one of {', '.join(_TABLE)}")
     return name
 
 
-_environment = _default()
 _forced: ContextVar[str | None] = ContextVar("fastloss backend", default=None)
 
 
@@ -152,7 +152,7 @@ def get(name: str) -> Backend:
 
 def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> Backend:
     """The backend for a call: the one named (here, by `use_backend` or FASTLOSS_BACKEND), else the first that can."""
-    name = name or _forced.get() or _environment
+    name = name or _forced.get() or _environment()
     if name is not None:
         backend = get(name)
         reason = backend.why_not(verb, loss, dtype, needs)

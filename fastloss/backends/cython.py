@@ -11,7 +11,7 @@ import numpy as np
 from fastloss import blocks
 from fastloss._checks import FLOAT32, FLOAT64, Array
 from fastloss._kernels import cpu
-from fastloss.backends import Backend
+from fastloss.backends import Backend, BackendError
 
 LEVELS = ("v4", "v3", "v2", "base")
 #: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
@@ -21,6 +21,8 @@ FEW_CLASSES = 64
 
 def why_no_level(level: str) -> str | None:
     """Why the kernels of a level cannot be used here; None if they can."""
+    if (level == "base") == (cpu.level() > 0):
+        return f"this processor is {'' if cpu.level() else 'not '}x86-64: its kernels are compiled by level"
     if level != "base" and cpu.level() < int(level[1:]):
         return f"this processor does not have x86-64-{level}"
     try:
@@ -41,8 +43,11 @@ def load(level: str) -> CythonBackend:
     forced = os.environ.get("FASTLOSS_LEVEL")
     if forced:
         if forced not in LEVELS:
-            raise ImportError(f"FASTLOSS_LEVEL is {forced!r}; it must be one of {', '.join(LEVELS)}")
-        return load(forced)
+            raise BackendError(f"FASTLOSS_LEVEL is {forced!r}; it must be one of {', '.join(LEVELS)}")
+        reason = why_no_level(forced)
+        if reason is not None:
+            raise BackendError(f"FASTLOSS_LEVEL is {forced!r}, but {reason}")
+        return CythonBackend(forced)
     reasons = {level: why_no_level(level) for level in LEVELS}
     for level, reason in reasons.items():
         if reason is None:

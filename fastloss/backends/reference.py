@@ -48,13 +48,24 @@ def logsumexp(s: Array) -> Array:
     return np.where(np.isinf(m), np.where(np.isnan(s).any(axis=1), np.nan, m), m + np.log1p(rest[:, 0]))
 
 
+def sum_of_others(x: Array) -> Array:
+    """Σ_{k≠j} x_k for each j of a row of numbers ≥ 0; that of the largest is summed, not a difference that cancels."""
+    top = x.argmax(axis=1)[:, None]
+    others: Array = x.copy()
+    np.put_along_axis(others, top, 0, axis=1)
+    rest = others.sum(axis=1, keepdims=True)
+    others = x.sum(axis=1, keepdims=True) - x
+    np.put_along_axis(others, top, rest, axis=1)
+    return others
+
+
 def map_scores(loss: Any, s: Array) -> tuple[Array, Any]:
-    """Softcap, then temperature; and the derivative of the mapped scores."""
+    """Softcap, then temperature; and the derivative of the mapped scores (1 − tanh² is 1 / cosh²)."""
     slope = 1.0 / loss.temperature
     if loss.softcap is not None:
-        bend = np.tanh(s / loss.softcap)
-        slope = np.where(np.isinf(s), 1, 1 - bend * bend) * slope
-        s = np.where(np.isinf(s), s, loss.softcap * bend)
+        bent = s / loss.softcap
+        slope = np.where(np.isinf(s), 1, 1 / np.square(np.cosh(bent))) * slope
+        s = np.where(np.isinf(s), s, loss.softcap * np.tanh(bent))
     return s / loss.temperature, slope
 
 
@@ -73,24 +84,18 @@ def target_vectors(loss: Any, targets: Array, n: int, c: int) -> Array:
 def softmax_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:
     """ℓ = U z − ⟨u, s⟩ + λ z² and its gradient (U + 2 λ z) p − u, each without cancellation.
 
-    U z − ⟨u, s⟩ is Σ u_j (−log p_j), and U p_j − u_j is (U − u_j) p_j − u_j (1 − p_j), where 1 − p_j of the
-    maximum is the sum of the others.
+    U z − ⟨u, s⟩ is Σ u_j (−log p_j), and U p_j − u_j is (U − u_j) p_j − u_j (1 − p_j), with sums in place of both
+    differences.
     """
     n, c = scores.shape
     s, slope = map_scores(loss, scores)
     shifted, exps, total, rest = shifted_exp(s)
     p = exps / total
     negative_log = np.log1p(rest) - shifted
-    one_minus_p = 1 - p
-    np.put_along_axis(one_minus_p, s.argmax(axis=1)[:, None], rest / total, axis=1)
-
     u = target_vectors(loss, targets, n, c).astype(s.dtype)
-    total_u = u.sum(axis=1, keepdims=True)
     bad = np.isnan(total[:, 0])
     row_loss = np.where(u == 0, 0, u * negative_log).sum(axis=1)
-    # U − u_j summed without u_j where one class has it all: no probability of the others is lost or made up.
-    others_u = np.where(u == total_u, 0, total_u - u)
-    gradient = others_u * p - u * one_minus_p
+    gradient = sum_of_others(u) * p - u * (sum_of_others(exps) / total)
     z = s.max(axis=1) + np.log1p(rest[:, 0])
     if loss.z_loss:
         row_loss = row_loss + loss.z_loss * z * z
@@ -117,7 +122,7 @@ def margins(loss: Any, s: Array, targets: Array) -> Array:
     """m_j = s_j − s_y + Δ; −inf (never active) at the target, unless it counts."""
     n = np.arange(len(s))
     delta = loss.margin if loss.pair_margins is None else loss.pair_margins[targets]
-    m = s - s[n, targets][:, None] + np.asarray(delta, s.dtype)
+    m: Array = s - s[n, targets][:, None] + np.asarray(delta, s.dtype)
     m[n, targets] = np.broadcast_to(delta, s.shape)[n, targets] if loss.count_target else -np.inf
     return m
 
@@ -152,7 +157,7 @@ def hinge_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Arr
         keep = np.zeros(m.shape, bool)
         keep[n, m.argmax(axis=1)] = True
         m = np.where(keep, m, -np.inf)
-    curve = np.where(m > 0, 2 * (direction - direction[n, targets][:, None]), 0)
+    curve = np.where(m <= 0, 0, 2 * (direction - direction[n, targets][:, None]) + np.where(np.isnan(m), m, 0))
     curve[n, targets] = -curve.sum(axis=1)
     return np.asarray(curve / (c if loss.over == "mean" else 1))
 
@@ -170,13 +175,20 @@ def row_math(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, di
 
 
 # --- penalties -----------------------------------------------------------------------------------------------------
+def wide(W: Array) -> Array:
+    """W in a type that its squares and sums fit in."""
+    return W if W.dtype in (np.float32, np.float64) else W.astype(np.float64)
+
+
 def l2(W: Array, strength: float) -> tuple[float, Array]:
     """λ Σ W² and its gradient 2 λ W."""
+    W = wide(W)
     return strength * float(np.sum(W * W, dtype=np.float64)), 2 * strength * W
 
 
 def l1(W: Array, strength: float) -> tuple[float, Array]:
     """λ Σ |W| and its subgradient λ sign(W), 0 at 0."""
+    W = wide(W)
     return strength * float(np.sum(np.abs(W), dtype=np.float64)), strength * np.sign(W)
 
 

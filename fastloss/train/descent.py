@@ -206,7 +206,7 @@ class _Descent:
         objective.check_weights(self.W)  # checks W against X, and the targets against W
         self.validation = _validation(objective, validation, len(self.W))
         # Rows of weight 0 would make batches of no weight, which have no mean.
-        multiplier = objective.multiplier
+        multiplier = objective.weights.multiplier
         self.rows = np.arange(len(objective.X)) if multiplier is None else np.flatnonzero(multiplier)
         if len(self.rows) == 0:
             raise ValueError("objective has no row of weight above 0; there is nothing to train on")

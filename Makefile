@@ -1,0 +1,76 @@
+# fastloss. `make run` and `make test` need Python >= 3.11, a C compiler and make, and nothing prepared: they create
+# .venv, build the kernels and install what they need into it. `make help` lists the targets.
+#
+# What the tests hold:
+#   make test      ruff, mypy, stubtest, and all tests but those marked `full`: every line of the numerical contract,
+#                  every backend and instruction-set level of this machine on sizes at the edges, training, data,
+#                  command line. At most 10 minutes on 2 cores, installation included.
+#   make test-all  the same, and what is marked `full`: the full grids, and the sdist and wheel built and tried in a
+#                  fresh environment. It installs PyTorch and JAX, so that the parity tests with them run too.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The compiled modules that this machine can load: what stubtest can look at.
+define list_kernels
+from fastloss import list_backends
+levels = [b.name[7:] for b in list_backends() if b.available and b.name.startswith("cython-")]
+print(*(f"fastloss._kernels.f{bits}_{level}" for level in levels for bits in (32, 64)))
+endef
+export list_kernels
+
+.PHONY: help run test test-all bench lint peers clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'ARGS="..." passes options on, as in: make run ARGS="--loss softmax --data PATH"'
+	@echo 'PYTHON=... names the Python that makes the environment, as in: make run PYTHON=python3.12'
+
+run: $(VENV)/built ## train softmax and hinge on real images; models and pictures go to out/
+	$(BIN)/fastloss train $(ARGS)
+
+test: lint ## static checks and all tests but the full grids
+	$(BIN)/python -m pytest -m "not full" $(ARGS)
+
+test-all: peers lint ## static checks and all tests
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+bench: $(VENV)/bench ## time the kernels beside their peers (those installed: see make peers)
+	$(BIN)/fastloss bench $(ARGS)
+
+lint: $(VENV)/test ## ruff, mypy, and stubtest on the compiled modules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --concise fastloss._kernels.cpu $$($(BIN)/python -c "$$list_kernels")
+
+peers: $(VENV)/peers ## install PyTorch and JAX, for the parity tests and for make bench
+
+clean: ## remove the environment and all that was built
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The files built, test, bench and peers in the environment stand for what is installed in it. The package is installed
+# in place (editable): changes to Python files count at once, changes to what is named here build the kernels again.
+$(VENV)/built: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
+	$(PIP) install --editable ".[cli]"
+	@touch $@
+
+# fastloss itself is installed by now, so that pip adds only what the extra brings.
+$(VENV)/bench $(VENV)/test: $(VENV)/%: $(VENV)/built
+	$(PIP) install "fastloss[$*]"
+	@touch $@
+
+$(VENV)/peers: $(VENV)/test tests/constraints.txt
+	$(PIP) install --constraint tests/constraints.txt "fastloss[peers]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fastloss needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." \
+	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

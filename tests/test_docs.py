@@ -1,0 +1,55 @@
+"""Public docstrings: there for every name, and their examples run."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import fastloss as fl
+
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(fl.__path__, "fastloss.")
+    if "_kernels" not in info.name and not info.name.endswith("__main__")
+)
+FINDER = doctest.DocTestFinder(exclude_empty=True)
+EXAMPLES = [
+    test for name in ["fastloss", *MODULES] for test in FINDER.find(importlib.import_module(name)) if test.examples
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = []
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=output.append)
+    assert not failed, "".join(output)
+
+
+@pytest.mark.parametrize("name", fl.__all__)
+def test_every_public_name_is_documented(name):
+    """With an example, but for base classes, errors, and what another's example shows."""
+    thing = getattr(fl, name)
+    assert inspect.getdoc(thing)
+    if name not in ("Loss", "Penalty", "BackendError", "BackendWarning", "get_num_threads"):
+        where = f"{thing.__module__}.{name}"
+        assert any(example.name == where or example.name.startswith(where + ".") for example in EXAMPLES)
+    if inspect.isclass(thing) and not issubclass(thing, Exception):
+        for method, function in inspect.getmembers(thing, inspect.isfunction):
+            assert method.startswith("_") or inspect.getdoc(function), f"{name}.{method}"
+
+
+def test_parameters_are_documented():
+    """Each parameter of a public function stands in its docstring, or the docstring says where it does."""
+    for function in (fl.Loss.value, fl.linear_value_and_grad, fl.softmax, fl.LinearObjective):
+        text = inspect.getdoc(function)
+        for parameter in inspect.signature(function).parameters:
+            if parameter not in ("self", "backend", "n_threads"):
+                assert parameter in text, f"{function.__name__}: {parameter}"
+
+
+def test_all_is_complete():
+    public = {name for name, thing in vars(fl).items() if not name.startswith("_") and not inspect.ismodule(thing)}
+    assert public == set(fl.__all__)
