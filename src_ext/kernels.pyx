@@ -36,6 +36,7 @@ cdef extern from "simd.h" nogil:
     void vstore_part(real *, vec, Py_ssize_t) noexcept
     vec vset(real) noexcept
     ivec iload(const lane_int *) noexcept
+    void istore(lane_int *, ivec) noexcept
     ivec iset(lane_int) noexcept
     ivec iota() noexcept
     mask vlt(vec, vec) noexcept
@@ -51,6 +52,8 @@ cdef extern from "simd.h" nogil:
     vec vmax(vec, vec) noexcept
     vec vexp(vec) noexcept
     vec vlog(vec) noexcept
+    real first_lane(vec) noexcept
+    lane_int ifirst(ivec) noexcept
     real lane_sum(vec) noexcept
     real lane_max(vec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
@@ -60,6 +63,7 @@ cdef extern from "simd.h" nogil:
     void outer_panel(int, bint, const real **, Py_ssize_t, const real *, real *, bint) noexcept
     void add_products(double *, const real *, const real *) noexcept
     void prefetch(const void *) noexcept
+    void prefetch_to_write(const void *) noexcept
     unsigned flush_to_zero() noexcept
     void restore_mode(unsigned) noexcept
     # Arithmetic on vectors is C's.
@@ -221,6 +225,7 @@ cdef Py_ssize_t outside(const Indices *a, uint64_t stop, bint ignores, int64_t i
 cdef void convert(const Indices *a, Py_ssize_t at, int n, lane_int *to) noexcept nogil:
     """n indices from position `at` on, as lanes."""
     cdef char *p = a.data + at * a.stride
+    if a.kind == 0: return  # transforms have no targets
     if a.kind == c"q": convert_typed(<int64_t *> p, a.stride, n, to)
     elif a.kind == c"i": convert_typed(<int32_t *> p, a.stride, n, to)
     elif a.kind == c"h": convert_typed(<int16_t *> p, a.stride, n, to)

@@ -3,13 +3,16 @@
 # A row loss is written per lane and works in either layout of a tile:
 #   lanes   (layout LANED)  a vector holds one class of LANES rows; vectors of a class are TILE apart; lanes never mix
 #   rows    (layout ROWED)  a vector holds LANES classes of one row; sums and maxima are folded over the lanes
-# `layout`, `grad`, `power` are constants where the functions are called, so each call is compiled for its case alone.
+# It has three parts. `open_rows` walks over the scores and leaves what it found in a State; `settle` computes with the
+# States of several rows, one a lane, in either layout (logarithms and divisions are never for one row); `close_rows` walks
+# over the classes again, for the gradient. `layout` and `grad` are constants where they are called, so each call is
+# compiled for its case alone.
 #
 # Classes are walked in blocks of 16 vectors. A block's sum is added to the sum of blocks, so that rounding grows little
 # with C; and only a block that holds the target, or the end of a row, looks at where its lanes are (`careful`).
 #
 # Cost: softmax reads the scores twice and, for the gradient, writes and scales the exponentials; all but the first read
-# find the row in cache.
+# find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, whose target is the first maximum.
 
 cdef enum:
     LANED = 0
@@ -19,6 +22,9 @@ cdef enum:
     SOFTMAX = 0
     HINGE = 1
     HINGE_MAX = 2
+    PROBABILITIES = 3
+    LOG_PROBABILITIES = 4
+    LOG_SUM = 5
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -39,12 +45,14 @@ cdef struct Walk:
     Py_ssize_t vectors
     Py_ssize_t classes
     Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
+    Py_ssize_t src_ahead, dst_ahead  # numbers from a row to that which is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target) noexcept nogil:
     cdef Walk w
-    w.src, w.dst, w.vectors, w.classes, w.target_block, w.target = tile, tile, c, c, 0, target
+    w.src, w.dst, w.vectors, w.classes, w.target = tile, tile, c, c, target
+    w.target_block = w.src_ahead = w.dst_ahead = 0
     return w
 
 
@@ -52,12 +60,22 @@ cdef inline Walk walk_row(const real *src, real *dst, Py_ssize_t c, lane_int tar
     cdef Walk w
     w.src, w.dst, w.vectors, w.classes = src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
+    w.src_ahead = w.dst_ahead = 0
     return w
 
 
 cdef inline ivec classes_of(int layout, Py_ssize_t k) noexcept nogil:
     """The class that each lane of vector k holds."""
     return iadd(iota(), iset(<lane_int> (k * LANES))) if layout == ROWED else iset(<lane_int> k)
+
+
+cdef inline ivec next_classes(int layout, ivec classes) noexcept nogil:
+    return iadd(classes, iset(LANES if layout == ROWED else 1))
+
+
+cdef inline Py_ssize_t whole_vectors(int layout, bint careful, const Walk *w, Py_ssize_t stop) noexcept nogil:
+    """Where the vectors before `stop` end that are full."""
+    return min(stop, w.classes // LANES) if layout == ROWED and careful else stop
 
 
 cdef inline mask at_target(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -88,6 +106,14 @@ cdef inline vec fetch(int layout, bint careful, const Walk *w, const real *p, Py
     return vload(p + k * (LANES if layout == ROWED else TILE))
 
 
+cdef inline void fetch_ahead(int layout, bint writes, const Walk *w, Py_ssize_t k) noexcept nogil:
+    """Ask for what is walked over next, while this is computed with."""
+    if layout == ROWED:
+        prefetch(w.src + w.src_ahead + k * LANES)
+        if writes:
+            prefetch_to_write(w.dst + w.dst_ahead + k * LANES)
+
+
 cdef inline void put(int layout, bint careful, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
     cdef Py_ssize_t left
     if layout == ROWED and careful:
@@ -109,32 +135,19 @@ cdef inline vec fold_max(int layout, vec v) noexcept nogil:
 cdef inline vec target_score(int layout, const Walk *w) noexcept nogil:
     cdef vec s
     cdef Py_ssize_t k
-    cdef lane_int y[32]
     if layout == ROWED:
-        store_lanes(y, w.target)
-        return vset(w.src[y[0]])
+        return vset(w.src[ifirst(w.target)])
     s = vset(0)
     for k in range(w.vectors):
         s = choose(at_target(layout, w, k), vload(w.src + k * TILE), s)
     return s
 
 
-cdef extern from *:
-    """
-    static inline __attribute__((always_inline)) void fl_store_lanes(lane_int *to, ivec v) { memcpy(to, &v, sizeof v); }
-    """
-    void store_lanes "fl_store_lanes" (lane_int *, ivec) noexcept nogil
-
-
 cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
     """v to dst at the target."""
     cdef Py_ssize_t k
-    cdef lane_int y[32]
-    cdef real lanes[32]
     if layout == ROWED:
-        store_lanes(y, w.target)
-        vstore(lanes, v)
-        w.dst[y[0]] = lanes[0]
+        w.dst[ifirst(w.target)] = first_lane(v)
     else:
         for k in range(w.vectors):
             put(layout, True, w, k, choose(at_target(layout, w, k), v, vload(w.dst + k * TILE)))
@@ -153,16 +166,21 @@ cdef inline vec row_max(int layout, const Walk *w) noexcept nogil:
 cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m,
                            vec *last) noexcept nogil:
     cdef vec total = vset(0), e
-    cdef Py_ssize_t k
-    for k in range(start, min(w.vectors, start + 16)):
-        e = vexp(sub(fetch(layout, careful, w, w.src, k, <real> -INFINITY), m))
+    cdef ivec cls = classes_of(layout, start)
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        e = vexp(sub(fetch(layout, False, w, w.src, k, 0), m))
         if careful:
-            e = choose(at_target(layout, w, k), vset(0), e)
-        if layout == ROWED and careful and (k + 1) * LANES > w.classes:
-            last[0] = e
-        elif keep:
+            e = choose(ieq(cls, w.target), vset(0), e)
+            cls = next_classes(layout, cls)
+        fetch_ahead(layout, keep, w, k)
+        if keep:
             put(layout, False, w, k, e)
         total = add(total, e)
+    if careful and whole < stop:
+        e = vexp(sub(fetch(layout, True, w, w.src, whole, <real> -INFINITY), m))
+        last[0] = choose(ieq(cls, w.target), vset(0), e)
+        total = add(total, last[0])
     return total
 
 
@@ -196,44 +214,70 @@ cdef inline void scale(int layout, const Walk *w, vec last, vec r, vec target) n
     put_at_target(ROWED, w, target)
 
 
+cdef struct State:
+    # What is known of some rows, one a lane, or of one row, the same in all lanes.
+    vec a
+    vec b
+    vec c
+    ivec index
+
+
 cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
     """log(total); where `top`, total is 1 + others and the logarithm that of the exact sum (log1p)."""
     cdef vec lost = div(sub(others, sub(total, vset(1))), total)
     return add(vlog(total), choose(top, lost, vset(0)))
 
 
-cdef inline vec softmax(int layout, bint grad, const Walk *w, vec factor) noexcept nogil:
-    """log Σ exp(s − m) − (s_y − m), and factor · (p − e_y), whose entry at the target is −Σ_{j≠y} p_j."""
-    cdef vec m = row_max(layout, w), st = target_score(layout, w), others, total, r
-    cdef vec below = sub(st, m), last = vset(0)
-    others = row_exps(layout, grad, w, m, &last)
-    total = add(others, vexp(below))
+# --- softmax -------------------------------------------------------------------------------------------------------
+# ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j.
+cdef inline void open_softmax(int layout, bint grad, const Walk *w, vec m, State *s, vec *last) noexcept nogil:
+    s.b = sub(target_score(layout, w), m)
+    s.a = row_exps(layout, grad, w, m, last)
+
+
+cdef inline vec settle_softmax(bint grad, State *s, vec factor) noexcept nogil:
+    cdef vec others = s.a, below = s.b, total = add(others, vexp(below))
     if grad:
-        r = div(factor, total)
-        scale(layout, w, last, r, mul(others, sub(vset(0), r)))
-    return sub(log_sum(total, others, veq(st, m)), below)
+        s.a = div(factor, total)
+        s.b = mul(others, sub(vset(0), s.a))
+    return sub(log_sum(total, others, veq(below, vset(0))), below)
+
+
+# --- hinge ---------------------------------------------------------------------------------------------------------
+# Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed.
+cdef inline vec hinge_step(int layout, bint careful, bint grad, int power, const Walk *w, Py_ssize_t k, vec m,
+                           vec share, vec *pull) noexcept nogil:
+    """One vector of margins: its losses; its gradient to dst, and added to pull."""
+    cdef vec zero = vset(0), active = choose(vle(m, zero), zero, m), d
+    if grad:
+        d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
+        pull[0] = add(pull[0], d)
+        put(layout, careful, w, k, mul(d, share))
+    return active if power == 1 else mul(active, active)
 
 
 cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
                             Py_ssize_t start, vec st, vec share, vec *pull) noexcept nogil:
-    cdef vec loss = vset(0), some = vset(0), zero = vset(0), m, active, d
-    cdef Py_ssize_t k
-    for k in range(start, min(w.vectors, start + 16)):
-        m = add(sub(fetch(layout, careful, w, w.src, k, 0), st), vset(o.margin))
+    cdef vec loss = vset(0), some = vset(0), zero = vset(0), m
+    cdef ivec cls = classes_of(layout, start)
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        m = add(sub(fetch(layout, False, w, w.src, k, 0), st), vset(o.margin))
         if careful:
-            m = choose(not_wrong(layout, w, k), zero, m)
-        active = choose(vle(m, zero), zero, m)
-        loss = add(loss, active if power == 1 else mul(active, active))
-        if grad:
-            d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
-            some = add(some, d)
-            put(layout, careful, w, k, mul(d, share))
+            m = choose(ieq(cls, w.target), zero, m)
+            cls = next_classes(layout, cls)
+        fetch_ahead(layout, grad, w, k)
+        loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
+    if careful and whole < stop:
+        m = add(sub(fetch(layout, True, w, w.src, whole, 0), st), vset(o.margin))
+        m = choose(not_wrong(layout, w, whole), zero, m)
+        loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
     pull[0] = add(pull[0], some)
     return loss
 
 
-cdef inline vec hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor) noexcept nogil:
-    """Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed."""
+cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor,
+                            State *s) noexcept nogil:
     cdef vec st = target_score(layout, w), loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
@@ -241,37 +285,29 @@ cdef inline vec hinge(int layout, bint grad, int power, const Options *o, const 
             loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, st, share, &pull))
         else:
             loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, st, share, &pull))
-    if grad:
-        put_at_target(layout, w, mul(fold_sum(layout, pull), sub(vset(0), share)))
-    return mul(fold_sum(layout, loss), vset(o.per_class))
+    s.a, s.b = fold_sum(layout, loss), fold_sum(layout, pull)
 
 
-cdef inline vec hinge_max(int layout, bint grad, const Options *o, const Walk *w, vec factor) noexcept nogil:
-    """max(0, max_{j≠y} m_j)^power: the first NaN, else the lowest class that has the largest margin."""
-    cdef vec st = target_score(layout, w), zero = vset(0), best = vset(<real> -INFINITY), m, active, d
-    cdef ivec index = iset(0), cls
+cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
+    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.per_class))))
+    return mul(s.a, vset(o.per_class))
+
+
+# --- hinge, over="max" -----------------------------------------------------------------------------------------------
+# max(0, max_{j≠y} m_j)^power: the first NaN, else the lowest class that has the largest margin.
+cdef inline void open_hinge_max(int layout, const Options *o, const Walk *w, State *s) noexcept nogil:
+    cdef vec st = target_score(layout, w), m
     cdef mask better
     cdef Py_ssize_t k
+    s.a, s.index = vset(<real> -INFINITY), iset(0)
     for k in range(w.vectors):
         m = add(sub(fetch(layout, True, w, w.src, k, 0), st), vset(o.margin))
         m = choose(not_wrong(layout, w, k), vset(<real> -INFINITY), m)
-        better = mandnot(veq(best, best), vle(m, best))
-        best = choose(better, m, best)
-        index = ichoose(better, classes_of(layout, k), index)
+        better = mandnot(veq(s.a, s.a), vle(m, s.a))
+        s.a = choose(better, m, s.a)
+        s.index = ichoose(better, classes_of(layout, k), s.index)
     if layout == ROWED:
-        fold_best(&best, &index)
-    active = choose(vle(best, zero), zero, best)
-    if grad:
-        if o.power == 1:
-            d = choose(vlt(zero, best), vset(1), active)
-        else:
-            d = mul(vset(2), active)
-        d = mul(d, factor)
-        for k in range(w.vectors):
-            cls = classes_of(layout, k)
-            m = choose(ieq(cls, w.target), sub(zero, d), choose(ieq(cls, index), d, zero))
-            put(layout, True, w, k, m)
-    return active if o.power == 1 else mul(active, active)
+        fold_best(&s.a, &s.index)
 
 
 cdef inline void fold_best(vec *best, ivec *index) noexcept nogil:
@@ -280,7 +316,7 @@ cdef inline void fold_best(vec *best, ivec *index) noexcept nogil:
     cdef lane_int cls[32]
     cdef int k, top = 0
     vstore(value, best[0])
-    store_lanes(cls, index[0])
+    istore(cls, index[0])
     for k in range(1, LANES):
         if value[top] != value[top]:
             if value[k] != value[k] and cls[k] < cls[top]:
@@ -291,55 +327,27 @@ cdef inline void fold_best(vec *best, ivec *index) noexcept nogil:
     index[0] = iset(cls[top])
 
 
-cdef inline vec row_loss(int layout, bint grad, const Options *o, const Walk *w, vec factor) noexcept nogil:
-    """The one door to the row losses: losses of the rows; gradients, times `factor`, in dst."""
-    if o.kind == SOFTMAX:
-        return softmax(layout, grad, w, factor)
-    if o.kind == HINGE_MAX:
-        return hinge_max(layout, grad, o, w, factor)
+cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
+    cdef vec active = choose(vle(s.a, vset(0)), vset(0), s.a), slope
     if o.power == 1:
-        return hinge(layout, grad, 1, o, w, factor)
-    return hinge(layout, grad, 2, o, w, factor)
+        slope = choose(vlt(vset(0), s.a), vset(1), active)
+    else:
+        slope = mul(vset(2), active)
+    s.a = mul(slope, factor)
+    return active if o.power == 1 else mul(active, active)
 
 
-cdef int read_options(Options *o, kind, margin, power, over, Py_ssize_t c) except -1:
-    if c > 0x7fffffff:
-        raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
-    memset(o, 0, sizeof(Options))
-    o.kind = SOFTMAX if kind == "softmax" else HINGE_MAX if over == "max" else HINGE
-    o.power, o.margin = power, margin
-    o.per_class = <real> (1.0 / c) if over == "mean" else 1
-    return 0
-
-
-# --- softmax, log-softmax and log-sum-exp ----------------------------------------------------------------------------
-cdef enum:
-    PROBABILITIES = 0
-    LOG_PROBABILITIES = 1
-    LOG_SUM = 2
-
-
-cdef inline vec transform_walk(int layout, int kind, const Walk *w) noexcept nogil:
-    """softmax or log-softmax into dst, or the log-sum-exp as result.
-
-    The first maximum plays the part of the target: its exponential is 1 and is spared from the sum.
-    """
-    cdef vec m = row_max(layout, w), others, total, log, r, last = vset(0)
-    cdef Walk top = w[0]
+cdef inline void close_hinge_max(int layout, const Walk *w, const State *s) noexcept nogil:
+    cdef vec zero = vset(0), v
+    cdef ivec cls
     cdef Py_ssize_t k
-    find_first(layout, &top, m)
-    others = row_exps(layout, kind == PROBABILITIES, &top, m, &last)
-    total = add(others, vexp(sub(m, m)))
-    log = log_sum(total, others, veq(m, m))
-    if kind == PROBABILITIES:
-        r = div(vset(1), total)
-        scale(layout, &top, last, r, r)
-    elif kind == LOG_PROBABILITIES:
-        for k in range(w.vectors):
-            put(layout, True, w, k, sub(sub(fetch(layout, True, w, w.src, k, 0), m), log))
-    return limit_of_log_sum(layout, w, m, add(m, log)) if kind == LOG_SUM else log
+    for k in range(w.vectors):
+        cls = classes_of(layout, k)
+        v = choose(ieq(cls, w.target), sub(zero, s.a), choose(ieq(cls, s.index), s.a, zero))
+        put(layout, True, w, k, v)
 
 
+# --- softmax, log-softmax and log-sum-exp themselves -----------------------------------------------------------------
 cdef inline void find_first(int layout, Walk *w, vec m) noexcept nogil:
     """Make the first class whose score is m the target; class 0 where there is none (NaN)."""
     cdef ivec index = iset(<lane_int> w.classes)
@@ -350,7 +358,7 @@ cdef inline void find_first(int layout, Walk *w, vec m) noexcept nogil:
     for k in range(w.vectors - 1, -1, -1):
         index = ichoose(veq(fetch(layout, True, w, w.src, k, <real> NAN), m), classes_of(layout, k), index)
     if layout == ROWED:
-        store_lanes(lanes, index)
+        istore(lanes, index)
         first = lanes[0]
         for lane in range(1, LANES):
             first = min(first, lanes[lane])
@@ -359,15 +367,107 @@ cdef inline void find_first(int layout, Walk *w, vec m) noexcept nogil:
     w.target = ichoose(ige(index, iset(<lane_int> w.classes)), iset(0), index)
 
 
-cdef inline vec limit_of_log_sum(int layout, const Walk *w, vec m, vec z) noexcept nogil:
-    """Where m is infinite the sum met inf − inf: its limit is m, unless the row holds NaN."""
+cdef inline vec holds_nan(int layout, const Walk *w) noexcept nogil:
+    """1 for rows with NaN in them."""
     cdef vec bad = vset(0), x
-    cdef mask infinite = mandnot(veq(m, m), veq(sub(m, m), vset(0)))
     cdef Py_ssize_t k
-    if lane_max(choose(infinite, vset(1), vset(0))) == 0:
-        return z
     for k in range(w.vectors):
         x = fetch(layout, True, w, w.src, k, 0)
         bad = choose(veq(x, x), bad, vset(1))
-    bad = fold_max(layout, bad)
-    return choose(mandnot(infinite, veq(bad, vset(1))), m, z)
+    return fold_max(layout, bad)
+
+
+cdef inline mask is_infinite(vec x) noexcept nogil:
+    return mandnot(veq(x, x), veq(sub(x, x), vset(0)))
+
+
+cdef inline void open_transform(int layout, int kind, Walk *w, vec m, State *s, vec *last) noexcept nogil:
+    find_first(layout, w, m)
+    s.c, s.b = m, vset(0)
+    if kind == LOG_SUM and lane_max(choose(is_infinite(m), vset(1), vset(0))) > 0:
+        s.b = holds_nan(layout, w)
+    s.a = row_exps(layout, kind == PROBABILITIES, w, m, last)
+
+
+cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
+    """The log-sum-exp. Where the maximum is infinite that is NaN, and its limit for `logsumexp`, unless there is NaN."""
+    cdef vec others = s.a, m = s.c, total = add(others, vexp(sub(m, m))), log = log_sum(total, others, veq(m, m)), z
+    z = add(m, log)
+    if kind == PROBABILITIES:
+        s.a = s.b = div(vset(1), total)
+    elif kind == LOG_PROBABILITIES:
+        s.a = log
+    else:
+        z = choose(mandnot(is_infinite(m), veq(s.b, vset(1))), m, z)
+    return z
+
+
+cdef inline void close_log_probabilities(int layout, const Walk *w, const State *s) noexcept nogil:
+    cdef Py_ssize_t k
+    for k in range(w.vectors):
+        put(layout, True, w, k, sub(sub(fetch(layout, True, w, w.src, k, 0), s.c), s.a))
+
+
+# --- the doors to all of them ----------------------------------------------------------------------------------------
+cdef inline vec look_ahead(int layout, const Options *o, const Walk *w) noexcept nogil:
+    """What `open_rows` has to know first: the maximum, for the softmax family.
+
+    It is a walk of its own, over all rows of a group, so that no row waits for the folding of its maximum.
+    """
+    return vset(0) if o.kind == HINGE or o.kind == HINGE_MAX else row_max(layout, w)
+
+
+cdef inline void open_rows(int layout, bint grad, const Options *o, Walk *w, vec factor, vec m, State *s,
+                           vec *last) noexcept nogil:
+    """First walk over one row (ROWED) or LANES rows (LANED), whose maximum is m."""
+    if o.kind == SOFTMAX:
+        open_softmax(layout, grad, w, m, s, last)
+    elif o.kind == HINGE_MAX:
+        open_hinge_max(layout, o, w, s)
+    elif o.kind == HINGE and o.power == 1:
+        open_hinge(layout, grad, 1, o, w, factor, s)
+    elif o.kind == HINGE:
+        open_hinge(layout, grad, 2, o, w, factor, s)
+    elif o.kind == PROBABILITIES:
+        open_transform(layout, PROBABILITIES, w, m, s, last)
+    else:
+        open_transform(layout, o.kind, w, m, s, last)
+
+
+cdef inline vec settle(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
+    """Losses of LANES rows; and in the State what the gradient needs, times `factor`."""
+    if o.kind == SOFTMAX:
+        return settle_softmax(grad, s, factor)
+    if o.kind == HINGE:
+        return settle_hinge(o, s, factor)
+    if o.kind == HINGE_MAX:
+        return settle_hinge_max(o, s, factor)
+    return settle_transform(o.kind, s)
+
+
+cdef inline void close_rows(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
+    """Second walk: the gradient, complete in dst."""
+    if o.kind == SOFTMAX or o.kind == PROBABILITIES:
+        scale(layout, w, last, s.a, s.b)
+    elif o.kind == HINGE:
+        put_at_target(layout, w, s.b)
+    elif o.kind == HINGE_MAX:
+        close_hinge_max(layout, w, s)
+    else:
+        close_log_probabilities(layout, w, s)
+
+
+cdef dict _KINDS = {
+    "softmax": SOFTMAX, "hinge": HINGE,
+    "transform softmax": PROBABILITIES, "transform log_softmax": LOG_PROBABILITIES, "transform logsumexp": LOG_SUM,
+}
+
+
+cdef int read_options(Options *o, kind, margin, power, over, Py_ssize_t c) except -1:
+    if c > 0x7fffffff:
+        raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
+    memset(o, 0, sizeof(Options))
+    o.kind = HINGE_MAX if over == "max" else _KINDS[kind]
+    o.power, o.margin = power, margin
+    o.per_class = <real> (1.0 / c) if over == "mean" else 1
+    return 0

@@ -6,6 +6,8 @@
 cdef enum:
     FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
+    GROUP_BYTES = 8192  # of rows that are opened, settled and closed together
+
 cdef struct ScoresPass:
     Matrix scores, grad
     Indices targets
@@ -14,7 +16,6 @@ cdef struct ScoresPass:
     real scale
     real *row_loss
     Py_ssize_t row_loss_stride
-    int transform
     Py_ssize_t segment
     char *scratch
     Py_ssize_t scratch_size
@@ -90,25 +91,33 @@ cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, 
 cdef inline void tile_losses(const Options *o, bint grad, real *tile, Py_ssize_t c, const lane_int *y, const real *mult,
                              real scale, bint all_live, real *losses) noexcept nogil:
     """Row losses of a transposed tile, and gradients in place; both 0 in lanes whose multiplier is 0."""
+    if grad:
+        tile_losses_case(o, True, tile, c, y, mult, scale, all_live, losses)
+    else:
+        tile_losses_case(o, False, tile, c, y, mult, scale, all_live, losses)
+
+
+cdef inline void tile_losses_case(const Options *o, bint grad, real *tile, Py_ssize_t c, const lane_int *y,
+                                  const real *mult, real scale, bint all_live, real *losses) noexcept nogil:
     cdef Py_ssize_t g, k, v
-    cdef vec loss, factor, zero = vset(0), part
+    cdef vec loss, factor, last = vset(0), zero = vset(0)
     cdef mask dead
     cdef Walk w
+    cdef State s
     for v in range(TILE // LANES):
         g = v * LANES
         w = walk_lanes(tile + g, c, iload(y + g))
-        factor = vload(mult + g)
-        dead = veq(factor, zero)
+        dead = veq(vload(mult + g), zero)
+        factor = mul(vload(mult + g), vset(scale))
+        open_rows(LANED, grad, o, &w, factor, look_ahead(LANED, o, &w), &s, &last)
+        loss = settle(grad, o, &s, factor)
         if grad:
-            loss = row_loss(LANED, True, o, &w, mul(factor, vset(scale)))
-        else:
-            loss = row_loss(LANED, False, o, &w, factor)
+            close_rows(LANED, o, &w, &s, last)
         if not all_live:
             loss = choose(dead, zero, loss)
             if grad:
                 for k in range(c):
-                    part = vload(tile + k * TILE + g)
-                    vstore(tile + k * TILE + g, choose(dead, zero, part))
+                    vstore(tile + k * TILE + g, choose(dead, zero, vload(tile + k * TILE + g)))
         vstore(losses + g, loss)
 
 
@@ -148,36 +157,82 @@ cdef inline double fold_doubles(double *sums) noexcept nogil:
     return total
 
 
-cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
-    """The same, row by row."""
-    cdef Py_ssize_t row, c = s.scores.columns
-    cdef bint grad = s.grad.data != NULL
-    cdef real mult = 1, loss
-    cdef real lanes[16]
-    cdef lane_int y
-    cdef double total = 0
+cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, int n, Py_ssize_t ahead, lane_int *y,
+                              const real *mult, real *losses) noexcept nogil:
+    """Row losses, and gradients, of n <= TILE rows that are contiguous; both 0 where the multiplier is 0."""
+    cdef vec last[16]
+    cdef real a[16]
+    cdef real b[16]
+    cdef real m[16]
+    cdef lane_int index[16]
+    # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
-    cdef real *dst
-    for row in range(start, stop):
-        dst = s.grad.data + row * s.grad.row_stride if grad else NULL
-        if s.multiplier != NULL:
-            mult = s.multiplier[row]
-        if mult == 0:
-            loss = 0
+    cdef State state
+    cdef vec end = vset(0)
+    cdef Py_ssize_t c = s.scores.columns, g, v
+    cdef const real *src = s.scores.data + start * s.scores.row_stride
+    cdef real *dst = s.grad.data + start * s.grad.row_stride if grad else NULL
+    cdef int i
+    memset(a, 0, sizeof(a))
+    memset(b, 0, sizeof(b))
+    memset(m, 0, sizeof(m))
+    memset(index, 0, sizeof(index))
+    for i in range(n):
+        w = walk_row(src + i * s.scores.row_stride, NULL, c, 0)
+        m[i] = first_lane(look_ahead(ROWED, &s.options, &w))
+    for i in range(n):
+        if mult[i] == 0:
+            continue
+        w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride if grad else NULL, c, y[i])
+        w.src_ahead, w.dst_ahead = ahead * s.scores.row_stride, ahead * s.grad.row_stride
+        open_rows(ROWED, grad, &s.options, &w, vset(mult[i] * s.scale), vset(m[i]), &state, &end)
+        a[i], b[i], index[i] = first_lane(state.a), first_lane(state.b), ifirst(state.index)
+        y[i], last[i] = ifirst(w.target), end
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        state.a, state.b, state.c, state.index = vload(a + g), vload(b + g), vload(m + g), iload(index + g)
+        vstore(losses + g, settle(grad, &s.options, &state, mul(vload(mult + g), vset(s.scale))))
+        vstore(a + g, state.a)
+        vstore(b + g, state.b)
+    for i in range(n):
+        if mult[i] == 0:
+            losses[i] = 0
             if grad:
-                memset(dst, 0, c * sizeof(real))
+                memset(dst + i * s.grad.row_stride, 0, c * sizeof(real))
+        elif grad:
+            w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride, c, y[i])
+            state.a, state.b, state.c, state.index = vset(a[i]), vset(b[i]), vset(m[i]), iset(index[i])
+            close_rows(ROWED, &s.options, &w, &state, last[i])
+
+
+cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """The same, by groups of rows: as many as stay in L1 between their two walks."""
+    cdef Py_ssize_t row, t, group = GROUP_BYTES // (s.scores.columns * sizeof(real))
+    cdef int n, i
+    cdef lane_int y[16]
+    cdef real mult[16]
+    cdef real losses[16]
+    cdef double sums[16]
+    memset(sums, 0, sizeof(sums))
+    memset(y, 0, sizeof(y))
+    memset(losses, 0, sizeof(losses))
+    group = max(<Py_ssize_t> 1, min(<Py_ssize_t> TILE, group))
+    for t in range((stop - start + group - 1) // group):
+        row = start + t * group
+        n = <int> min(group, stop - row)
+        tile_multipliers(s.multiplier, row, n, mult)
+        convert(&s.targets, row, n, y)
+        if s.grad.data != NULL:
+            group_losses(s, True, row, n, group, y, mult, losses)
         else:
-            convert(&s.targets, row, 1, &y)
-            w = walk_row(s.scores.data + row * s.scores.row_stride, dst, c, y)
-            if grad:
-                vstore(lanes, row_loss(ROWED, True, &s.options, &w, vset(mult * s.scale)))
-            else:
-                vstore(lanes, row_loss(ROWED, False, &s.options, &w, vset(mult)))
-            loss = lanes[0]
-            total += <double> loss * <double> mult
+            group_losses(s, False, row, n, group, y, mult, losses)
+        for i in range(n, TILE):
+            losses[i] = 0
         if s.row_loss != NULL:
-            s.row_loss[row * s.row_loss_stride] = loss
-    return total
+            for i in range(n):
+                s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
+        add_products(sums, losses, mult)
+    return fold_doubles(sums)
 
 
 cdef void scores_segment(ScoresPass *s, Py_ssize_t k, int thread) noexcept nogil:
@@ -194,27 +249,15 @@ cdef char *aligned(char *p) noexcept nogil:
     return p + (64 - <size_t> p % 64) % 64
 
 
-def score_rows(kind, margin, power, over, scores, targets, multiplier, double scale, grad, losses, int n_threads):
-    """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`."""
-    cdef _Loan loan = _Loan()
-    cdef ScoresPass s
-    cdef Matrix m
+cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
+    """Σ multiplier · ℓ over all rows, by segments."""
     cdef double partial[SEGMENTS]
     cdef double total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.scores = loan.matrix(scores, False)
-    s.grad = loan.matrix(grad, True)
-    s.targets = loan.indices(targets)
-    m = loan.matrix(multiplier, False)
-    s.multiplier = m.data
-    m = loan.matrix(losses, True)
-    s.row_loss, s.row_loss_stride = m.data, m.column_stride
-    s.scale = <real> scale
-    read_options(&s.options, kind, margin, power, over, s.scores.columns)
-    if s.scores.rows == 0:
-        return 0.0
     cdef bint laned = is_laned(&s.scores, &s.grad)
+    if s.scores.rows == 0:
+        return 0
     s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
@@ -228,88 +271,40 @@ def score_rows(kind, margin, power, over, scores, targets, multiplier, double sc
     with nogil:
         if n_threads == 1:
             for k in range(segments):
-                scores_segment(&s, k, 0)
+                scores_segment(s, k, 0)
         else:
             for k in prange(segments, schedule="dynamic", num_threads=n_threads):
-                scores_segment(&s, k, threadid())
+                scores_segment(s, k, threadid())
         free(memory)
     for k in range(segments):
         total += partial[k]
     return total
 
 
-# --- softmax, log-softmax, log-sum-exp -------------------------------------------------------------------------------
-cdef inline vec transform_case(int layout, int kind, const Walk *w) noexcept nogil:
-    if kind == PROBABILITIES:
-        return transform_walk(layout, PROBABILITIES, w)
-    if kind == LOG_PROBABILITIES:
-        return transform_walk(layout, LOG_PROBABILITIES, w)
-    return transform_walk(layout, LOG_SUM, w)
-
-
-cdef void transform_segment(ScoresPass *s, Py_ssize_t k, int thread) noexcept nogil:
-    cdef Py_ssize_t row, start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
-    cdef Py_ssize_t c = s.scores.columns, g, t, v
-    cdef unsigned mode = flush_to_zero()
-    cdef real *tile = <real *> (s.scratch + thread * s.scratch_size)
-    cdef real z[16]
-    cdef int n, i, rows = TILE if s.scratch != NULL else 1
-    cdef Walk w
-    for t in range((stop - start + rows - 1) // rows):
-        row = start + t * rows
-        n = <int> min(<Py_ssize_t> rows, stop - row)
-        if s.scratch != NULL:
-            load_tile(&s.scores, row, n, tile)
-            for v in range(TILE // LANES):
-                g = v * LANES
-                w = walk_lanes(tile + g, c, iset(0))
-                vstore(z + g, transform_case(LANED, s.transform, &w))
-            if s.transform != LOG_SUM:
-                store_tile(&s.grad, row, n, tile)
-        else:
-            w = walk_row(s.scores.data + row * s.scores.row_stride, s.grad.data + row * s.grad.row_stride, c, 0)
-            vstore(z, transform_case(ROWED, s.transform, &w))
-        if s.transform == LOG_SUM:
-            for i in range(n):
-                s.row_loss[(row + i) * s.row_loss_stride] = z[i]
-    restore_mode(mode)
+def score_rows(kind, margin, power, over, scores, targets, multiplier, double scale, grad, losses, int n_threads):
+    """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`."""
+    cdef _Loan loan = _Loan()
+    cdef ScoresPass s
+    cdef Matrix m
+    s.scores, s.grad, s.targets = loan.matrix(scores, False), loan.matrix(grad, True), loan.indices(targets)
+    m = loan.matrix(multiplier, False)
+    s.multiplier = m.data
+    m = loan.matrix(losses, True)
+    s.row_loss, s.row_loss_stride, s.scale = m.data, m.column_stride, <real> scale
+    read_options(&s.options, kind, margin, power, over, s.scores.columns)
+    return run_scores(&s, n_threads)
 
 
 def transform(kind, scores, out, int n_threads):
     """softmax, log_softmax (out like scores) or logsumexp (out a vector) of the rows of `scores`."""
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
-    cdef Matrix m
-    cdef Py_ssize_t k, segments
-    cdef char *memory = NULL
-    cdef bint laned
-    s.scores = loan.matrix(scores, False)
-    m = loan.matrix(out, True)
-    s.transform = PROBABILITIES if kind == "softmax" else LOG_PROBABILITIES if kind == "log_softmax" else LOG_SUM
-    s.grad = loan.matrix(None, False)
-    s.row_loss, s.row_loss_stride = NULL, 0
-    if s.transform == LOG_SUM:
+    cdef Matrix m = loan.matrix(out, True)
+    s.scores, s.grad, s.targets = loan.matrix(scores, False), loan.matrix(None, False), loan.indices(None)
+    s.multiplier, s.scale, s.row_loss, s.row_loss_stride = NULL, 1, NULL, 0
+    read_options(&s.options, "transform " + kind, 0, 1, "", s.scores.columns)
+    if s.options.kind == LOG_SUM:
         s.row_loss, s.row_loss_stride = m.data, m.column_stride
     else:
         s.grad = m
-    if s.scores.rows == 0:
-        return
-    laned = is_laned(&s.scores, &s.grad)
-    s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if laned else 1)
-    segments = (s.scores.rows + s.segment - 1) // s.segment
-    n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
-    s.scratch, s.scratch_size = NULL, 0
-    if laned:
-        s.scratch_size = (s.scores.columns * TILE * sizeof(real) + 127) // 64 * 64
-        memory = <char *> malloc(s.scratch_size * n_threads + 64)
-        if memory == NULL:
-            raise MemoryError("no memory for tiles of scores")
-        s.scratch = aligned(memory)
-    with nogil:
-        if n_threads == 1:
-            for k in range(segments):
-                transform_segment(&s, k, 0)
-        else:
-            for k in prange(segments, schedule="dynamic", num_threads=n_threads):
-                transform_segment(&s, k, threadid())
-        free(memory)
+    run_scores(&s, n_threads)
