@@ -4,13 +4,16 @@
 # are in cache. Each feature is read from memory once; the products need 4 N D C operations, and on x86-64-v4 in float32
 # two of 16 of them start each cycle, so with 10 classes memory is the limit where a core gets under 6 bytes a cycle.
 #
-# W and the segment's sum of gradients lie in panels (simd.h): blocks of at most CLASS_BLOCK classes whose sums stay in
-# registers, over stretches of 512 features, so that a stretch of a panel stays in L1 while the 16 rows pass by. Panels are
-# contiguous: rows of W are often a multiple of 4096 bytes apart and would fall into the same cache sets.
-# While the gradient is accumulated, the next tile's rows are fetched.
+# W and the segment's sum of gradients lie in panels (simd.h): blocks of classes whose sums stay in registers, over
+# stretches of 512 features, so that a stretch of a panel stays in L1 while the 16 rows pass by. Panels are contiguous: rows
+# of W, and of X, are often a multiple of 4096 bytes apart and fall into the same cache sets. That is also why blocks of
+# dW are as large as they can be: 16 such rows do not stay in L1 until a next block.
+# The next tile's rows are fetched during both products, half of their features in each (all in the first if it is alone),
+# where two tiles fit in the second-level cache.
 
 cdef enum:
     STRETCH = 512  # features
+    AHEAD_BYTES = 1 << 18  # of a tile, at most, for the next one to be fetched while it is computed with
     SEGMENT_ROWS = 64  # at least, so that writing and adding up a segment's sums costs little beside its rows
 
 cdef struct LinearPass:
@@ -21,7 +24,9 @@ cdef struct LinearPass:
     Indices rows, targets
     const real *multiplier
     Options options
-    Py_ssize_t classes, blocks
+    Py_ssize_t classes, dot_blocks, outer_blocks
+    Py_ssize_t ahead  # vectors of features fetched for the next tile during the first product
+    bint fetches
     real *W  # panels
     real *bias
     real *zeros  # a row of features
@@ -46,9 +51,9 @@ cdef struct FeatureTile:
     real mult[16]
 
 
-cdef inline Py_ssize_t block_start(const LinearPass *p, Py_ssize_t b) noexcept nogil:
-    """First class of block b: classes are split evenly."""
-    return b * (p.classes // p.blocks) + min(b, p.classes % p.blocks)
+cdef inline Py_ssize_t block_start(const LinearPass *p, Py_ssize_t blocks, Py_ssize_t b) noexcept nogil:
+    """First class of block b of `blocks`: classes are split evenly."""
+    return b * (p.classes // blocks) + min(b, p.classes % blocks)
 
 
 cdef void next_tile(const LinearPass *p, Py_ssize_t *cursor, Py_ssize_t stop, FeatureTile *t) noexcept nogil:
@@ -100,28 +105,33 @@ cdef void stage(const LinearPass *p, const FeatureTile *t, real *rows, const rea
             to[d] = 0
 
 
-cdef void produce(const LinearPass *p, const real **x, const real **last, vec *sums, real *tile) noexcept nogil:
+cdef void produce(const LinearPass *p, const real **x, const real **last, vec *sums, real *tile,
+                  const FeatureTile *following) noexcept nogil:
     """Scores of a tile, transposed."""
     cdef Py_ssize_t whole = p.vectors if p.staged else p.features // LANES
-    cdef Py_ssize_t stretch = STRETCH // LANES, at, n, b, c, size, v
-    cdef int r
+    cdef Py_ssize_t stretch = STRETCH // LANES, at, n, b, c, size, v, step
+    cdef const char *next[4]
+    cdef int r, i
     memset(sums, 0, p.classes * TILE * sizeof(vec))
     for v in range((whole + stretch - 1) // stretch):
         at = v * stretch
         n = min(stretch, whole - at)
-        for b in range(p.blocks):
-            c = block_start(p, b)
-            size = block_start(p, b + 1) - c
+        for b in range(p.dot_blocks):
+            c = block_start(p, p.dot_blocks, b)
+            size = block_start(p, p.dot_blocks, b + 1) - c
+            step = LANES * p.feature_stride if b == 0 and at < p.ahead and following.n == TILE else 0
             for r in range(TILE // ROWS):
+                for i in range(ROWS):
+                    next[i] = following.row[r * ROWS + i] + at * LANES * p.feature_stride
                 dot_panel(<int> size, x + r * ROWS, at * LANES, n, p.W + (c * p.vectors + at * size) * LANES,
-                          sums + c * TILE + r * ROWS)
+                          sums + c * TILE + r * ROWS, next, step)
     if whole < p.vectors:
-        for b in range(p.blocks):
-            c = block_start(p, b)
-            size = block_start(p, b + 1) - c
+        for b in range(p.dot_blocks):
+            c = block_start(p, p.dot_blocks, b)
+            size = block_start(p, p.dot_blocks, b + 1) - c
             for r in range(TILE // ROWS):
                 dot_panel(<int> size, last + r * ROWS, 0, 1, p.W + (c * p.vectors + whole * size) * LANES,
-                          sums + c * TILE + r * ROWS)
+                          sums + c * TILE + r * ROWS, NULL, 0)
     for c in range(p.classes):
         for v in range(TILE // LANES):
             vstore(tile + c * TILE + v * LANES,
@@ -130,26 +140,27 @@ cdef void produce(const LinearPass *p, const real **x, const real **last, vec *s
 
 cdef void accumulate(const LinearPass *p, const real **x, const real **last, const real *tile, real *dW, bint first,
                      const FeatureTile *following) noexcept nogil:
-    """dW += gradientᵀ X in panels; fetches the rows of the following tile on the way."""
+    """dW += gradientᵀ X in panels."""
     cdef Py_ssize_t whole = p.vectors if p.staged else p.features // LANES
     cdef Py_ssize_t at, b, c, size, n, pair, ahead
     cdef int r
     for pair in range((whole + 1) // 2):
         at = 2 * pair
         n = min(<Py_ssize_t> 2, whole - at)
-        ahead = at * LANES * p.feature_stride
-        for r in range(following.n):
-            prefetch(following.row[r] + ahead)
-            if LANES * sizeof(real) == 64:
-                prefetch(following.row[r] + ahead + 64)
-        for b in range(p.blocks):
-            c = block_start(p, b)
-            size = block_start(p, b + 1) - c
+        if p.fetches and at >= p.ahead:
+            ahead = at * LANES * p.feature_stride
+            for r in range(following.n):
+                prefetch(following.row[r] + ahead)
+                if LANES * sizeof(real) == 64:
+                    prefetch(following.row[r] + ahead + 64)
+        for b in range(p.outer_blocks):
+            c = block_start(p, p.outer_blocks, b)
+            size = block_start(p, p.outer_blocks, b + 1) - c
             outer_panel(<int> size, n == 2, x, at * LANES, tile + c * TILE, dW + (c * p.vectors + at * size) * LANES, first)
     if whole < p.vectors:
-        for b in range(p.blocks):
-            c = block_start(p, b)
-            size = block_start(p, b + 1) - c
+        for b in range(p.outer_blocks):
+            c = block_start(p, p.outer_blocks, b)
+            size = block_start(p, p.outer_blocks, b + 1) - c
             outer_panel(<int> size, False, last, 0, tile + c * TILE, dW + (c * p.vectors + whole * size) * LANES, first)
 
 
@@ -189,7 +200,7 @@ cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil
                 x[r] = <const real *> t.row[r]
                 for j in range(LANES):
                     ends[r * LANES + j] = x[r][whole + j] if whole + j < p.features else 0
-        produce(p, x, last, sums, tile)
+        produce(p, x, last, sums, tile, following)
         tile_losses(&p.options, p.grad, tile, c, t.y, t.mult, 1, t.n == TILE, losses)
         add_products(total, losses, t.mult)
         if p.row_loss != NULL:
@@ -220,9 +231,9 @@ cdef void add_up(const LinearPass *p, Py_ssize_t v) noexcept nogil:
     cdef vec total
     cdef real lanes[16]
     cdef real *to
-    for b in range(p.blocks):
-        c = block_start(p, b)
-        size = block_start(p, b + 1) - c
+    for b in range(p.outer_blocks):
+        c = block_start(p, p.outer_blocks, b)
+        size = block_start(p, p.outer_blocks, b + 1) - c
         for j in range(size):
             at = (c * p.vectors + v * size + j) * LANES
             total = vset(0)
@@ -244,9 +255,9 @@ cdef void pack(LinearPass *p, const Matrix *W, const Matrix *b) noexcept nogil:
     cdef Py_ssize_t k, c, size, j, v, i, d
     cdef real *to
     cdef const real *row
-    for k in range(p.blocks):
-        c = block_start(p, k)
-        size = block_start(p, k + 1) - c
+    for k in range(p.dot_blocks):
+        c = block_start(p, p.dot_blocks, k)
+        size = block_start(p, p.dot_blocks, k + 1) - c
         for j in range(size):
             row = W.data + (c + j) * W.row_stride
             for v in range(p.vectors):
@@ -291,8 +302,11 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
     p.row_loss, p.row_loss_stride = m.data, m.column_stride
     p.classes, p.scale = w.rows, <real> scale
     read_options(&p.options, kind, margin, power, over, p.classes)
-    p.blocks = (p.classes + CLASS_BLOCK - 1) // CLASS_BLOCK
+    p.dot_blocks = (p.classes + DOT_BLOCK - 1) // DOT_BLOCK
+    p.outer_blocks = (p.classes + OUTER_BLOCK - 1) // OUTER_BLOCK
     p.vectors = (p.features + LANES - 1) // LANES
+    p.fetches = p.features * view.itemsize * TILE <= AHEAD_BYTES
+    p.ahead = 0 if not p.fetches else p.vectors // 2 // (STRETCH // LANES) * (STRETCH // LANES) if p.grad else p.vectors
     p.segment = max((p.n + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_ROWS)
     p.segment = (p.segment + TILE - 1) // TILE * TILE
     p.segments = (p.n + p.segment - 1) // p.segment

@@ -29,7 +29,7 @@ cdef extern from "simd.h" nogil:
         pass
     ctypedef struct mask:
         pass
-    const int LANES, TILE, ROWS, CLASS_BLOCK
+    const int LANES, TILE, ROWS, DOT_BLOCK, OUTER_BLOCK
     vec vload(const real *) noexcept
     void vstore(real *, vec) noexcept
     vec vload_part(const real *, Py_ssize_t, real) noexcept
@@ -59,7 +59,7 @@ cdef extern from "simd.h" nogil:
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
     void gather_columns(const real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
-    void dot_panel(int, const real **, Py_ssize_t, Py_ssize_t, const real *, vec *) noexcept
+    void dot_panel(int, const real **, Py_ssize_t, Py_ssize_t, const real *, vec *, const char **, Py_ssize_t) noexcept
     void outer_panel(int, bint, const real **, Py_ssize_t, const real *, real *, bint) noexcept
     void add_products(double *, const real *, const real *) noexcept
     void prefetch(const void *) noexcept

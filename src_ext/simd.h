@@ -25,15 +25,18 @@
 #define FL_MASK_REGISTERS 1
 #define VBYTES 64
 #define FL_PREFIX _mm512_
-#define CLASS_BLOCK 6 /* classes whose sums stay in registers: 4 rows of them fill 24 of 32 */
+#define DOT_BLOCK 6 /* classes whose sums stay in registers: with 4 rows of each they fill 24 of 32, */
+#define OUTER_BLOCK 12 /* and with 2 vectors of features of each */
 #elif defined(__AVX2__)
 #define VBYTES 32
 #define FL_PREFIX _mm256_
-#define CLASS_BLOCK 3 /* 12 of 16 registers */
+#define DOT_BLOCK 3 /* 12 of 16 registers */
+#define OUTER_BLOCK 6
 #else
 #define VBYTES 16
 #define FL_PREFIX _mm_
-#define CLASS_BLOCK 3
+#define DOT_BLOCK 3
+#define OUTER_BLOCK 6
 #endif
 
 #if FASTLOSS_BITS == 32
@@ -380,25 +383,32 @@ FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {
 }
 
 /* ---- the linear layer on panels ----
- * A panel holds a block of k <= CLASS_BLOCK classes: for each vector of LANES features, k vectors, one a class.
+ * A panel holds a block of k classes (at most DOT_BLOCK of W, OUTER_BLOCK of dW): for each vector of LANES features, k
+ * vectors, one a class.
  */
+FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
 
-/* sums[class][row] += x[row] . w[class], lane by lane, over n vectors of features, for ROWS rows and k classes. */
+/* sums[class][row] += x[row] . w[class], lane by lane, over n vectors of features, for ROWS rows and k classes. With each
+ * vector of a row, `step` bytes of the row of the next tile are asked for (0: none). */
 #define FL_DOT(K)                                                                                          \
-    FL_INLINE void dot_##K(const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums) {      \
+    FL_INLINE void dot_##K(const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums,        \
+                           const char *const *next, ptrdiff_t step) {                                      \
         const real *x0 = x[0] + at, *x1 = x[1] + at, *x2 = x[2] + at, *x3 = x[3] + at;                       \
         vec a[K][ROWS];                                                                                    \
-        _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                                \
+        _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
             _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] = sums[c * TILE + r];           \
         for (ptrdiff_t v = 0; v < n; v++) {                                                                \
             vec f[ROWS] = {vload(x0 + v * LANES), vload(x1 + v * LANES), vload(x2 + v * LANES),            \
                            vload(x3 + v * LANES)};                                                         \
-            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) {                                          \
+            if (step)                                                                                      \
+                _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) prefetch(next[r] + v * step);       \
+            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
                 vec weight = vload(w + (v * K + c) * LANES);                                               \
                 _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] += f[r] * weight;           \
             }                                                                                              \
         }                                                                                                  \
-        _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                                \
+        _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
             _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) sums[c * TILE + r] = a[c][r];           \
     }
 
@@ -407,52 +417,50 @@ FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {
     FL_INLINE void outer_##K##_##N(const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) { \
         vec a[N][K];                                                                                       \
         _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
-            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++)                                            \
+            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                            \
                 a[v][c] = first ? vset(0) : vload(dw + (v * K + c) * LANES);                               \
         for (int r = 0; r < TILE; r++) {                                                                   \
             const real *row = x[r] + at;                                                                   \
             vec f[N];                                                                                      \
             _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) f[v] = vload(row + v * LANES);             \
-            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) {                                          \
+            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
                 vec factor = vset(g[c * TILE + r]);                                                        \
                 _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];              \
             }                                                                                              \
         }                                                                                                  \
         _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
-            _Pragma("GCC unroll 8") for (int c = 0; c < K; c++) vstore(dw + (v * K + c) * LANES, a[v][c]); \
+            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) vstore(dw + (v * K + c) * LANES, a[v][c]); \
     }
 
-#define FL_BLOCK(K) FL_DOT(K) FL_OUTER(K, 1) FL_OUTER(K, 2)
-FL_BLOCK(1)
-FL_BLOCK(2)
-FL_BLOCK(3)
-FL_BLOCK(4)
-FL_BLOCK(5)
-FL_BLOCK(6)
-
-static inline void dot_panel(int k, const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums) {
-    switch (k) {
-    case 1: dot_1(x, at, n, w, sums); break;
-    case 2: dot_2(x, at, n, w, sums); break;
-    case 3: dot_3(x, at, n, w, sums); break;
-#if CLASS_BLOCK > 3
-    case 4: dot_4(x, at, n, w, sums); break;
-    case 5: dot_5(x, at, n, w, sums); break;
-    case 6: dot_6(x, at, n, w, sums); break;
+FL_DOT(1) FL_DOT(2) FL_DOT(3)
+FL_OUTER(1, 1) FL_OUTER(2, 1) FL_OUTER(3, 1) FL_OUTER(4, 1) FL_OUTER(5, 1) FL_OUTER(6, 1)
+FL_OUTER(1, 2) FL_OUTER(2, 2) FL_OUTER(3, 2) FL_OUTER(4, 2) FL_OUTER(5, 2) FL_OUTER(6, 2)
+#if OUTER_BLOCK > 6
+FL_DOT(4) FL_DOT(5) FL_DOT(6)
+FL_OUTER(7, 1) FL_OUTER(8, 1) FL_OUTER(9, 1) FL_OUTER(10, 1) FL_OUTER(11, 1) FL_OUTER(12, 1)
+FL_OUTER(7, 2) FL_OUTER(8, 2) FL_OUTER(9, 2) FL_OUTER(10, 2) FL_OUTER(11, 2) FL_OUTER(12, 2)
 #endif
-    }
-}
-static inline void outer_panel(int k, int two, const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) {
-#define FL_CASE(K) case K: two ? outer_##K##_2(x, at, g, dw, first) : outer_##K##_1(x, at, g, dw, first); break;
+
+static inline void dot_panel(int k, const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums,
+                             const char *const *next, ptrdiff_t step) {
+#define FL_CASE(K) case K: dot_##K(x, at, n, w, sums, next, step); break;
     switch (k) {
     FL_CASE(1) FL_CASE(2) FL_CASE(3)
-#if CLASS_BLOCK > 3
+#if DOT_BLOCK > 3
     FL_CASE(4) FL_CASE(5) FL_CASE(6)
 #endif
     }
 #undef FL_CASE
 }
-FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
-FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
+static inline void outer_panel(int k, int two, const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) {
+#define FL_CASE(K) case K: two ? outer_##K##_2(x, at, g, dw, first) : outer_##K##_1(x, at, g, dw, first); break;
+    switch (k) {
+    FL_CASE(1) FL_CASE(2) FL_CASE(3) FL_CASE(4) FL_CASE(5) FL_CASE(6)
+#if OUTER_BLOCK > 6
+    FL_CASE(7) FL_CASE(8) FL_CASE(9) FL_CASE(10) FL_CASE(11) FL_CASE(12)
+#endif
+    }
+#undef FL_CASE
+}
 
 #endif
