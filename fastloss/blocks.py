@@ -107,9 +107,13 @@ class Workers:
         one_blas_thread.__exit__()
 
     def run(self, task: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
+        def quiet(part: Any) -> Any:
+            with np.errstate(all="ignore"):  # NaN and inf in features propagate, they are no event
+                return task(part)
+
         if self._pool is None or len(parts) == 1:
-            return [task(part) for part in parts]
-        return list(self._pool.map(task, parts))
+            return [quiet(part) for part in parts]
+        return list(self._pool.map(quiet, parts))
 
 
 def split(n: int, size: int) -> list[slice]:

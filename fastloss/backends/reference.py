@@ -244,6 +244,7 @@ class ReferenceBackend(Backend):
                 array[live] = more[name]
         return float(np.sum(losses if weight is None else losses * weight, dtype=np.float64))
 
+    @np.errstate(all="ignore")
     def linear_rows(
         self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
