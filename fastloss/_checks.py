@@ -71,7 +71,7 @@ def scores(value: object, name: str = "scores") -> Array:
 
 
 def targets(value: object, n_rows: int, n_classes: int) -> Array:
-    """Class indices `(N,)` of an integer type, or class probabilities `(N, C)`. The range is checked by `in_range`."""
+    """Class indices `(N,)` of an integer type, whose range the driver checks, or class probabilities `(N, C)`."""
     array = as_array(value, "targets")
     if array.shape == (n_rows,) and array.dtype.kind in "iu" and array.dtype.isnative:
         return array

@@ -54,6 +54,16 @@ class Weights(NamedTuple):
             return 1 / total if total > 0 else 0.0
         return self.unit
 
+    def magnified(self, total: float) -> tuple[Weights, float]:
+        """The same weights in a unit near `total`, and the total in it: for rows that weigh next to nothing."""
+        factor = 2.0 ** -math.frexp(total)[1]
+
+        def times(weights: Array | None) -> Array | None:
+            with np.errstate(over="ignore"):  # of rows that are not picked
+                return None if weights is None else (weights.astype(np.float64) * factor).astype(weights.dtype)
+
+        return Weights(times(self.multiplier), times(self.denominator), self.unit / factor), total * factor
+
     def row_values(self, row_loss: Array) -> Array:
         """w ℓ for each row."""
         return row_loss if self.multiplier is None else row_loss * (self.multiplier * self.unit)

@@ -12,6 +12,8 @@ from fastloss._checks import Array
 from fastloss.losses import Loss
 from fastloss.penalties import Penalty
 
+TINY_WEIGHT = 1e-20  # of picked rows beside the others: their products would be lost in float32
+
 
 def _check_loss(loss: object) -> Loss:
     if not isinstance(loss, Loss):
@@ -128,7 +130,7 @@ class LinearObjective:
                 raise ValueError(
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
                 )
-            driver.check_range(backends.get("reference"), self.loss, self.targets, n_classes)
+            driver.check_range(self.choose_backend("gradient"), self.loss, self.targets, n_classes)
             self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
@@ -158,7 +160,7 @@ class LinearObjective:
         if self._scale is not None:
             weights = weights / self._scale
         if self._shift is not None:
-            b = b - weights @ self._shift
+            b = b - (weights * self._shift).sum(axis=-1)  # not by BLAS, whose bits may depend on threads
         return weights.astype(self.dtype), b.astype(self.dtype)
 
     def _fold_out(self, dW: Array, db: Array) -> None:
@@ -172,6 +174,9 @@ class LinearObjective:
         """Value of the loss without the penalty; its gradient into `grad` (C, D + 1)."""
         backend = self.choose_backend("gradient")
         picked, total = self._rows(rows, backend)
+        folded = self.weights
+        if 0 < total < TINY_WEIGHT:
+            folded, total = folded.magnified(total)
         weights, b = self.fold_in(W)
         dW = db = None
         direct = grad is not None and grad.dtype == self.dtype and self._shift is None and self._scale is None
@@ -180,9 +185,9 @@ class LinearObjective:
                 dW, db = (grad[:, :-1], grad[:, -1]) if self.bias else (grad, None)
             else:
                 dW, db = np.empty(weights.shape, self.dtype), np.empty(len(weights), self.dtype)
-        scale = self.weights.scale(self.reduction, total)
+        scale = folded.scale(self.reduction, total)
         value = backend.linear_rows(
-            self.loss, self.X, picked, weights, b, self.targets, self.weights.multiplier, scale, dW, db, None, None,
+            self.loss, self.X, picked, weights, b, self.targets, folded.multiplier, scale, dW, db, None, None,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         if grad is not None and not direct:
@@ -194,7 +199,7 @@ class LinearObjective:
                 grad[:, :-1], grad[:, -1] = dW, db
             else:
                 grad[...] = dW
-        return self.weights.reduce(value, self.reduction, total)
+        return folded.reduce(value, self.reduction, total)
 
     def _gradient_out(self, W: Array, out: Array | None) -> Array:
         dtype = W.dtype if W.dtype.kind not in "iub" else self.dtype

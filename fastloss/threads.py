@@ -22,7 +22,7 @@ _forked = False
 
 
 def set_num_threads(n: int) -> None:
-    """Let the CPU kernels use up to `n` threads. Results do not depend on it, bit for bit.
+    """Let the CPU kernels use up to `n` threads (one, in a forked child). Results do not depend on it, bit for bit.
 
     The default is FASTLOSS_NUM_THREADS, else OMP_NUM_THREADS, else the number of CPUs that the process may use.
 
@@ -44,14 +44,13 @@ def get_num_threads() -> int:
     global _n_threads
     if _n_threads is None:
         _n_threads = _default()
-    return _n_threads
+    return 1 if _forked else _n_threads
 
 
 def resolve(n_threads: int | None) -> int:
     """The number of threads for a call. A forked child has no thread pool (OpenMP's does not survive) and uses one."""
-    if _forked:
-        return 1
-    return get_num_threads() if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
+    wanted = get_num_threads() if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
+    return 1 if _forked else min(wanted, 1024)
 
 
 def _after_fork() -> None:

@@ -8,7 +8,8 @@ cdef extern from *:
         __builtin_cpu_init();
         #define HAS(feature) __builtin_cpu_supports(feature)
         if (!(HAS("sse3") && HAS("ssse3") && HAS("sse4.1") && HAS("sse4.2") && HAS("popcnt"))) return 1;
-        if (!(HAS("avx") && HAS("avx2") && HAS("bmi") && HAS("bmi2") && HAS("fma"))) return 2;
+        if (!(HAS("avx") && HAS("avx2") && HAS("bmi") && HAS("bmi2") && HAS("fma") &&
+              HAS("f16c") && HAS("lzcnt") && HAS("movbe"))) return 2;
         if (!(HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl"))) return 3;
         return 4;
     }

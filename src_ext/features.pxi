@@ -8,8 +8,8 @@
 # stretches of 512 features, so that a stretch of a panel stays in L1 while the 16 rows pass by. Panels are contiguous: rows
 # of W, and of X, are often a multiple of 4096 bytes apart and fall into the same cache sets. That is also why blocks of
 # dW are as large as they can be: 16 such rows do not stay in L1 until a next block.
-# The next tile's rows are fetched during both products, half of their features in each (all in the first if it is alone),
-# where two tiles fit in the second-level cache.
+# The next tile's rows are fetched during both products, up to half of their features, in whole stretches, in the first (all
+# if it is alone), where two tiles fit in the second-level cache.
 
 cdef enum:
     STRETCH = 512  # features
@@ -165,7 +165,7 @@ cdef void accumulate(const LinearPass *p, const real **x, const real **last, con
 
 
 cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil:
-    cdef Py_ssize_t cursor = k * p.segment, stop = min(p.n, (k + 1) * p.segment), c = p.classes, d, whole, j
+    cdef Py_ssize_t cursor = k * p.segment, stop = min(p.n, (k + 1) * p.segment), c = p.classes, whole, j
     cdef unsigned mode = flush_to_zero()
     cdef char *mine = p.scratch + thread * p.scratch_size
     cdef vec *sums = <vec *> mine
@@ -209,7 +209,8 @@ cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil
         if p.grad:
             for j in range(c * TILE // LANES):
                 vstore(bias_sums + j * LANES, add(vload(bias_sums + j * LANES), vload(tile + j * LANES)))
-            accumulate(p, x, last, tile, dW, first, following)
+            if p.dW.data != NULL:
+                accumulate(p, x, last, tile, dW, first, following)
         first = False
         other, t = t, following
         following = other
@@ -331,19 +332,11 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
     with nogil:
         memset(p.zeros, 0, row_size)
         pack(&p, &w, &bias)
-        if n_threads == 1:
-            for k in range(p.segments):
-                linear_segment(&p, k, 0)
-        else:
-            for k in prange(p.segments, schedule="dynamic", num_threads=n_threads):
-                linear_segment(&p, k, threadid())
+        for k in prange(p.segments, schedule="dynamic", num_threads=n_threads, use_threads_if=n_threads > 1):
+            linear_segment(&p, k, threadid())
         if p.dW.data != NULL:
-            if n_threads == 1:
-                for k in range(p.vectors):
-                    add_up(&p, k)
-            else:
-                for k in prange(p.vectors, schedule="static", num_threads=n_threads):
-                    add_up(&p, k)
+            for k in prange(p.vectors, schedule="static", num_threads=n_threads, use_threads_if=n_threads > 1):
+                add_up(&p, k)
         if p.db.data != NULL:
             sum_bias(&p)
         free(memory)

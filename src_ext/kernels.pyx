@@ -170,6 +170,8 @@ cdef class _Loan:
             found.kind = c"q" if view.itemsize == 8 else c"i"
         elif found.kind == c"L":
             found.kind = c"Q" if view.itemsize == 8 else c"I"
+        if found.kind not in (c"b", c"h", c"i", c"q", c"B", c"H", c"I", c"Q"):
+            raise TypeError(f"indices of the buffer format {view.format}")
         return found
 
 

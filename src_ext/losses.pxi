@@ -464,7 +464,7 @@ cdef dict _KINDS = {
 
 
 cdef int read_options(Options *o, kind, margin, power, over, Py_ssize_t c) except -1:
-    if c > 0x7fffffff:
+    if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
     o.kind = HINGE_MAX if over == "max" else _KINDS[kind]

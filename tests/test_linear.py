@@ -568,3 +568,29 @@ def test_minimum_is_that_of_scikit_learn(digits):
     W = found.x.reshape(10, 65)
     np.testing.assert_allclose(W[:, :-1], theirs.coef_, atol=2e-4)
     np.testing.assert_allclose(W[:, -1] - W[:, -1].mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-4)
+
+
+def test_rows_and_weights_that_are_not_aligned_in_memory(backend):
+    """As a field of a record may be: kernels read whole numbers."""
+    X, W, y = problem(600, 5, 4)
+    objective = fl.LinearObjective(fl.Softmax(), X, y, backend=backend)
+    wanted = np.random.default_rng(0).integers(256, 600, 50)
+    rows = np.zeros(50 * 8 + 1, np.uint8)[1:].view(np.int64)
+    rows[:] = wanted
+    records = np.zeros(len(W), [("a", "u1"), ("W", W.dtype, W.shape[1])])
+    records["W"] = W
+    assert not rows.flags.aligned
+    assert not records["W"].flags.aligned
+    assert objective.value(records["W"], rows=rows) == objective.value(W, rows=wanted)
+
+
+def test_picked_rows_that_weigh_next_to_nothing(backend):
+    X, W, y = problem(40, 5, 4, np.float32)
+    weight = np.ones(40)
+    weight[7] = 1e-37
+    objective = fl.LinearObjective(fl.Softmax(), X, y, sample_weight=weight, backend=backend)
+    alone = fl.LinearObjective(fl.Softmax(), X[7:8], y[7:8], backend=backend)
+    value, grad = objective.value_and_grad(W, rows=[7])
+    expected, expected_grad = alone.value_and_grad(W)
+    assert value == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)

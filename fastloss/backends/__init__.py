@@ -1,6 +1,7 @@
 """Backends: what computes. A lazy registry that says of each whether it is there, and why not.
 
-A backend is a module with a class derived from `Backend`. Nothing above this package knows one by name.
+A backend is a module with a class derived from `Backend`. Above this package only
+the penalties know one by name: the reference, which defines them.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _load(name: str) -> Backend | str:
             module = import_module(module_name)
             found = module.load(variant) if variant else module.ReferenceBackend()
         except ImportError as error:
-            found = f"{type(error).__name__}: {error}"
+            found = str(error)
         _loaded[name] = found
     return found
 

@@ -21,15 +21,13 @@ FEW_CLASSES = 64
 
 def why_no_level(level: str) -> str | None:
     """Why the kernels of a level cannot be used here; None if they can."""
-    if (level == "base") == (cpu.level() > 0):
-        return f"this processor is {'' if cpu.level() else 'not '}x86-64: its kernels are compiled by level"
     if level != "base" and cpu.level() < int(level[1:]):
         return f"this processor does not have x86-64-{level}"
     try:
         for bits in (32, 64):
             import_module(f"fastloss._kernels.f{bits}_{level}")
     except ImportError as error:
-        return str(error)
+        return f"it is not part of this build: {error}"
     return None
 
 
@@ -120,8 +118,9 @@ class CythonBackend(Backend):
                 self, loss, X, rows, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
             )
         value: float = self._kernels[W.dtype].linear_rows(
-            *row_options(loss), X, rows, ready(W), b, ready(targets), multiplier, scale, dW, db, row_loss, n_threads
-        )
+            *row_options(loss), X, rows if rows is None else ready(rows), ready(W), b if b is None else ready(b),
+            ready(targets), multiplier, scale, dW, db, row_loss, n_threads,
+        )  # fmt: skip
         return value
 
     def descend(
