@@ -6,6 +6,7 @@
 cdef enum:
     FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
+    FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     GROUP_BYTES = 8192  # of rows that are opened, settled and closed together
 
 cdef struct ScoresPass:
@@ -49,13 +50,16 @@ cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) n
                 tile[j * TILE + i] = p[i * a.row_stride + j * a.column_stride] if i < n else 0
 
 
-cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
-    """Ask for rows that come next: a tile reads them in an order that the processor does not foresee."""
-    cdef Py_ssize_t row, j
-    if a.column_stride == 1:
-        for row in range(start, stop):
-            for j in range((a.columns * sizeof(real) + 63) // 64):
-                prefetch(<char *> (a.data + row * a.row_stride) + 64 * j)
+cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop, bint write) noexcept nogil:
+    """Ask for rows that come next: a tile reads and writes them in an order that the processor does not foresee."""
+    cdef char *p = <char *> (a.data + start * a.row_stride)
+    cdef Py_ssize_t j, bytes_ = max(<Py_ssize_t> 0, stop - start) * a.columns * <Py_ssize_t> sizeof(real)
+    if a.column_stride == 1 and a.row_stride == a.columns:
+        for j in range((bytes_ + 63) // 64):
+            if write:
+                prefetch_to_write(p + 64 * j)
+            else:
+                prefetch(p + 64 * j)
 
 
 cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *tile) noexcept nogil:
@@ -126,6 +130,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef Py_ssize_t row, t, c = s.scores.columns
     cdef int n, i, live
     cdef bint grad = s.grad.data != NULL
+    cdef bint far = grad and s.grad.data != s.scores.data and s.scores.rows * c * <Py_ssize_t> sizeof(real) > FAR_BYTES
     cdef lane_int y[16]
     cdef real mult[16]
     cdef real losses[16]
@@ -137,7 +142,9 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         n = <int> min(<Py_ssize_t> TILE, stop - row)
         live = tile_multipliers(s.multiplier, row, n, mult)
         convert(&s.targets, row, n, y)
-        fetch_rows(&s.scores, row + TILE, min(row + 2 * TILE, stop))
+        fetch_rows(&s.scores, row + TILE, min(row + 2 * TILE, stop), False)
+        if far:
+            fetch_rows(&s.grad, row + TILE, min(row + 2 * TILE, stop), True)
         load_tile(&s.scores, row, n, tile)
         tile_losses(&s.options, grad, tile, c, y, mult, s.scale, live == TILE, losses)
         if grad:
