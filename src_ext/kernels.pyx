@@ -44,7 +44,6 @@ cdef extern from "simd.h" nogil:
     mask veq(vec, vec) noexcept
     mask ieq(ivec, ivec) noexcept
     mask ige(ivec, ivec) noexcept
-    mask mand(mask, mask) noexcept
     mask mor(mask, mask) noexcept
     mask mandnot(mask, mask) noexcept
     vec choose(mask, vec, vec) noexcept

@@ -112,7 +112,6 @@ FL_INLINE mask ieq(ivec a, ivec b) { return _mm512_cmpeq_epi64_mask((__m512i)a, 
 FL_INLINE mask ige(ivec a, ivec b) { return _mm512_cmpge_epi64_mask((__m512i)a, (__m512i)b); }
 FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_epi64(m, (__m512i)b, (__m512i)a); }
 #endif
-FL_INLINE mask mand(mask a, mask b) { return a & b; }
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
 /* The first n lanes of p, the others `fill`; and the first n lanes of v to p. n in [0, LANES]. */
@@ -127,7 +126,6 @@ FL_INLINE mask vle(vec a, vec b) { return (mask)(a <= b); }
 FL_INLINE mask veq(vec a, vec b) { return (mask)(a == b); }
 FL_INLINE mask ieq(ivec a, ivec b) { return (mask)(a == b); }
 FL_INLINE mask ige(ivec a, ivec b) { return (mask)(a >= b); }
-FL_INLINE mask mand(mask a, mask b) { return a & b; }
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & ~b; }
 FL_INLINE vec choose(mask m, vec a, vec b) {

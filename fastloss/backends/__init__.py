@@ -205,8 +205,4 @@ def list_backends() -> list[BackendInfo]:
     [True]
     """
     found = {name: _load(name) for name in _TABLE}
-    return [BackendInfo(n, not isinstance(b, str), b if isinstance(b, str) else describe(b)) for n, b in found.items()]
-
-
-def describe(backend: Backend) -> str:
-    return (type(backend).__doc__ or "").partition(";")[0].strip() if backend.name == "reference" else str(backend)
+    return [BackendInfo(name, isinstance(b, Backend), str(b)) for name, b in found.items()]

@@ -220,6 +220,9 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
+    def __str__(self) -> str:
+        return "NumPy on whole arrays"
+
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
         if verb == "hvp":
             if loss.kind == "hinge" and loss.power == 1:
