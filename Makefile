@@ -18,8 +18,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The compiled modules that this machine can load: what stubtest can look at.
 define list_kernels
 from fastloss import list_backends
+from fastloss.backends.cython import TYPES
 levels = [b.name[7:] for b in list_backends() if b.available and b.name.startswith("cython-")]
-print(*(f"fastloss._kernels.f{bits}_{level}" for level in levels for bits in (32, 64)))
+print(*(f"fastloss._kernels.{kind}_{level}" for level in levels for kind in TYPES.values()))
 endef
 export list_kernels
 

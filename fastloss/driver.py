@@ -147,10 +147,10 @@ def scores_call(
 
     weights = fold(loss, y, weight, dtype)
     multiplier, total = weights.multiplier, weights.total(n)
-    work = s if s.dtype == dtype else s.astype(dtype)
+    work = s if s.dtype == dtype or backend.reads(s.dtype) else s.astype(dtype)
     grad = None
     if want_grad:
-        grad = out if out is not None and out.dtype == dtype else np.empty(s.shape, dtype)
+        grad = out if out is not None and out.dtype == work.dtype else np.empty(s.shape, work.dtype)
     kept = np.empty(n, dtype) if reduction == "none" or "row_loss" in outputs else None
     extras = {name: np.empty(n, np.intp if name == "argmax" else dtype) for name in outputs if name != "row_loss"}
 
@@ -194,12 +194,14 @@ def transform_call(
         checks.apart(out, "out", {"scores": s}, in_place=None if kind == "logsumexp" else "scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "transform", kind, dtype, ())
-    direct = s.ndim == 2 and s.dtype == dtype
-    work = s if direct else s.reshape(-1, s.shape[-1]).astype(dtype, copy=False)
-    if direct and out is not None:
+    as_is = s.dtype == dtype or backend.reads(s.dtype)
+    work = s if s.ndim == 2 else s.reshape(-1, s.shape[-1])
+    work = work if as_is else work.astype(dtype)
+    wanted = dtype if kind == "logsumexp" else work.dtype
+    if s.ndim == 2 and out is not None and out.dtype == wanted:
         backend.transform(kind, work, out, workers)
         return out
-    result = np.empty(len(work) if kind == "logsumexp" else work.shape, dtype)
+    result = np.empty(len(work) if kind == "logsumexp" else work.shape, wanted)
     backend.transform(kind, work, result, workers)
     shaped = result.reshape(shape).astype(result_dtype, copy=False)
     if out is None:

@@ -20,7 +20,7 @@ cdef struct LinearPass:
     char *X
     Py_ssize_t row_stride, feature_stride  # in bytes
     Py_ssize_t n, features, vectors  # rows to handle; D, and D in vectors, rounded up
-    bint bytes_, staged  # X is uint8; rows go through a copy in `real`, contiguous and padded
+    bint staged  # rows go through a copy in `real`, contiguous and padded
     Indices rows, targets
     const real *multiplier
     Options options
@@ -92,15 +92,14 @@ cdef void stage(const LinearPass *p, const FeatureTile *t, real *rows, const rea
             continue
         to, row = rows + k * width, t.row[k]
         x[k] = to
-        if p.bytes_ and p.feature_stride == 1:
-            for d in range(p.features):
-                to[d] = (<const uint8_t *> row)[d]
-        elif p.bytes_:
-            for d in range(p.features):
-                to[d] = (<const uint8_t *> (row + d * p.feature_stride))[0]
+        if p.feature_stride == sizeof(stored):
+            for d in range(p.features // LANES):
+                vstore(to + d * LANES, sload(<const stored *> row + d * LANES))
+            for d in range(p.features // LANES * LANES, p.features):
+                to[d] = sone(<const stored *> row + d)
         else:
             for d in range(p.features):
-                to[d] = (<const real *> (row + d * p.feature_stride))[0]
+                to[d] = sone(<const stored *> (row + d * p.feature_stride))
         for d in range(p.features, width):
             to[d] = 0
 
@@ -276,7 +275,7 @@ cdef void pack(LinearPass *p, const Matrix *W, const Matrix *b) noexcept nogil:
 def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, double scale, dW, db, losses, int n_threads):
     """Σ multiplier · ℓ of the scores X Wᵀ + b, of all rows or those picked; scaled gradients into dW (C, D) and db (C,).
 
-    X holds `real` or uint8, of any strides. targets and multiplier belong to X, losses to the rows picked.
+    X is of the type `stored`, of any strides. targets and multiplier belong to X, losses to the rows picked.
     """
     cdef _Loan loan = _Loan()
     cdef LinearPass p
@@ -289,10 +288,9 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
     cdef double loss[SEGMENTS]
     p.X, p.n, p.features = <char *> view.buf, view.shape[0], view.shape[1]
     p.row_stride, p.feature_stride = view.strides[0], view.strides[1]
-    p.bytes_ = view.itemsize == 1
-    if not p.bytes_ and view.itemsize != sizeof(real):
+    if view.itemsize != sizeof(stored) or view.format[0] != STORED_FORMAT:
         raise TypeError("features of another type than the kernel's")
-    p.staged = p.bytes_ or p.feature_stride != sizeof(real)
+    p.staged = not STORED_IS_REAL or p.feature_stride != sizeof(stored)
     p.rows, p.targets = loan.indices(rows), loan.indices(targets)
     if rows is not None:
         p.n = p.rows.size

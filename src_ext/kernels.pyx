@@ -22,6 +22,7 @@ from libc.string cimport memset
 
 cdef extern from "simd.h" nogil:
     ctypedef float real
+    ctypedef float stored
     ctypedef int lane_int
     ctypedef struct vec:
         pass
@@ -30,13 +31,20 @@ cdef extern from "simd.h" nogil:
     ctypedef struct mask:
         pass
     const int LANES, TILE, ROWS, DOT_BLOCK, OUTER_BLOCK
+    const bint STORED_IS_REAL
+    const char STORED_FORMAT
     vec vload(const real *) noexcept
     void vstore(real *, vec) noexcept
     vec vload_part(const real *, Py_ssize_t, real) noexcept
     void vstore_part(real *, vec, Py_ssize_t) noexcept
     vec vset(real) noexcept
+    vec sload(const stored *) noexcept
+    vec sload_part(const stored *, Py_ssize_t, real) noexcept
+    void sstore(stored *, vec) noexcept
+    void sstore_part(stored *, vec, Py_ssize_t) noexcept
+    real sone(const stored *) noexcept
+    void sstore_one(stored *, real) noexcept
     ivec iload(const lane_int *) noexcept
-    void istore(lane_int *, ivec) noexcept
     ivec iset(lane_int) noexcept
     ivec iota() noexcept
     mask vlt(vec, vec) noexcept
@@ -48,16 +56,18 @@ cdef extern from "simd.h" nogil:
     mask mandnot(mask, mask) noexcept
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
+    vec add_unless(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
+    ivec imin(ivec, ivec) noexcept
     vec vexp(vec) noexcept
     vec vlog(vec) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
-    real lane_sum(vec) noexcept
-    real lane_max(vec) noexcept
+    lane_int lane_least(ivec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
-    void gather_columns(const real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
-    void scatter_columns(real *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
+    vec transposed_max(const vec *, Py_ssize_t) noexcept
+    void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
+    void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
     void dot_panel(int, const real **, Py_ssize_t, Py_ssize_t, const real *, vec *, const char **, Py_ssize_t) noexcept
     void outer_panel(int, bint, const real **, Py_ssize_t, const real *, real *, bint) noexcept
     void add_products(double *, const real *, const real *) noexcept
@@ -111,7 +121,8 @@ ctypedef fused integer:
 
 # --- borrowed arrays -----------------------------------------------------------------------------------------------
 cdef struct Matrix:
-    real *data
+    real *data  # one of both: numbers computed with,
+    stored *raw  # or scores as they are stored
     Py_ssize_t rows, columns, row_stride, column_stride  # strides in numbers
 
 
@@ -142,18 +153,27 @@ cdef class _Loan:
 
     cdef Matrix matrix(self, object array, bint write) except *:
         """A matrix, or a vector as one row, of `real`; data is NULL for None."""
+        cdef Matrix m = self.numbers(array, write, sizeof(real), c"f" if sizeof(real) == 4 else c"d")
+        m.data, m.raw = <real *> m.raw, NULL
+        return m
+
+    cdef Matrix scores(self, object array, bint write) except *:
+        """A matrix of `stored`; raw is NULL for None."""
+        return self.numbers(array, write, sizeof(stored), STORED_FORMAT)
+
+    cdef Matrix numbers(self, object array, bint write, Py_ssize_t size, char form) except *:
         cdef Matrix m
         cdef Py_buffer *view
-        m.data, m.rows, m.columns, m.row_stride, m.column_stride = NULL, 0, 0, 0, 0
+        memset(&m, 0, sizeof(m))
         if array is None:
             return m
         view = self.borrow(array, write)
-        if view.itemsize != sizeof(real) or view.format[0] != (c"f" if sizeof(real) == 4 else c"d"):
+        if view.itemsize != size or view.format[0] != form:
             raise TypeError("array of another type than the kernel's")
-        m.data = <real *> view.buf
-        m.columns, m.column_stride = view.shape[view.ndim - 1], view.strides[view.ndim - 1] // <Py_ssize_t> sizeof(real)
+        m.raw = <stored *> view.buf
+        m.columns, m.column_stride = view.shape[view.ndim - 1], view.strides[view.ndim - 1] // size
         m.rows = view.shape[0] if view.ndim == 2 else 1
-        m.row_stride = view.strides[0] // <Py_ssize_t> sizeof(real) if view.ndim == 2 else 0
+        m.row_stride = view.strides[0] // size if view.ndim == 2 else 0
         return m
 
     cdef Indices indices(self, object array) except *:

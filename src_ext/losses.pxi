@@ -1,18 +1,18 @@
-# Row losses: from the scores of some rows and their targets to the row losses, and the gradient in place of the scores.
+# Row losses: from the scores of some rows and their targets to the row losses, and the gradient.
 #
 # A row loss is written per lane and works in either layout of a tile:
 #   lanes   (layout LANED)  a vector holds one class of LANES rows; vectors of a class are TILE apart; lanes never mix
 #   rows    (layout ROWED)  a vector holds LANES classes of one row; sums and maxima are folded over the lanes
-# It has three parts. `open_rows` walks over the scores and leaves what it found in a State; `settle` computes with the
-# States of several rows, one a lane, in either layout (logarithms and divisions are never for one row); `close_rows` walks
-# over the classes again, for the gradient. `layout` and `grad` are constants where they are called, so each call is
-# compiled for its case alone.
+# It has three parts. `open_rows` walks over the scores and leaves what it found in a State; the driver of the layout folds
+# it (`fold`) for several rows at once; `settle` computes with the States of several rows, one a lane, in either layout
+# (logarithms and divisions are never for one row); `close_rows` walks over the classes again, for the gradient. `layout`
+# and `grad` are constants where they are called, so each call is compiled for its case alone.
 #
 # Classes are walked in blocks of 16 vectors. A block's sum is added to the sum of blocks, so that rounding grows little
 # with C; and only a block that holds the target, or the end of a row, looks at where its lanes are (`careful`).
 #
-# Cost: softmax reads the scores twice and, for the gradient, writes and scales the exponentials; all but the first read
-# find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, whose target is the first maximum.
+# Cost: softmax reads the scores twice and, for the gradient, keeps and scales the exponentials; all but the first read
+# find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, without a target.
 
 cdef enum:
     LANED = 0
@@ -40,8 +40,9 @@ cdef struct Options:
 
 cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
-    const real *src
-    real *dst
+    real *tile  # LANED: the scores, and the gradient in their place. ROWED: what the first walk keeps for the second
+    const stored *src  # ROWED: the row's scores
+    stored *dst  # ROWED: its gradient
     Py_ssize_t vectors
     Py_ssize_t classes
     Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
@@ -51,14 +52,14 @@ cdef struct Walk:
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target) noexcept nogil:
     cdef Walk w
-    w.src, w.dst, w.vectors, w.classes, w.target = tile, tile, c, c, target
+    w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
     w.target_block = w.src_ahead = w.dst_ahead = 0
     return w
 
 
-cdef inline Walk walk_row(const real *src, real *dst, Py_ssize_t c, lane_int target) noexcept nogil:
+cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target) noexcept nogil:
     cdef Walk w
-    w.src, w.dst, w.vectors, w.classes = src, dst, (c + LANES - 1) // LANES, c
+    w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     w.src_ahead = w.dst_ahead = 0
     return w
@@ -73,21 +74,9 @@ cdef inline ivec next_classes(int layout, ivec classes) noexcept nogil:
     return iadd(classes, iset(LANES if layout == ROWED else 1))
 
 
-cdef inline Py_ssize_t whole_vectors(int layout, bint careful, const Walk *w, Py_ssize_t stop) noexcept nogil:
-    """Where the vectors before `stop` end that are full."""
-    return min(stop, w.classes // LANES) if layout == ROWED and careful else stop
-
-
-cdef inline mask at_target(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
-    return ieq(classes_of(layout, k), w.target)
-
-
-cdef inline mask not_wrong(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
-    """Lanes that hold no wrong class: the target, or past the last class."""
-    cdef mask m = at_target(layout, w, k)
-    if layout == ROWED and (k + 1) * LANES > w.classes:
-        m = mor(m, ige(classes_of(layout, k), iset(<lane_int> w.classes)))
-    return m
+cdef inline mask past_end(int layout, const Walk *w, ivec classes) noexcept nogil:
+    """Lanes past the last class: none in LANED."""
+    return ige(classes, iset(<lane_int> w.classes))
 
 
 cdef inline bint is_careful(int layout, const Walk *w, Py_ssize_t start) noexcept nogil:
@@ -97,13 +86,33 @@ cdef inline bint is_careful(int layout, const Walk *w, Py_ssize_t start) noexcep
     return start == w.target_block or (start + 16) * LANES > w.classes
 
 
-cdef inline vec fetch(int layout, bint careful, const Walk *w, const real *p, Py_ssize_t k, real fill) noexcept nogil:
-    cdef Py_ssize_t left
-    if layout == ROWED and careful:
-        left = w.classes - k * LANES
-        if left < LANES:
-            return vload_part(p + k * LANES, left, fill)
-    return vload(p + k * (LANES if layout == ROWED else TILE))
+cdef inline Py_ssize_t whole_vectors(int layout, bint careful, const Walk *w, Py_ssize_t stop) noexcept nogil:
+    """Where the vectors before `stop` end that are full."""
+    return min(stop, w.classes // LANES) if layout == ROWED and careful else stop
+
+
+cdef inline vec fetch(int layout, bint part, const Walk *w, Py_ssize_t k, real fill) noexcept nogil:
+    """Vector k of the scores; `part`: the last of a row, whose lanes past the end are `fill`."""
+    if layout == LANED:
+        return vload(w.tile + k * TILE)
+    if part:
+        return sload_part(w.src + k * LANES, w.classes - k * LANES, fill)
+    return sload(w.src + k * LANES)
+
+
+cdef inline void put(int layout, bint part, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
+    """Vector k of the gradient."""
+    if layout == LANED:
+        vstore(w.tile + k * TILE, v)
+    elif part:
+        sstore_part(w.dst + k * LANES, v, w.classes - k * LANES)
+    else:
+        sstore(w.dst + k * LANES, v)
+
+
+cdef inline real *kept(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
+    """Where the first walk keeps vector k for the second."""
+    return w.tile + k * (LANES if layout == ROWED else TILE)
 
 
 cdef inline void fetch_ahead(int layout, bint writes, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -114,78 +123,79 @@ cdef inline void fetch_ahead(int layout, bint writes, const Walk *w, Py_ssize_t 
             prefetch_to_write(w.dst + w.dst_ahead + k * LANES)
 
 
-cdef inline void put(int layout, bint careful, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
-    cdef Py_ssize_t left
-    if layout == ROWED and careful:
-        left = w.classes - k * LANES
-        if left < LANES:
-            vstore_part(w.dst + k * LANES, v, left)
-            return
-    vstore(w.dst + k * (LANES if layout == ROWED else TILE), v)
-
-
-cdef inline vec fold_sum(int layout, vec v) noexcept nogil:
-    return vset(lane_sum(v)) if layout == ROWED else v
-
-
-cdef inline vec fold_max(int layout, vec v) noexcept nogil:
-    return vset(lane_max(v)) if layout == ROWED else v
-
-
-cdef inline vec target_score(int layout, const Walk *w) noexcept nogil:
-    cdef vec s
+cdef inline vec target_score(const Walk *w) noexcept nogil:
+    """The target's score of each lane (LANED)."""
+    cdef vec s = vset(0)
+    cdef ivec cls = iset(0)
     cdef Py_ssize_t k
-    if layout == ROWED:
-        return vset(w.src[ifirst(w.target)])
-    s = vset(0)
     for k in range(w.vectors):
-        s = choose(at_target(layout, w, k), vload(w.src + k * TILE), s)
+        s = choose(ieq(cls, w.target), vload(w.tile + k * TILE), s)
+        cls = iadd(cls, iset(1))
     return s
 
 
 cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
-    """v to dst at the target."""
+    """v to the gradient's entry at the target."""
+    cdef ivec cls = iset(0)
     cdef Py_ssize_t k
     if layout == ROWED:
-        w.dst[ifirst(w.target)] = first_lane(v)
+        sstore_one(w.dst + ifirst(w.target), first_lane(v))
     else:
         for k in range(w.vectors):
-            put(layout, True, w, k, choose(at_target(layout, w, k), v, vload(w.dst + k * TILE)))
+            vstore(w.tile + k * TILE, choose(ieq(cls, w.target), v, vload(w.tile + k * TILE)))
+            cls = iadd(cls, iset(1))
 
 
 cdef inline vec row_max(int layout, const Walk *w) noexcept nogil:
+    """The maximum, of each lane."""
     cdef vec m = vset(<real> -INFINITY)
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
-        m = vmax(m, fetch(layout, False, w, w.src, k, 0))
+        m = vmax(m, fetch(layout, False, w, k, 0))
     if whole < w.vectors:
-        m = vmax(m, fetch(layout, True, w, w.src, whole, <real> -INFINITY))
-    return fold_max(layout, m)
+        m = vmax(m, fetch(layout, True, w, whole, <real> -INFINITY))
+    return m
 
 
+cdef struct State:
+    # What is known of some rows, one a lane; while a row is walked over (ROWED) of its lanes.
+    vec m  # softmax family: the maximum
+    vec target  # the target's score
+    vec a  # what the walks find
+    vec b
+
+
+cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
+    """log(total); where `top`, total is 1 + others and the logarithm that of the exact sum (log1p)."""
+    cdef vec lost = div(sub(others, sub(total, vset(1))), total)
+    return add(vlog(total), choose(top, lost, vset(0)))
+
+
+# --- softmax -------------------------------------------------------------------------------------------------------
+# ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j.
 cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m,
                            vec *last) noexcept nogil:
     cdef vec total = vset(0), e
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        e = vexp(sub(fetch(layout, False, w, w.src, k, 0), m))
-        if careful:
-            e = choose(ieq(cls, w.target), vset(0), e)
-            cls = next_classes(layout, cls)
+        e = vexp(sub(fetch(layout, False, w, k, 0), m))
         fetch_ahead(layout, keep, w, k)
         if keep:
-            put(layout, False, w, k, e)
-        total = add(total, e)
+            vstore(kept(layout, w, k), e)
+        if careful:
+            total = add_unless(ieq(cls, w.target), total, e)
+            cls = next_classes(layout, cls)
+        else:
+            total = add(total, e)
     if careful and whole < stop:
-        e = vexp(sub(fetch(layout, True, w, w.src, whole, <real> -INFINITY), m))
-        last[0] = choose(ieq(cls, w.target), vset(0), e)
-        total = add(total, last[0])
+        last[0] = vexp(sub(fetch(layout, True, w, whole, <real> -INFINITY), m))
+        total = add_unless(ieq(cls, w.target), total, last[0])
     return total
 
 
 cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *last) noexcept nogil:
-    """Σ exp(s − m) without the target; the exponentials are kept in dst, 0 at the target.
+    """Σ exp(s − m) without the target, of each lane; the exponentials are kept.
 
     Those of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been written
     cannot be read again without a stall.
@@ -197,46 +207,20 @@ cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *last)
             total = add(total, block_exps(layout, True, keep, w, start, m, last))
         else:
             total = add(total, block_exps(layout, False, keep, w, start, m, last))
-    return fold_sum(layout, total)
+    return total
 
 
-cdef inline void scale(int layout, const Walk *w, vec last, vec r, vec target) noexcept nogil:
-    """What row_exps kept, times r, to dst; but `target` at the target."""
-    cdef Py_ssize_t k, whole = w.classes // LANES
-    if layout == LANED:
-        for k in range(w.vectors):
-            put(LANED, False, w, k, choose(at_target(LANED, w, k), target, mul(vload(w.dst + k * TILE), r)))
-        return
+cdef inline void scale(int layout, const Walk *w, vec last, vec r) noexcept nogil:
+    """The exponentials that were kept, times r, as the gradient."""
+    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
-        put(ROWED, False, w, k, mul(fetch(ROWED, False, w, w.dst, k, 0), r))
+        put(layout, False, w, k, mul(vload(kept(layout, w, k)), r))
     if whole < w.vectors:
-        put(ROWED, True, w, whole, mul(last, r))
-    put_at_target(ROWED, w, target)
-
-
-cdef struct State:
-    # What is known of some rows, one a lane, or of one row, the same in all lanes.
-    vec a
-    vec b
-    vec c
-    ivec index
-
-
-cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
-    """log(total); where `top`, total is 1 + others and the logarithm that of the exact sum (log1p)."""
-    cdef vec lost = div(sub(others, sub(total, vset(1))), total)
-    return add(vlog(total), choose(top, lost, vset(0)))
-
-
-# --- softmax -------------------------------------------------------------------------------------------------------
-# ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j.
-cdef inline void open_softmax(int layout, bint grad, const Walk *w, vec m, State *s, vec *last) noexcept nogil:
-    s.b = sub(target_score(layout, w), m)
-    s.a = row_exps(layout, grad, w, m, last)
+        put(layout, True, w, whole, mul(last, r))
 
 
 cdef inline vec settle_softmax(bint grad, State *s, vec factor) noexcept nogil:
-    cdef vec others = s.a, below = s.b, total = add(others, vexp(below))
+    cdef vec others = s.a, below = sub(s.target, s.m), total = add(others, vexp(below))
     if grad:
         s.a = div(factor, total)
         s.b = mul(others, sub(vset(0), s.a))
@@ -245,14 +229,14 @@ cdef inline vec settle_softmax(bint grad, State *s, vec factor) noexcept nogil:
 
 # --- hinge ---------------------------------------------------------------------------------------------------------
 # Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed.
-cdef inline vec hinge_step(int layout, bint careful, bint grad, int power, const Walk *w, Py_ssize_t k, vec m,
+cdef inline vec hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec m,
                            vec share, vec *pull) noexcept nogil:
-    """One vector of margins: its losses; its gradient to dst, and added to pull."""
+    """One vector of margins: its losses; its gradient, added to pull too."""
     cdef vec zero = vset(0), active = choose(vle(m, zero), zero, m), d
     if grad:
         d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
         pull[0] = add(pull[0], d)
-        put(layout, careful, w, k, mul(d, share))
+        put(layout, part, w, k, mul(d, share))
     return active if power == 1 else mul(active, active)
 
 
@@ -262,15 +246,15 @@ cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, cons
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        m = add(sub(fetch(layout, False, w, w.src, k, 0), st), vset(o.margin))
+        m = add(sub(fetch(layout, False, w, k, 0), st), vset(o.margin))
         if careful:
             m = choose(ieq(cls, w.target), zero, m)
             cls = next_classes(layout, cls)
         fetch_ahead(layout, grad, w, k)
         loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
     if careful and whole < stop:
-        m = add(sub(fetch(layout, True, w, w.src, whole, 0), st), vset(o.margin))
-        m = choose(not_wrong(layout, w, whole), zero, m)
+        m = add(sub(fetch(layout, True, w, whole, 0), st), vset(o.margin))
+        m = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), zero, m)
         loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
     pull[0] = add(pull[0], some)
     return loss
@@ -278,14 +262,14 @@ cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, cons
 
 cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor,
                             State *s) noexcept nogil:
-    cdef vec st = target_score(layout, w), loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
+    cdef vec loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, st, share, &pull))
+            loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, s.target, share, &pull))
         else:
-            loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, st, share, &pull))
-    s.a, s.b = fold_sum(layout, loss), fold_sum(layout, pull)
+            loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, s.target, share, &pull))
+    s.a, s.b = loss, pull
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
@@ -294,144 +278,178 @@ cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept no
 
 
 # --- hinge, over="max" -----------------------------------------------------------------------------------------------
-# max(0, max_{j≠y} m_j)^power: the first NaN, else the lowest class that has the largest margin.
-cdef inline void open_hinge_max(int layout, const Options *o, const Walk *w, State *s) noexcept nogil:
-    cdef vec st = target_score(layout, w), m
-    cdef mask better
-    cdef Py_ssize_t k
-    s.a, s.index = vset(<real> -INFINITY), iset(0)
-    for k in range(w.vectors):
-        m = add(sub(fetch(layout, True, w, w.src, k, 0), st), vset(o.margin))
-        m = choose(not_wrong(layout, w, k), vset(<real> -INFINITY), m)
-        better = mandnot(veq(s.a, s.a), vle(m, s.a))
-        s.a = choose(better, m, s.a)
-        s.index = ichoose(better, classes_of(layout, k), s.index)
-    if layout == ROWED:
-        fold_best(&s.a, &s.index)
+# max(0, max_{j≠y} m_j)^power. The gradient goes to the lowest class that has the largest margin; in a row with NaN, to
+# the first NaN. The first walk finds the largest s_j − s_y of a wrong class and whether there is NaN; the second writes
+# zeros and finds the class.
+cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Walk *w, Py_ssize_t start, vec top,
+                                vec st, vec *bad) noexcept nogil:
+    cdef vec d, low = vset(<real> -INFINITY), some = bad[0]
+    cdef ivec cls = classes_of(layout, start)
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        d = sub(fetch(layout, False, w, k, 0), st)
+        if careful:
+            d = choose(ieq(cls, w.target), low, d)
+            cls = next_classes(layout, cls)
+        fetch_ahead(layout, grad, w, k)
+        top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
+    if careful and whole < stop:
+        d = sub(fetch(layout, True, w, whole, 0), st)
+        d = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), low, d)
+        top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
+    bad[0] = some
+    return top
 
 
-cdef inline void fold_best(vec *best, ivec *index) noexcept nogil:
-    """Over the lanes: the lowest class with NaN, else the lowest class with the largest value; to all lanes."""
-    cdef real value[32]
-    cdef lane_int cls[32]
-    cdef int k, top = 0
-    vstore(value, best[0])
-    istore(cls, index[0])
-    for k in range(1, LANES):
-        if value[top] != value[top]:
-            if value[k] != value[k] and cls[k] < cls[top]:
-                top = k
-        elif not value[k] <= value[top] or (value[k] == value[top] and cls[k] < cls[top]):
-            top = k
-    best[0] = vset(value[top])
-    index[0] = iset(cls[top])
+cdef inline void open_hinge_max(int layout, bint grad, const Walk *w, State *s) noexcept nogil:
+    cdef vec top = vset(<real> -INFINITY), bad = vset(0)
+    cdef Py_ssize_t start
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            top = block_hinge_max(layout, True, grad, w, start, top, s.target, &bad)
+        else:
+            top = block_hinge_max(layout, False, grad, w, start, top, s.target, &bad)
+    s.a, s.b = top, bad
 
 
 cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec active = choose(vle(s.a, vset(0)), vset(0), s.a), slope
-    if o.power == 1:
-        slope = choose(vlt(vset(0), s.a), vset(1), active)
-    else:
-        slope = mul(vset(2), active)
-    s.a = mul(slope, factor)
+    cdef vec zero = vset(0), m = add(s.a, vset(o.margin)), active, slope
+    m = choose(veq(s.b, zero), m, vset(<real> NAN))
+    active = choose(vle(m, zero), zero, m)
+    slope = choose(vlt(zero, m), vset(1), active) if o.power == 1 else mul(vset(2), active)
+    s.a, s.b = mul(slope, factor), m
     return active if o.power == 1 else mul(active, active)
 
 
-cdef inline void close_hinge_max(int layout, const Walk *w, const State *s) noexcept nogil:
-    cdef vec zero = vset(0), v
-    cdef ivec cls
-    cdef Py_ssize_t k
+cdef inline mask is_top(const Options *o, vec x, vec st, vec top, mask bad) noexcept nogil:
+    """Lanes whose margin is `top`; where `bad`, lanes with NaN."""
+    cdef vec m = add(sub(x, st), vset(o.margin))
+    return mor(veq(m, top), mandnot(bad, veq(m, m)))
+
+
+cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, const State *s) noexcept nogil:
+    cdef vec zero = vset(0), top = s.b
+    cdef mask bad = mandnot(veq(zero, zero), veq(top, top)), wrong
+    cdef ivec none = iset(<lane_int> w.classes), found = none, cls = classes_of(layout, 0)
+    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    for k in range(whole):
+        wrong = mandnot(is_top(o, fetch(layout, False, w, k, 0), s.target, top, bad), ieq(cls, w.target))
+        found = imin(found, ichoose(wrong, cls, none))
+        put(layout, False, w, k, zero)
+        cls = next_classes(layout, cls)
+    if whole < w.vectors:
+        wrong = mandnot(is_top(o, fetch(layout, True, w, whole, 0), s.target, top, bad), ieq(cls, w.target))
+        found = imin(found, ichoose(wrong, cls, none))
+        put(layout, True, w, whole, zero)
+    if layout == ROWED:
+        if lane_least(found) < w.classes:
+            sstore_one(w.dst + lane_least(found), first_lane(s.a))
+            sstore_one(w.dst + ifirst(w.target), -first_lane(s.a))
+        return
+    cls = iset(0)
     for k in range(w.vectors):
-        cls = classes_of(layout, k)
-        v = choose(ieq(cls, w.target), sub(zero, s.a), choose(ieq(cls, s.index), s.a, zero))
-        put(layout, True, w, k, v)
+        put(LANED, False, w, k, choose(ieq(cls, found), s.a, choose(ieq(cls, w.target), sub(zero, s.a), zero)))
+        cls = iadd(cls, iset(1))
 
 
 # --- softmax, log-softmax and log-sum-exp themselves -----------------------------------------------------------------
-cdef inline void find_first(int layout, Walk *w, vec m) noexcept nogil:
-    """Make the first class whose score is m the target; class 0 where there is none (NaN)."""
-    cdef ivec index = iset(<lane_int> w.classes)
-    cdef lane_int lanes[32]
-    cdef lane_int first
-    cdef int lane
-    cdef Py_ssize_t k
-    for k in range(w.vectors - 1, -1, -1):
-        index = ichoose(veq(fetch(layout, True, w, w.src, k, <real> NAN), m), classes_of(layout, k), index)
-    if layout == ROWED:
-        istore(lanes, index)
-        first = lanes[0]
-        for lane in range(1, LANES):
-            first = min(first, lanes[lane])
-        index = iset(first)
-        w.target_block = first // (16 * LANES) * 16 if first < w.classes else 0
-    w.target = ichoose(ige(index, iset(<lane_int> w.classes)), iset(0), index)
+cdef inline vec block_tops(int layout, bint careful, bint writes, const Walk *w, Py_ssize_t start, vec m,
+                           vec *tops) noexcept nogil:
+    """Σ exp(s − m) without the scores that are m; those are counted."""
+    cdef vec total = vset(0), some = vset(0), x
+    cdef mask top, past
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        x = fetch(layout, False, w, k, 0)
+        top = veq(x, m)
+        total = add_unless(top, total, vexp(sub(x, m)))
+        some = add(some, choose(top, vset(1), vset(0)))
+        fetch_ahead(layout, writes, w, k)
+    if careful and whole < stop:
+        x = fetch(layout, True, w, whole, 0)
+        past = past_end(layout, w, classes_of(layout, whole))
+        top = mandnot(veq(x, m), past)
+        total = add_unless(mor(top, past), total, vexp(sub(x, m)))
+        some = add(some, choose(top, vset(1), vset(0)))
+    tops[0] = add(tops[0], some)
+    return total
 
 
-cdef inline vec holds_nan(int layout, const Walk *w) noexcept nogil:
-    """1 for rows with NaN in them."""
-    cdef vec bad = vset(0), x
-    cdef Py_ssize_t k
-    for k in range(w.vectors):
-        x = fetch(layout, True, w, w.src, k, 0)
-        bad = choose(veq(x, x), bad, vset(1))
-    return fold_max(layout, bad)
-
-
-cdef inline mask is_infinite(vec x) noexcept nogil:
-    return mandnot(veq(x, x), veq(sub(x, x), vset(0)))
-
-
-cdef inline void open_transform(int layout, int kind, Walk *w, vec m, State *s, vec *last) noexcept nogil:
-    find_first(layout, w, m)
-    s.c, s.b = m, vset(0)
-    if kind == LOG_SUM and lane_max(choose(is_infinite(m), vset(1), vset(0))) > 0:
-        s.b = holds_nan(layout, w)
-    s.a = row_exps(layout, kind == PROBABILITIES, w, m, last)
+cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, vec *last) noexcept nogil:
+    cdef vec total = vset(0), tops = vset(0)
+    cdef Py_ssize_t start
+    cdef bint writes = kind == LOG_PROBABILITIES
+    if kind == PROBABILITIES:
+        s.a, s.b = row_exps(layout, True, w, s.m, last), tops
+        return
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            total = add(total, block_tops(layout, True, writes, w, start, s.m, &tops))
+        else:
+            total = add(total, block_tops(layout, False, writes, w, start, s.m, &tops))
+    s.a, s.b = total, tops
 
 
 cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
-    """The log-sum-exp. Where the maximum is infinite that is NaN, and its limit for `logsumexp`, unless there is NaN."""
-    cdef vec others = s.a, m = s.c, total = add(others, vexp(sub(m, m))), log = log_sum(total, others, veq(m, m)), z
-    z = add(m, log)
+    """The log-sum-exp. Where the maximum is infinite that is NaN; its limit for `logsumexp`, unless there is NaN."""
+    cdef vec m = s.m, one = vset(1), rest = s.a, others, z
+    cdef mask infinite
     if kind == PROBABILITIES:
-        s.a = s.b = div(vset(1), total)
-    elif kind == LOG_PROBABILITIES:
-        s.a = log
-    else:
-        z = choose(mandnot(is_infinite(m), veq(s.b, vset(1))), m, z)
+        s.a = div(one, rest)
+        return m
+    others = add(add(rest, sub(s.b, one)), sub(m, m))
+    s.a = log_sum(add(others, one), others, veq(m, m))
+    z = add(m, s.a)
+    if kind == LOG_SUM:
+        infinite = mandnot(veq(m, m), veq(sub(m, m), vset(0)))
+        # exp(s − m) of all scores but m is then 0, or NaN.
+        z = choose(mandnot(infinite, mandnot(veq(m, m), veq(rest, rest))), m, z)
     return z
 
 
 cdef inline void close_log_probabilities(int layout, const Walk *w, const State *s) noexcept nogil:
-    cdef Py_ssize_t k
-    for k in range(w.vectors):
-        put(layout, True, w, k, sub(sub(fetch(layout, True, w, w.src, k, 0), s.c), s.a))
+    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    for k in range(whole):
+        put(layout, False, w, k, sub(sub(fetch(layout, False, w, k, 0), s.m), s.a))
+    if whole < w.vectors:
+        put(layout, True, w, whole, sub(sub(fetch(layout, True, w, whole, 0), s.m), s.a))
 
 
 # --- the doors to all of them ----------------------------------------------------------------------------------------
-cdef inline vec look_ahead(int layout, const Options *o, const Walk *w) noexcept nogil:
-    """What `open_rows` has to know first: the maximum, for the softmax family.
-
-    It is a walk of its own, over all rows of a group, so that no row waits for the folding of its maximum.
-    """
-    return vset(0) if o.kind == HINGE or o.kind == HINGE_MAX else row_max(layout, w)
+cdef inline bint shifts(const Options *o) noexcept nogil:
+    """Whether `open_rows` has to know the maximum first."""
+    return o.kind != HINGE and o.kind != HINGE_MAX
 
 
-cdef inline void open_rows(int layout, bint grad, const Options *o, Walk *w, vec factor, vec m, State *s,
+cdef inline bint has_target(const Options *o) noexcept nogil:
+    return o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX
+
+
+cdef inline bint keeps(const Options *o) noexcept nogil:
+    """Whether the first walk keeps numbers for the second."""
+    return o.kind == SOFTMAX or o.kind == PROBABILITIES
+
+
+cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *w, vec factor, State *s,
                            vec *last) noexcept nogil:
-    """First walk over one row (ROWED) or LANES rows (LANED), whose maximum is m."""
+    """First walk over one row (ROWED) or LANES rows (LANED), whose maximum and target's score are in the State."""
     if o.kind == SOFTMAX:
-        open_softmax(layout, grad, w, m, s, last)
+        s.a = row_exps(layout, grad, w, s.m, last)
     elif o.kind == HINGE_MAX:
-        open_hinge_max(layout, o, w, s)
+        open_hinge_max(layout, grad, w, s)
     elif o.kind == HINGE and o.power == 1:
         open_hinge(layout, grad, 1, o, w, factor, s)
     elif o.kind == HINGE:
         open_hinge(layout, grad, 2, o, w, factor, s)
     elif o.kind == PROBABILITIES:
-        open_transform(layout, PROBABILITIES, w, m, s, last)
+        open_transform(layout, PROBABILITIES, w, s, last)
     else:
-        open_transform(layout, o.kind, w, m, s, last)
+        open_transform(layout, o.kind, w, s, last)
+
+
+cdef inline vec fold(const Options *o, const vec *lanes) noexcept nogil:
+    """What LANES rows hold in their lanes (State's a), one row a lane (ROWED)."""
+    return transposed_max(lanes, 1) if o.kind == HINGE_MAX else transposed_sum(lanes, 1)
 
 
 cdef inline vec settle(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
@@ -446,14 +464,14 @@ cdef inline vec settle(bint grad, const Options *o, State *s, vec factor) noexce
 
 
 cdef inline void close_rows(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    """Second walk: the gradient, complete in dst."""
-    if o.kind == SOFTMAX or o.kind == PROBABILITIES:
-        scale(layout, w, last, s.a, s.b)
-    elif o.kind == HINGE:
+    """Second walk: the gradient, complete."""
+    if keeps(o):
+        scale(layout, w, last, s.a)
+    if o.kind == SOFTMAX or o.kind == HINGE:
         put_at_target(layout, w, s.b)
     elif o.kind == HINGE_MAX:
-        close_hinge_max(layout, w, s)
-    else:
+        close_hinge_max(layout, o, w, s)
+    elif o.kind == LOG_PROBABILITIES:
         close_log_probabilities(layout, w, s)
 
 

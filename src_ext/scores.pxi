@@ -7,7 +7,7 @@ cdef enum:
     FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
-    GROUP_BYTES = 8192  # of rows that are opened, settled and closed together
+    GROUP_BYTES = 24576  # of rows that are walked over together
 
 cdef struct ScoresPass:
     Matrix scores, grad
@@ -18,19 +18,20 @@ cdef struct ScoresPass:
     real *row_loss
     Py_ssize_t row_loss_stride
     Py_ssize_t segment
-    char *scratch
+    bint laned
+    char *scratch  # for each thread: a transposed tile, or what is kept of a group
     Py_ssize_t scratch_size
     double *partial
 
 
 cdef bint is_laned(const Matrix *a, const Matrix *b) noexcept nogil:
     """Whether the tile is transposed: few classes, or classes that are not contiguous in source or destination."""
-    return a.columns <= FEW * LANES or a.column_stride != 1 or (b.data != NULL and b.column_stride != 1)
+    return a.columns <= FEW * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
 
 
 cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) noexcept nogil:
     """n rows from `row` on as a transposed tile; lanes past n hold zeros."""
-    cdef const real *p = a.data + row * a.row_stride
+    cdef const stored *p = a.raw + row * a.row_stride
     cdef Py_ssize_t j, i, g, u, v
     if a.column_stride == 1:
         for u in range((a.columns + LANES - 1) // LANES):
@@ -43,17 +44,17 @@ cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) n
         for j in range(a.columns):
             for v in range(TILE // LANES):
                 g = v * LANES
-                vstore(tile + j * TILE + g, vload(p + j * a.column_stride + g))
+                vstore(tile + j * TILE + g, sload(p + j * a.column_stride + g))
     else:
         for j in range(a.columns):
             for i in range(TILE):
-                tile[j * TILE + i] = p[i * a.row_stride + j * a.column_stride] if i < n else 0
+                tile[j * TILE + i] = sone(p + i * a.row_stride + j * a.column_stride) if i < n else 0
 
 
 cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop, bint write) noexcept nogil:
     """Ask for rows that come next: a tile reads and writes them in an order that the processor does not foresee."""
-    cdef char *p = <char *> (a.data + start * a.row_stride)
-    cdef Py_ssize_t j, bytes_ = max(<Py_ssize_t> 0, stop - start) * a.columns * <Py_ssize_t> sizeof(real)
+    cdef char *p = <char *> (a.raw + start * a.row_stride)
+    cdef Py_ssize_t j, bytes_ = max(<Py_ssize_t> 0, stop - start) * a.columns * <Py_ssize_t> sizeof(stored)
     if a.column_stride == 1 and a.row_stride == a.columns:
         for j in range((bytes_ + 63) // 64):
             if write:
@@ -63,7 +64,7 @@ cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop, 
 
 
 cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *tile) noexcept nogil:
-    cdef real *p = a.data + row * a.row_stride
+    cdef stored *p = a.raw + row * a.row_stride
     cdef Py_ssize_t j, i, g, u, v
     if a.column_stride == 1:
         for u in range((a.columns + LANES - 1) // LANES):
@@ -76,11 +77,11 @@ cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *
         for j in range(a.columns):
             for v in range(TILE // LANES):
                 g = v * LANES
-                vstore(p + j * a.column_stride + g, vload(tile + j * TILE + g))
+                sstore(p + j * a.column_stride + g, vload(tile + j * TILE + g))
     else:
         for j in range(a.columns):
             for i in range(n):
-                p[i * a.row_stride + j * a.column_stride] = tile[j * TILE + i]
+                sstore_one(p + i * a.row_stride + j * a.column_stride, tile[j * TILE + i])
 
 
 cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, real *mult) noexcept nogil:
@@ -113,7 +114,9 @@ cdef inline void tile_losses_case(const Options *o, bint grad, real *tile, Py_ss
         w = walk_lanes(tile + g, c, iload(y + g))
         dead = veq(vload(mult + g), zero)
         factor = mul(vload(mult + g), vset(scale))
-        open_rows(LANED, grad, o, &w, factor, look_ahead(LANED, o, &w), &s, &last)
+        s.m = row_max(LANED, &w) if shifts(o) else zero
+        s.target = target_score(&w) if has_target(o) else zero
+        open_rows(LANED, grad, o, &w, factor, &s, &last)
         loss = settle(grad, o, &s, factor)
         if grad:
             close_rows(LANED, o, &w, &s, last)
@@ -129,14 +132,14 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     """Σ multiplier · ℓ of rows [start, stop), by transposed tiles."""
     cdef Py_ssize_t row, t, c = s.scores.columns
     cdef int n, i, live
-    cdef bint grad = s.grad.data != NULL
-    cdef bint far = grad and s.grad.data != s.scores.data and s.scores.rows * c * <Py_ssize_t> sizeof(real) > FAR_BYTES
+    cdef bint grad = s.grad.raw != NULL
+    cdef bint far = grad and s.grad.raw != s.scores.raw and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES
     cdef lane_int y[16]
     cdef real mult[16]
     cdef real losses[16]
     cdef double sums[16]
     memset(sums, 0, sizeof(sums))
-    memset(y, 0, sizeof(y))
+    memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     for t in range((stop - start + TILE - 1) // TILE):
         row = start + t * TILE
         n = <int> min(<Py_ssize_t> TILE, stop - row)
@@ -164,77 +167,100 @@ cdef inline double fold_doubles(double *sums) noexcept nogil:
     return total
 
 
-cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, int n, Py_ssize_t ahead, lane_int *y,
-                              const real *mult, real *losses) noexcept nogil:
-    """Row losses, and gradients, of n <= TILE rows that are contiguous; both 0 where the multiplier is 0."""
+cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, int n, Py_ssize_t ahead,
+                              const lane_int *y, const real *mult, real *scratch, real *losses) noexcept nogil:
+    """Row losses, and gradients, of n <= TILE rows that are contiguous; both 0 where the multiplier is 0.
+
+    A walk is over all rows of the group before the next begins, so that no row waits for what is folded of it.
+    """
+    cdef const Options *o = &s.options
+    # Of each row, over its lanes; and what comes of that, one number a row.
+    cdef vec top[16]
+    cdef vec first[16]
+    cdef vec second[16]
     cdef vec last[16]
+    cdef real m[16]
+    cdef real target[16]
     cdef real a[16]
     cdef real b[16]
-    cdef real m[16]
-    cdef lane_int index[16]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
     cdef vec end = vset(0)
-    state.a = state.b = state.c = end
-    state.index = iset(0)
     cdef Py_ssize_t c = s.scores.columns, g, v
-    cdef const real *src = s.scores.data + start * s.scores.row_stride
-    cdef real *dst = s.grad.data + start * s.grad.row_stride if grad else NULL
+    cdef const stored *src = s.scores.raw + start * s.scores.row_stride
+    cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef int i
-    memset(a, 0, sizeof(a))
-    memset(b, 0, sizeof(b))
+    for i in range(n, TILE):
+        top[i] = first[i] = second[i] = end
     memset(m, 0, sizeof(m))
-    memset(index, 0, sizeof(index))
+    memset(target, 0, sizeof(target))
     for i in range(n):
-        w = walk_row(src + i * s.scores.row_stride, NULL, c, 0)
-        m[i] = first_lane(look_ahead(ROWED, &s.options, &w))
+        if shifts(o):
+            w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0)
+            top[i] = row_max(ROWED, &w)
+        if has_target(o):
+            target[i] = sone(src + i * s.scores.row_stride + y[i])
+    if shifts(o):
+        for v in range((n + LANES - 1) // LANES):
+            g = v * LANES
+            vstore(m + g, transposed_max(top + g, 1))
     for i in range(n):
+        first[i] = second[i] = end
         if mult[i] == 0:
             continue
-        w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride if grad else NULL, c, y[i])
+        w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride if grad else NULL,
+                     kept_row(s, grad, dst, scratch, i), c, y[i])
         w.src_ahead, w.dst_ahead = ahead * s.scores.row_stride, ahead * s.grad.row_stride
-        open_rows(ROWED, grad, &s.options, &w, vset(mult[i] * s.scale), vset(m[i]), &state, &end)
-        a[i], b[i], index[i] = first_lane(state.a), first_lane(state.b), ifirst(state.index)
-        y[i], last[i] = ifirst(w.target), end
+        state.m, state.target = vset(m[i]), vset(target[i])
+        open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
+        first[i], second[i] = state.a, state.b
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
-        state.a, state.b, state.c, state.index = vload(a + g), vload(b + g), vload(m + g), iload(index + g)
-        vstore(losses + g, settle(grad, &s.options, &state, mul(vload(mult + g), vset(s.scale))))
+        state.m, state.target, state.a = vload(m + g), vload(target + g), fold(o, first + g)
+        state.b = transposed_sum(second + g, 1)
+        vstore(losses + g, settle(grad, o, &state, mul(vload(mult + g), vset(s.scale))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
     for i in range(n):
         if mult[i] == 0:
             losses[i] = 0
             if grad:
-                memset(dst + i * s.grad.row_stride, 0, c * sizeof(real))
+                memset(dst + i * s.grad.row_stride, 0, c * sizeof(stored))
         elif grad:
-            w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride, c, y[i])
-            state.a, state.b, state.c, state.index = vset(a[i]), vset(b[i]), vset(m[i]), iset(index[i])
-            close_rows(ROWED, &s.options, &w, &state, last[i])
+            w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride,
+                         kept_row(s, grad, dst, scratch, i), c, y[i])
+            state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
+            close_rows(ROWED, o, &w, &state, last[i])
 
 
-cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
-    """The same, by groups of rows: as many as stay in L1 between their two walks."""
-    cdef Py_ssize_t row, t, group = GROUP_BYTES // (s.scores.columns * sizeof(real))
+cdef inline real *kept_row(const ScoresPass *s, bint grad, stored *dst, real *scratch, int i) noexcept nogil:
+    """Where the numbers of row i of a group are kept between its walks: the gradient's place, if it is of their type."""
+    if not grad:
+        return NULL
+    return <real *> (dst + i * s.grad.row_stride) if STORED_IS_REAL else scratch + i * s.scores.columns
+
+
+cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
+    """The same, by groups of rows."""
+    cdef Py_ssize_t row, t, group = group_rows(s.scores.columns)
     cdef int n, i
     cdef lane_int y[16]
     cdef real mult[16]
     cdef real losses[16]
     cdef double sums[16]
     memset(sums, 0, sizeof(sums))
-    memset(y, 0, sizeof(y))
+    memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     memset(losses, 0, sizeof(losses))
-    group = max(<Py_ssize_t> 1, min(<Py_ssize_t> TILE, group))
     for t in range((stop - start + group - 1) // group):
         row = start + t * group
         n = <int> min(group, stop - row)
         tile_multipliers(s.multiplier, row, n, mult)
         convert(&s.targets, row, n, y)
-        if s.grad.data != NULL:
-            group_losses(s, True, row, n, group, y, mult, losses)
+        if s.grad.raw != NULL:
+            group_losses(s, True, row, n, group, y, mult, scratch, losses)
         else:
-            group_losses(s, False, row, n, group, y, mult, losses)
+            group_losses(s, False, row, n, group, y, mult, scratch, losses)
         for i in range(n, TILE):
             losses[i] = 0
         if s.row_loss != NULL:
@@ -244,13 +270,16 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop)
     return fold_doubles(sums)
 
 
+cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
+    """Rows of a group: as many as stay in L1 between their walks."""
+    return max(<Py_ssize_t> 1, min(<Py_ssize_t> TILE, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
+
+
 cdef void scores_segment(ScoresPass *s, Py_ssize_t k, int thread) noexcept nogil:
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
+    cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    if s.scratch != NULL:
-        s.partial[k] = scores_laned(s, start, stop, <real *> (s.scratch + thread * s.scratch_size))
-    else:
-        s.partial[k] = scores_rowed(s, start, stop)
+    s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
     restore_mode(mode)
 
 
@@ -264,15 +293,19 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    cdef bint laned = is_laned(&s.scores, &s.grad)
+    s.laned = is_laned(&s.scores, &s.grad)
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
-    if laned:
-        s.scratch_size = (s.scores.columns * TILE * sizeof(real) + 127) // 64 * 64
+    if s.laned:
+        s.scratch_size = s.scores.columns * TILE * sizeof(real)
+    elif s.grad.raw != NULL and keeps(&s.options) and not STORED_IS_REAL:
+        s.scratch_size = s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
+    if s.scratch_size:
+        s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)
         if memory == NULL:
             raise MemoryError("no memory for tiles of scores")
@@ -295,7 +328,7 @@ def score_rows(kind, margin, power, over, scores, targets, multiplier, double sc
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
-    s.scores, s.grad, s.targets = loan.matrix(scores, False), loan.matrix(grad, True), loan.indices(targets)
+    s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(grad, True), loan.indices(targets)
     m = loan.matrix(multiplier, False)
     s.multiplier = m.data
     m = loan.matrix(losses, True)
@@ -305,15 +338,16 @@ def score_rows(kind, margin, power, over, scores, targets, multiplier, double sc
 
 
 def transform(kind, scores, out, int n_threads):
-    """softmax, log_softmax (out like scores) or logsumexp (out a vector) of the rows of `scores`."""
+    """softmax, log_softmax (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
-    cdef Matrix m = loan.matrix(out, True)
-    s.scores, s.grad, s.targets = loan.matrix(scores, False), loan.matrix(None, False), loan.indices(None)
+    cdef Matrix m
+    s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(None, False), loan.indices(None)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride = NULL, 1, NULL, 0
     read_options(&s.options, "transform " + kind, 0, 1, "", s.scores.columns)
     if s.options.kind == LOG_SUM:
+        m = loan.matrix(out, True)
         s.row_loss, s.row_loss_stride = m.data, m.column_stride
     else:
-        s.grad = m
+        s.grad = loan.scores(out, True)
     run_scores(&s, n_threads)

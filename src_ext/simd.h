@@ -1,5 +1,6 @@
 /* Primitives of the kernels: a vector of LANES numbers of type `real`, and what the row losses and the linear layer
- * do with it. FASTLOSS_BITS chooses float or double; the compiler's target chooses the width. GCC and Clang.
+ * do with it. FASTLOSS_TYPE chooses `real`, float or double, and `stored`, the type of scores and features in memory,
+ * which is converted in registers; the compiler's target chooses the width. GCC and Clang.
  *
  * Comparisons give a `mask`: bits in a register with AVX-512, else a vector of all-ones and zeros. Comparisons with
  * NaN are false. Products and sums in one expression are fused where the target can (-ffp-contract=fast).
@@ -38,6 +39,25 @@
 #define DOT_BLOCK 3
 #define OUTER_BLOCK 6
 #endif
+
+#define FL_F32 1
+#define FL_F64 2
+#define FL_F16 3
+#define FL_BF16 4
+#define FL_U8 5
+#define FL_STORED FL_PASTE(FL_, FASTLOSS_TYPE) /* FASTLOSS_TYPE is one of these names without FL_ */
+#define FASTLOSS_BITS (FL_STORED == FL_F64 ? 64 : 32)
+#if FL_STORED == FL_F64
+typedef double stored;
+#elif FL_STORED == FL_F32
+typedef float stored;
+#elif FL_STORED == FL_U8
+typedef uint8_t stored;
+#else
+typedef uint16_t stored; /* the bits of float16 or bfloat16 */
+#endif
+#define STORED_IS_REAL (FL_STORED == FL_F32 || FL_STORED == FL_F64)
+#define STORED_FORMAT (FL_STORED == FL_F64 ? 'd' : FL_STORED == FL_F32 ? 'f' : FL_STORED == FL_U8 ? 'B' : 'H')
 
 #if FASTLOSS_BITS == 32
 typedef float real;
@@ -157,6 +177,15 @@ FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
 #endif
 #endif
 
+/* a + b, but a where m. */
+FL_INLINE vec add_unless(mask m, vec a, vec b) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(mask_add)(a, (mask)~m, a, b);
+#else
+    return a + choose(m, vset(0), b);
+#endif
+}
+
 /* The larger of two; which one is given where one is NaN is not said. */
 FL_INLINE vec vmax(vec a, vec b) {
 #ifdef __x86_64__
@@ -166,7 +195,110 @@ FL_INLINE vec vmax(vec a, vec b) {
 #endif
 }
 
-/* ---- sums and maxima over the lanes, in a fixed order ---- */
+/* ---- numbers as they are stored, converted in registers; to 16 bits rounded to nearest, ties to even ---- */
+#if STORED_IS_REAL
+FL_INLINE vec sload(const stored *p) { return vload(p); }
+FL_INLINE vec sload_part(const stored *p, ptrdiff_t n, real fill) { return vload_part(p, n, fill); }
+FL_INLINE void sstore(stored *p, vec v) { vstore(p, v); }
+FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) { vstore_part(p, v, n); }
+FL_INLINE real sone(const stored *p) { return *p; }
+FL_INLINE void sstore_one(stored *p, real x) { *p = x; }
+#else
+typedef stored packed __attribute__((vector_size(LANES * sizeof(stored))));
+FL_INLINE vec widen(packed p) {
+#if FL_STORED == FL_F16 && defined(FL_MASK_REGISTERS)
+    return (vec)_mm512_cvtph_ps((__m256i)p);
+#elif FL_STORED == FL_F16 && defined(__F16C__)
+    return (vec)_mm256_cvtph_ps((__m128i)p);
+#else
+    ivec bits = __builtin_convertvector(p, ivec);
+#if FL_STORED == FL_U8
+    return __builtin_convertvector(bits, vec);
+#elif FL_STORED == FL_BF16
+    return (vec)(bits << 16);
+#else
+    /* The product mends the exponent's bias, of numbers below the normal ones too. */
+    ivec size = (bits & iset(0x7fff)) << 13, special = (ivec)(size >= iset(0x7c00 << 13));
+    ivec finite = (ivec)((vec)size * vset(0x1p112f));
+    return (vec)((special & (size | iset(0x7f800000))) | (~special & finite) | ((bits & iset(0x8000)) << 16));
+#endif
+#endif
+}
+FL_INLINE packed narrow(vec v) {
+#if FL_STORED == FL_F16 && defined(FL_MASK_REGISTERS)
+    return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif FL_STORED == FL_F16 && defined(__F16C__)
+    return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif FL_STORED == FL_U8
+    return __builtin_convertvector(__builtin_convertvector(v, ivec), packed);
+#else
+    ivec bits = (ivec)v, nan = (ivec)(v != v);
+#if FL_STORED == FL_BF16
+    ivec rounded = (bits + iset(0x7fff) + ((bits >> 16) & iset(1))) >> 16;
+    return __builtin_convertvector((nan & iset(0x7fc0)) | (~nan & rounded), packed);
+#else
+    ivec sign = (bits >> 16) & iset(0x8000), size = bits & iset(0x7fffffff);
+    ivec normal = (size - iset(112 << 23) + iset(0xfff) + ((size >> 13) & iset(1))) >> 13;
+    ivec small = (ivec)((vec)size + vset(0.5f)) - (ivec)vset(0.5f); /* below 2^-14: the sum rounds */
+    ivec is_small = (ivec)(size < iset(0x38800000)), is_large = (ivec)(size >= iset(0x47800000));
+    ivec half = (is_large & iset(0x7c00)) | (is_small & small) | (~(is_large | is_small) & normal);
+    return __builtin_convertvector(half | (nan & iset(0x200)) | sign, packed);
+#endif
+#endif
+}
+FL_INLINE vec sload(const stored *p) {
+    packed few;
+    memcpy(&few, p, sizeof few);
+    return widen(few);
+}
+FL_INLINE void sstore(stored *p, vec v) {
+    packed few = narrow(v);
+    memcpy(p, &few, sizeof few);
+}
+#ifdef FL_MASK_REGISTERS
+FL_INLINE vec sload_part(const stored *p, ptrdiff_t n, real fill) {
+    mask m = (mask)((1u << n) - 1u);
+#if FL_STORED == FL_U8
+    packed few = (packed)_mm_maskz_loadu_epi8(m, p);
+#else
+    packed few = (packed)_mm256_maskz_loadu_epi16(m, p);
+#endif
+    return choose(m, widen(few), vset(fill));
+}
+FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) {
+    mask m = (mask)((1u << n) - 1u);
+#if FL_STORED == FL_U8
+    _mm_mask_storeu_epi8(p, m, (__m128i)narrow(v));
+#else
+    _mm256_mask_storeu_epi16(p, m, (__m256i)narrow(v));
+#endif
+}
+#else
+FL_INLINE vec sload_part(const stored *p, ptrdiff_t n, real fill) {
+    packed few = {0};
+    vec v;
+    for (int k = 0; k < LANES; k++)
+        if (k < n) few[k] = p[k];
+    v = widen(few);
+    for (int k = 0; k < LANES; k++)
+        if (k >= n) v[k] = fill;
+    return v;
+}
+FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) {
+    packed few = narrow(v);
+    for (int k = 0; k < LANES; k++)
+        if (k < n) p[k] = few[k];
+}
+#endif
+FL_INLINE real sone(const stored *p) {
+    packed few = {0};
+    few[0] = *p;
+    return widen(few)[0];
+}
+FL_INLINE void sstore_one(stored *p, real x) { *p = narrow(vset(x))[0]; }
+#endif
+
+/* ---- over the lanes ---- */
 #ifdef __clang__
 #define FL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -190,77 +322,72 @@ FL_INLINE vec zip_high(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_HIGH); }
 
 FL_INLINE real first_lane(vec v) { return v[0]; }
 FL_INLINE lane_int ifirst(ivec v) { return v[0]; }
-FL_INLINE real lane_sum(vec v) {
-#ifdef FL_MASK_REGISTERS
-    return VOP(reduce_add)(v);
-#else
-    real part[LANES];
-    vstore(part, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) part[k] += part[k + half];
-    return part[0];
-#endif
+FL_INLINE ivec imin(ivec a, ivec b) {
+    ivec less = (ivec)(a < b);
+    return (less & a) | (~less & b);
 }
-FL_INLINE real lane_max(vec v) {
-#ifdef FL_MASK_REGISTERS
-    return VOP(reduce_max)(v);
-#else
-    real part[LANES];
-    vstore(part, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) part[k] = part[k] < part[k + half] ? part[k + half] : part[k];
-    return part[0];
-#endif
+FL_INLINE lane_int lane_least(ivec v) {
+    lane_int least = v[0];
+    for (int k = 1; k < LANES; k++) least = v[k] < least ? v[k] : least;
+    return least;
 }
-
-/* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ---- */
-FL_INLINE void transpose(vec r[LANES]) {
+/* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
+ * The rounds are written out, so that all vectors stay in registers.
+ */
+FL_INLINE void zip_round(vec r[LANES]) {
     vec t[LANES];
-#pragma GCC unroll 4
-    for (int round = 1; round < LANES; round *= 2) {
 #pragma GCC unroll 8
-        for (int k = 0; k < LANES / 2; k++) {
-            t[2 * k] = zip_low(r[k], r[k + LANES / 2]);
-            t[2 * k + 1] = zip_high(r[k], r[k + LANES / 2]);
-        }
-#pragma GCC unroll 16
-        for (int k = 0; k < LANES; k++) r[k] = t[k];
+    for (int k = 0; k < LANES / 2; k++) {
+        t[2 * k] = zip_low(r[k], r[k + LANES / 2]);
+        t[2 * k + 1] = zip_high(r[k], r[k + LANES / 2]);
     }
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = t[k];
+}
+FL_INLINE void transpose(vec r[LANES]) {
+    zip_round(r);
+    if (LANES > 2) zip_round(r);
+    if (LANES > 4) zip_round(r);
+    if (LANES > 8) zip_round(r);
 }
 
-/* Lane k of the result is the sum of the lanes of r[k]: the same rounds, adding what they bring together. */
-FL_INLINE vec transposed_sum(const vec *p, ptrdiff_t stride) {
-    vec r[LANES];
-#pragma GCC unroll 16
-    for (int k = 0; k < LANES; k++) r[k] = p[k * stride];
-#pragma GCC unroll 4
-    for (int left = LANES; left > 1; left /= 2) {
-#pragma GCC unroll 8
-        for (int k = 0; k < left / 2; k++)
-            r[k] = zip_low(r[k], r[k + left / 2]) + zip_high(r[k], r[k + left / 2]);
+/* Lane k of the result is the sum, or the maximum, of the lanes of p[k * stride]: the same rounds, which join what they
+ * bring together. */
+#define FL_FOLD(name, JOIN)                                                                                \
+    FL_INLINE vec name(const vec *p, ptrdiff_t stride) {                                                   \
+        vec r[LANES];                                                                                      \
+        _Pragma("GCC unroll 16") for (int k = 0; k < LANES; k++) r[k] = p[k * stride];                     \
+        FL_FOLD_ROUND(8, JOIN) FL_FOLD_ROUND(4, JOIN) FL_FOLD_ROUND(2, JOIN) FL_FOLD_ROUND(1, JOIN)        \
+        return r[0];                                                                                       \
     }
-    return r[0];
-}
+#define FL_FOLD_ROUND(HALF, JOIN)                                                                          \
+    if (LANES > HALF)                                                                                      \
+        _Pragma("GCC unroll 8") for (int k = 0; k < HALF; k++) {                                           \
+            vec low = zip_low(r[k], r[(k + HALF) % LANES]), high = zip_high(r[k], r[(k + HALF) % LANES]);  \
+            r[k] = JOIN;                                                                                   \
+        }
+FL_FOLD(transposed_sum, low + high)
+FL_FOLD(transposed_max, vmax(low, high))
 
 /* n <= LANES columns of LANES rows, row-major at `from`, as n vectors TILE apart; and back. Rows from `rows` on are
  * taken as zeros, and not written. */
-FL_INLINE void gather_columns(const real *from, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, real *to) {
+FL_INLINE void gather_columns(const stored *from, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, real *to) {
     vec r[LANES];
 #pragma GCC unroll 16
-    for (int k = 0; k < LANES; k++) r[k] = k < rows ? vload_part(from + k * row_stride, n, 0) : vset(0);
+    for (int k = 0; k < LANES; k++) r[k] = k < rows ? sload_part(from + k * row_stride, n, 0) : vset(0);
     transpose(r);
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++)
         if (k < n) vstore(to + k * TILE, r[k]);
 }
-FL_INLINE void scatter_columns(real *to, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, const real *from) {
+FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, const real *from) {
     vec r[LANES];
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++) r[k] = k < n ? vload(from + k * TILE) : vset(0);
     transpose(r);
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++)
-        if (k < rows) vstore_part(to + k * row_stride, r[k], n);
+        if (k < rows) sstore_part(to + k * row_stride, r[k], n);
 }
 
 /* ---- exp and log ---- */

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -452,3 +453,52 @@ def test_features_beyond_2_to_the_31(level):
     np.testing.assert_array_equal(grad, np.outer([1, 1, -2], np.ones(d)))
     some = fl.LinearObjective(fl.Hinge(), X, y, bias=False, reduction="sum", backend=level).value(W, rows=[n - 1, 0])
     assert some == 2 + d + 2
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n_classes", [1, 2, 10, 17, 49, 100, 1000])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_scores_of_16_bits_are_read_and_written_as_they_are(backend, n_classes, name):
+    """Computed in float32 from the exact scores; each gradient entry is rounded once, to nearest."""
+    dtype = np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    rng = np.random.default_rng(0)
+    scores = (3 * rng.standard_normal((33, n_classes))).astype(dtype)
+    scores[1, n_classes // 2], scores[2, 0] = np.nan, -np.inf
+    targets = rng.integers(0, n_classes, len(scores))
+
+    def close(found, wanted):
+        a, b = found.astype(np.float64), wanted.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(a - b) <= eps * np.abs(b) + 1e-7  # neighbours, where the float32 sums differ
+        return bool(np.all((a == b) | near | (np.isnan(a) & np.isnan(b))))
+
+    for loss in (fl.Softmax(), fl.Hinge(), fl.Hinge(power=2, over="mean"), fl.Hinge(over="max")):
+        for layout in "CF":
+            given = np.asarray(scores, order=layout)
+            wanted, gradient = loss.value_and_grad(given, targets, reduction="sum", backend="reference")
+            for out in (np.full_like(given, 7), given.copy(order="K")):
+                source = out if out[0, 0] == given[0, 0] else given  # in place, where it is a copy
+                value, found = loss.value_and_grad(source, targets, reduction="sum", backend=backend, out=out)
+                assert found is out
+                assert close(found, gradient), (loss, layout)
+                np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    for transform in (fl.softmax, fl.log_softmax, fl.logsumexp):
+        found = transform(scores, backend=backend)
+        assert found.dtype == dtype
+        assert close(found, transform(scores, backend="reference"))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_every_number_of_16_bits_is_read_exactly(backend, name):
+    dtype = np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+    infinity = np.array(np.inf, dtype).view(np.uint16)
+    tiny = np.array(np.finfo(np.float32).smallest_normal).astype(dtype).view(np.uint16)  # below, kernels may take 0
+    sizes = np.arange(max(tiny, 1), infinity, dtype=np.uint16)
+    numbers = np.concatenate([sizes, sizes | 1 << 15]).view(dtype)
+    for layout in "CF":
+        scores = np.asarray(np.stack([numbers, np.zeros_like(numbers)], axis=1), order=layout)
+        # margins s − 0 + 0: the loss of class 1 is the number itself, where it is positive
+        losses = fl.Hinge(margin=0.0).value(scores, np.ones(len(scores), int), reduction="none", backend=backend)
+        np.testing.assert_array_equal(losses, np.maximum(numbers.astype(np.float32), 0))

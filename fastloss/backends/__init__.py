@@ -30,7 +30,8 @@ class BackendWarning(UserWarning):
 
 class Backend:
     """What a backend can do. The driver has checked all arguments; arrays are NumPy's, native, of the compute dtype
-    (float32 or float64) where nothing else is said, of any strides.
+    (float32 or float64) where nothing else is said, of any strides. Scores, and what is like them, may be of another
+    type that the backend reads (`reads`).
 
     Common arguments
     ----------------
@@ -52,6 +53,10 @@ class Backend:
         the options, kinds of targets and extra outputs that are beyond a plain call.
         """
         raise NotImplementedError
+
+    def reads(self, dtype: np.dtype[Any]) -> bool:
+        """Whether scores of a type (16-bit floats) are taken as they are; others are converted before."""
+        return False
 
     def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
         """The position of the first index outside [0, stop) that is not `ignored`; −1 if there is none."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastloss import blocks
-from fastloss._checks import FLOAT32, FLOAT64, Array
+from fastloss._checks import Array
 from fastloss._kernels import cpu
 from fastloss.backends import Backend, BackendError
 
@@ -17,6 +17,8 @@ LEVELS = ("v4", "v3", "v2", "base")
 #: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
 PANEL_BYTES = 1 << 20
 FEW_CLASSES = 64
+#: The kernels for each type of scores, and of features; the type that they compute in is `checks.compute_dtype`'s.
+TYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
 def why_no_level(level: str) -> str | None:
@@ -24,8 +26,8 @@ def why_no_level(level: str) -> str | None:
     if level != "base" and cpu.level() < int(level[1:]):
         return f"this processor does not have x86-64-{level}"
     try:
-        for bits in (32, 64):
-            import_module(f"fastloss._kernels.f{bits}_{level}")
+        for kind in TYPES.values():
+            import_module(f"fastloss._kernels.{kind}_{level}")
     except ImportError as error:
         return f"it is not part of this build: {error}"
     return None
@@ -58,6 +60,11 @@ def ready(array: Array) -> Array:
     return array if array.flags.aligned else array.copy()
 
 
+def bits(array: Any) -> Any:
+    """16-bit floats as the numbers that their bits are: buffers know no bfloat16."""
+    return array if array is None or array.itemsize != 2 else array.view(np.uint16)
+
+
 def row_options(loss: Any) -> tuple[str, float, int, str]:
     """What the kernels know of a loss: kind, margin, power, over."""
     if loss.kind == "softmax":
@@ -71,13 +78,19 @@ class CythonBackend(Backend):
     def __init__(self, level: str) -> None:
         self.name = f"cython-{level}"
         self.level = level
-        self._kernels = {
-            FLOAT32: import_module(f"fastloss._kernels.f32_{level}"),
-            FLOAT64: import_module(f"fastloss._kernels.f64_{level}"),
-        }
+        self._by_name = {name: import_module(f"fastloss._kernels.{kind}_{level}") for name, kind in TYPES.items()}
+        self._kernels: dict[np.dtype[Any], Any] = {}
+
+    def kernels(self, dtype: np.dtype[Any]) -> Any:
+        """The kernels that read arrays of a type; None if there are none."""
+        try:
+            return self._kernels[dtype]
+        except KeyError:
+            found = self._kernels[dtype] = self._by_name.get(dtype.name) if dtype.isnative else None
+            return found
 
     def __str__(self) -> str:
-        kernels = self._kernels[FLOAT32]
+        kernels = self._by_name["float32"]
         target = "the compiler's default target" if self.level == "base" else f"x86-64-{self.level}"
         openmp = "OpenMP" if kernels.OPENMP else "no OpenMP: one thread"
         return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
@@ -89,15 +102,18 @@ class CythonBackend(Backend):
             return f"not compiled yet: {', '.join(needs)}"
         return None
 
+    def reads(self, dtype: np.dtype[Any]) -> bool:
+        return dtype.kind != "u" and self.kernels(dtype) is not None
+
     def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
-        return int(self._kernels[FLOAT32].first_outside(ready(indices), stop, ignored))
+        return int(self._by_name["float32"].first_outside(ready(indices), stop, ignored))
 
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
     ) -> float:  # fmt: skip
-        value: float = self._kernels[scores.dtype].score_rows(
-            *row_options(loss), ready(scores), ready(targets), multiplier, scale, grad, row_loss, n_threads
+        value: float = self.kernels(scores.dtype).score_rows(
+            *row_options(loss), bits(ready(scores)), ready(targets), multiplier, scale, bits(grad), row_loss, n_threads
         )
         return value
 
@@ -109,7 +125,7 @@ class CythonBackend(Backend):
         fused = (
             len(W) <= FEW_CLASSES
             and W.nbytes <= PANEL_BYTES
-            and (X.dtype == W.dtype or (X.dtype == np.uint8 and W.dtype == FLOAT32))
+            and (kernels := self.kernels(X.dtype)) is not None
             and X.flags.aligned
             and dX is None
         )
@@ -117,8 +133,8 @@ class CythonBackend(Backend):
             return blocks.linear_rows(
                 self, loss, X, rows, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
             )
-        value: float = self._kernels[W.dtype].linear_rows(
-            *row_options(loss), X, rows if rows is None else ready(rows), ready(W), b if b is None else ready(b),
+        value: float = kernels.linear_rows(
+            *row_options(loss), bits(X), rows if rows is None else ready(rows), ready(W), b if b is None else ready(b),
             ready(targets), multiplier, scale, dW, db, row_loss, n_threads,
         )  # fmt: skip
         return value
@@ -126,7 +142,7 @@ class CythonBackend(Backend):
     def descend(
         self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
     ) -> None:
-        self._kernels[W.dtype].descend(W, velocity, grad, step_size, momentum, decay, decayed)
+        self.kernels(W.dtype).descend(W, velocity, grad, step_size, momentum, decay, decayed)
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
-        self._kernels[scores.dtype].transform(kind, ready(scores), out, n_threads)
+        self.kernels(scores.dtype).transform(kind, bits(ready(scores)), bits(out), n_threads)
