@@ -200,7 +200,7 @@ cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil
                 for j in range(LANES):
                     ends[r * LANES + j] = x[r][whole + j] if whole + j < p.features else 0
         produce(p, x, last, sums, tile, following)
-        tile_losses(&p.options, p.grad, tile, c, t.y, t.mult, 1, t.n == TILE, losses)
+        tile_losses(&p.options, p.grad, tile, 1, c, t.y, t.mult, 1, t.n == TILE, losses)
         add_products(total, losses, t.mult)
         if p.row_loss != NULL:
             for r in range(t.n):

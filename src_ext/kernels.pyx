@@ -222,13 +222,11 @@ cdef inline Py_ssize_t outside_typed(integer *p, Py_ssize_t stride, Py_ssize_t n
 
 
 cdef inline void convert_typed(integer *p, Py_ssize_t stride, int n, lane_int *to) noexcept nogil:
-    cdef int k
-    if stride == sizeof(integer) and n == TILE:
-        for k in range(TILE):
-            to[k] = <lane_int> p[k]
-    else:
-        for k in range(n):
-            to[k] = <lane_int> (<integer *> (<char *> p + k * stride))[0]
+    cdef int k, whole = n // TILE * TILE if stride == sizeof(integer) else 0
+    for k in range(whole):  # by whole tiles, so that it vectorises without a rest
+        to[k] = <lane_int> p[k]
+    for k in range(whole, n):
+        to[k] = <lane_int> (<integer *> (<char *> p + k * stride))[0]
 
 
 cdef Py_ssize_t outside(const Indices *a, uint64_t stop, bint ignores, int64_t ignored) noexcept nogil:

@@ -123,17 +123,6 @@ cdef inline void fetch_ahead(int layout, bint writes, const Walk *w, Py_ssize_t 
             prefetch_to_write(w.dst + w.dst_ahead + k * LANES)
 
 
-cdef inline vec target_score(const Walk *w) noexcept nogil:
-    """The target's score of each lane (LANED)."""
-    cdef vec s = vset(0)
-    cdef ivec cls = iset(0)
-    cdef Py_ssize_t k
-    for k in range(w.vectors):
-        s = choose(ieq(cls, w.target), vload(w.tile + k * TILE), s)
-        cls = iadd(cls, iset(1))
-    return s
-
-
 cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
     """v to the gradient's entry at the target."""
     cdef ivec cls = iset(0)
@@ -146,15 +135,30 @@ cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
             cls = iadd(cls, iset(1))
 
 
-cdef inline vec row_max(int layout, const Walk *w) noexcept nogil:
-    """The maximum, of each lane."""
+cdef inline vec row_max(const Walk *w) noexcept nogil:
+    """The maximum, of each lane (ROWED)."""
     cdef vec m = vset(<real> -INFINITY)
-    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    cdef Py_ssize_t k, whole = w.classes // LANES
     for k in range(whole):
-        m = vmax(m, fetch(layout, False, w, k, 0))
+        m = vmax(m, fetch(ROWED, False, w, k, 0))
     if whole < w.vectors:
-        m = vmax(m, fetch(layout, True, w, whole, <real> -INFINITY))
+        m = vmax(m, fetch(ROWED, True, w, whole, <real> -INFINITY))
     return m
+
+
+cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target) noexcept nogil:
+    """The maximum and the target's score of each lane, as far as `open_rows` needs them (LANED)."""
+    cdef vec x, top = vset(<real> -INFINITY), s = vset(0)
+    cdef ivec cls = iset(0)
+    cdef Py_ssize_t k
+    for k in range(w.vectors):
+        x = vload(w.tile + k * TILE)
+        if shifts(o):
+            top = vmax(top, x)
+        if has_target(o):
+            s = choose(ieq(cls, w.target), x, s)
+            cls = next_classes(LANED, cls)
+    m[0], target[0] = top, s
 
 
 cdef struct State:
@@ -173,9 +177,10 @@ cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
 
 # --- softmax -------------------------------------------------------------------------------------------------------
 # ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j.
-cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m,
+cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m, vec *at_target,
                            vec *last) noexcept nogil:
-    cdef vec total = vset(0), e
+    cdef vec total = vset(0), e, found = at_target[0]
+    cdef mask at
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
@@ -184,43 +189,56 @@ cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, P
         if keep:
             vstore(kept(layout, w, k), e)
         if careful:
-            total = add_unless(ieq(cls, w.target), total, e)
+            at = ieq(cls, w.target)
+            total = add_unless(at, total, e)
+            if layout == LANED:
+                found = choose(at, e, found)
             cls = next_classes(layout, cls)
         else:
             total = add(total, e)
     if careful and whole < stop:
         last[0] = vexp(sub(fetch(layout, True, w, whole, <real> -INFINITY), m))
         total = add_unless(ieq(cls, w.target), total, last[0])
+    at_target[0] = found
     return total
 
 
-cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *last) noexcept nogil:
-    """Σ exp(s − m) without the target, of each lane; the exponentials are kept.
+cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_target, vec *last) noexcept nogil:
+    """Σ exp(s − m) without the target, of each lane, and (LANED) the target's; the exponentials are kept.
 
     Those of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been written
     cannot be read again without a stall.
     """
     cdef vec total = vset(0)
     cdef Py_ssize_t start
+    at_target[0] = total
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            total = add(total, block_exps(layout, True, keep, w, start, m, last))
+            total = add(total, block_exps(layout, True, keep, w, start, m, at_target, last))
         else:
-            total = add(total, block_exps(layout, False, keep, w, start, m, last))
+            total = add(total, block_exps(layout, False, keep, w, start, m, at_target, last))
     return total
 
 
-cdef inline void scale(int layout, const Walk *w, vec last, vec r) noexcept nogil:
-    """The exponentials that were kept, times r, as the gradient."""
+cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec r, vec target) noexcept nogil:
+    """The exponentials that were kept, times r, as the gradient; but `target` at the target."""
+    cdef ivec cls = iset(0)
+    cdef vec v
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
-        put(layout, False, w, k, mul(vload(kept(layout, w, k)), r))
+        v = mul(vload(kept(layout, w, k)), r)
+        if has_target and layout == LANED:
+            v = choose(ieq(cls, w.target), target, v)
+            cls = next_classes(LANED, cls)
+        put(layout, False, w, k, v)
     if whole < w.vectors:
         put(layout, True, w, whole, mul(last, r))
+    if has_target and layout == ROWED:
+        put_at_target(ROWED, w, target)
 
 
-cdef inline vec settle_softmax(bint grad, State *s, vec factor) noexcept nogil:
-    cdef vec others = s.a, below = sub(s.target, s.m), total = add(others, vexp(below))
+cdef inline vec settle_softmax(int layout, bint grad, State *s, vec factor) noexcept nogil:
+    cdef vec others = s.a, below = sub(s.target, s.m), total = add(others, s.b if layout == LANED else vexp(below))
     if grad:
         s.a = div(factor, total)
         s.b = mul(others, sub(vset(0), s.a))
@@ -331,6 +349,7 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
     cdef vec zero = vset(0), top = s.b
     cdef mask bad = mandnot(veq(zero, zero), veq(top, top)), wrong
     cdef ivec none = iset(<lane_int> w.classes), found = none, cls = classes_of(layout, 0)
+    cdef lane_int least
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
         wrong = mandnot(is_top(o, fetch(layout, False, w, k, 0), s.target, top, bad), ieq(cls, w.target))
@@ -342,8 +361,9 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
         found = imin(found, ichoose(wrong, cls, none))
         put(layout, True, w, whole, zero)
     if layout == ROWED:
-        if lane_least(found) < w.classes:
-            sstore_one(w.dst + lane_least(found), first_lane(s.a))
+        least = lane_least(found)
+        if least < w.classes:
+            sstore_one(w.dst + least, first_lane(s.a))
             sstore_one(w.dst + ifirst(w.target), -first_lane(s.a))
         return
     cls = iset(0)
@@ -380,7 +400,7 @@ cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, v
     cdef Py_ssize_t start
     cdef bint writes = kind == LOG_PROBABILITIES
     if kind == PROBABILITIES:
-        s.a, s.b = row_exps(layout, True, w, s.m, last), tops
+        s.a = row_exps(layout, True, w, s.m, &s.b, last)
         return
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
@@ -434,7 +454,7 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
                            vec *last) noexcept nogil:
     """First walk over one row (ROWED) or LANES rows (LANED), whose maximum and target's score are in the State."""
     if o.kind == SOFTMAX:
-        s.a = row_exps(layout, grad, w, s.m, last)
+        s.a = row_exps(layout, grad, w, s.m, &s.b, last)
     elif o.kind == HINGE_MAX:
         open_hinge_max(layout, grad, w, s)
     elif o.kind == HINGE and o.power == 1:
@@ -452,10 +472,10 @@ cdef inline vec fold(const Options *o, const vec *lanes) noexcept nogil:
     return transposed_max(lanes, 1) if o.kind == HINGE_MAX else transposed_sum(lanes, 1)
 
 
-cdef inline vec settle(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
+cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Losses of LANES rows; and in the State what the gradient needs, times `factor`."""
     if o.kind == SOFTMAX:
-        return settle_softmax(grad, s, factor)
+        return settle_softmax(layout, grad, s, factor)
     if o.kind == HINGE:
         return settle_hinge(o, s, factor)
     if o.kind == HINGE_MAX:
@@ -466,8 +486,8 @@ cdef inline vec settle(bint grad, const Options *o, State *s, vec factor) noexce
 cdef inline void close_rows(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
     """Second walk: the gradient, complete."""
     if keeps(o):
-        scale(layout, w, last, s.a)
-    if o.kind == SOFTMAX or o.kind == HINGE:
+        scale(layout, o.kind == SOFTMAX, w, last, s.a, s.b)
+    elif o.kind == HINGE:
         put_at_target(layout, w, s.b)
     elif o.kind == HINGE_MAX:
         close_hinge_max(layout, o, w, s)

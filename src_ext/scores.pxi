@@ -7,6 +7,8 @@ cdef enum:
     FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
+    BATCH = 16  # transposed tiles that are handled together, at most,
+    BATCH_BYTES = 16384  # and what they take
     GROUP_BYTES = 24576  # of rows that are walked over together
 
 cdef struct ScoresPass:
@@ -84,78 +86,132 @@ cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *
                 sstore_one(p + i * a.row_stride + j * a.column_stride, tile[j * TILE + i])
 
 
-cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, real *mult) noexcept nogil:
-    """Row multipliers of a tile, 0 past n; how many are not 0."""
+cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, int size, real *mult) noexcept nogil:
+    """Row multipliers of n rows, 0 past n up to `size`; how many are not 0."""
     cdef int i, live = 0
-    for i in range(TILE):
-        mult[i] = 0 if i >= n else 1 if multiplier == NULL else multiplier[row + i]
+    if multiplier == NULL:
+        for i in range(size):
+            mult[i] = 1 if i < n else 0
+        return n
+    for i in range(size):
+        mult[i] = multiplier[row + i] if i < n else 0
         live += mult[i] != 0
     return live
 
 
-cdef inline void tile_losses(const Options *o, bint grad, real *tile, Py_ssize_t c, const lane_int *y, const real *mult,
-                             real scale, bint all_live, real *losses) noexcept nogil:
-    """Row losses of a transposed tile, and gradients in place; both 0 in lanes whose multiplier is 0."""
-    if grad:
-        tile_losses_case(o, True, tile, c, y, mult, scale, all_live, losses)
-    else:
-        tile_losses_case(o, False, tile, c, y, mult, scale, all_live, losses)
+cdef inline Walk walk_group(real *tile, Py_ssize_t c, const lane_int *y, int g) noexcept nogil:
+    """The walk over group g of LANES rows: tiles hold TILE / LANES groups each."""
+    return walk_lanes(tile + g * LANES // TILE * c * TILE + g * LANES % TILE, c, iload(y + g * LANES))
 
 
-cdef inline void tile_losses_case(const Options *o, bint grad, real *tile, Py_ssize_t c, const lane_int *y,
-                                  const real *mult, real scale, bint all_live, real *losses) noexcept nogil:
-    cdef Py_ssize_t g, k, v
-    cdef vec loss, factor, last = vset(0), zero = vset(0)
+cdef inline void tile_losses_case(int kind, int power, bint grad, const Options *options, real *tile, int tiles,
+                                  Py_ssize_t c, const lane_int *y, const real *mult, real scale, bint all_live,
+                                  real *losses) noexcept nogil:
+    # Each step is for all groups of rows before the next, so that none waits for another's result.
+    cdef Options own = options[0]
+    cdef const Options *o = &own
+    cdef vec m[128]
+    cdef vec target[128]
+    cdef vec a[128]
+    cdef vec b[128]
+    cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
     cdef Walk w
     cdef State s
-    for v in range(TILE // LANES):
-        g = v * LANES
-        w = walk_lanes(tile + g, c, iload(y + g))
-        dead = veq(vload(mult + g), zero)
-        factor = mul(vload(mult + g), vset(scale))
-        s.m = row_max(LANED, &w) if shifts(o) else zero
-        s.target = target_score(&w) if has_target(o) else zero
-        open_rows(LANED, grad, o, &w, factor, &s, &last)
-        loss = settle(grad, o, &s, factor)
-        if grad:
-            close_rows(LANED, o, &w, &s, last)
+    cdef int g, groups = tiles * (TILE // LANES)
+    cdef Py_ssize_t k
+    own.kind, own.power = kind, power
+    for g in range(groups):
+        w = walk_group(tile, c, y, g)
+        look_ahead(o, &w, &m[g], &target[g])
+    for g in range(groups):
+        w = walk_group(tile, c, y, g)
+        s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
+        open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
+        a[g], b[g] = s.a, s.b
+    for g in range(groups):
+        s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
+        loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
-            loss = choose(dead, zero, loss)
-            if grad:
-                for k in range(c):
-                    vstore(tile + k * TILE + g, choose(dead, zero, vload(tile + k * TILE + g)))
-        vstore(losses + g, loss)
+            loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
+        vstore(losses + g * LANES, loss)
+        a[g], b[g] = s.a, s.b
+    if not grad:
+        return
+    for g in range(groups):
+        w = walk_group(tile, c, y, g)
+        s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
+        close_rows(LANED, o, &w, &s, last)
+        if not all_live:
+            dead = veq(vload(mult + g * LANES), zero)
+            for k in range(c):
+                vstore(w.tile + k * TILE, choose(dead, zero, vload(w.tile + k * TILE)))
+
+
+cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssize_t c, const lane_int *y,
+                      const real *mult, real scale, bint all_live, real *losses) noexcept nogil:
+    """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0."""
+    if o.kind == SOFTMAX and grad:
+        tile_losses_case(SOFTMAX, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == SOFTMAX:
+        tile_losses_case(SOFTMAX, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE and o.power == 1 and grad:
+        tile_losses_case(HINGE, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE and o.power == 1:
+        tile_losses_case(HINGE, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE and grad:
+        tile_losses_case(HINGE, 2, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE:
+        tile_losses_case(HINGE, 2, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE_MAX and grad:
+        tile_losses_case(HINGE_MAX, o.power, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == HINGE_MAX:
+        tile_losses_case(HINGE_MAX, o.power, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == PROBABILITIES:
+        tile_losses_case(PROBABILITIES, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    elif o.kind == LOG_PROBABILITIES:
+        tile_losses_case(LOG_PROBABILITIES, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    else:
+        tile_losses_case(LOG_SUM, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+
+
+cdef inline Py_ssize_t batch_tiles(Py_ssize_t columns) noexcept nogil:
+    return max(<Py_ssize_t> 1, min(<Py_ssize_t> BATCH, BATCH_BYTES // (columns * TILE * <Py_ssize_t> sizeof(real))))
 
 
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
-    """Σ multiplier · ℓ of rows [start, stop), by transposed tiles."""
-    cdef Py_ssize_t row, t, c = s.scores.columns
-    cdef int n, i, live
+    """Σ multiplier · ℓ of rows [start, stop), by batches of transposed tiles."""
+    cdef Py_ssize_t row, first, c = s.scores.columns
+    cdef int n, i, live, tiles
     cdef bint grad = s.grad.raw != NULL
     cdef bint far = grad and s.grad.raw != s.scores.raw and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES
-    cdef lane_int y[16]
-    cdef real mult[16]
-    cdef real losses[16]
+    cdef lane_int y[256]
+    cdef real mult[256]
+    cdef real losses[256]
     cdef double sums[16]
+    cdef Py_ssize_t batch = TILE * batch_tiles(c)
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
-    for t in range((stop - start + TILE - 1) // TILE):
-        row = start + t * TILE
-        n = <int> min(<Py_ssize_t> TILE, stop - row)
-        live = tile_multipliers(s.multiplier, row, n, mult)
+    for first in range((stop - start + batch - 1) // batch):
+        row = start + first * batch
+        n = <int> min(batch, stop - row)
+        tiles = (n + TILE - 1) // TILE
+        live = tile_multipliers(s.multiplier, row, n, tiles * TILE, mult)
         convert(&s.targets, row, n, y)
-        fetch_rows(&s.scores, row + TILE, min(row + 2 * TILE, stop), False)
+        for i in range(tiles):
+            load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
+        fetch_rows(&s.scores, row + batch, min(row + 2 * batch, stop), False)
         if far:
-            fetch_rows(&s.grad, row + TILE, min(row + 2 * TILE, stop), True)
-        load_tile(&s.scores, row, n, tile)
-        tile_losses(&s.options, grad, tile, c, y, mult, s.scale, live == TILE, losses)
+            fetch_rows(&s.grad, row + batch, min(row + 2 * batch, stop), True)
+        tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses)
         if grad:
-            store_tile(&s.grad, row, n, tile)
+            for i in range(tiles):
+                store_tile(&s.grad, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
         if s.row_loss != NULL:
             for i in range(n):
                 s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
-        add_products(sums, losses, mult)
+        for i in range(tiles):
+            add_products(sums, losses + i * TILE, mult + i * TILE)
     return fold_doubles(sums)
 
 
@@ -198,7 +254,7 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
     for i in range(n):
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0)
-            top[i] = row_max(ROWED, &w)
+            top[i] = row_max(&w)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     if shifts(o):
@@ -219,7 +275,7 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
         g = v * LANES
         state.m, state.target, state.a = vload(m + g), vload(target + g), fold(o, first + g)
         state.b = transposed_sum(second + g, 1)
-        vstore(losses + g, settle(grad, o, &state, mul(vload(mult + g), vset(s.scale))))
+        vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(s.scale))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
     for i in range(n):
@@ -255,7 +311,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     for t in range((stop - start + group - 1) // group):
         row = start + t * group
         n = <int> min(group, stop - row)
-        tile_multipliers(s.multiplier, row, n, mult)
+        tile_multipliers(s.multiplier, row, n, TILE, mult)
         convert(&s.targets, row, n, y)
         if s.grad.raw != NULL:
             group_losses(s, True, row, n, group, y, mult, scratch, losses)
@@ -301,7 +357,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
-        s.scratch_size = s.scores.columns * TILE * sizeof(real)
+        s.scratch_size = batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
     elif s.grad.raw != NULL and keeps(&s.options) and not STORED_IS_REAL:
         s.scratch_size = s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
     if s.scratch_size:

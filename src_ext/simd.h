@@ -203,6 +203,13 @@ FL_INLINE void sstore(stored *p, vec v) { vstore(p, v); }
 FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) { vstore_part(p, v, n); }
 FL_INLINE real sone(const stored *p) { return *p; }
 FL_INLINE void sstore_one(stored *p, real x) { *p = x; }
+#ifdef FL_MASK_REGISTERS
+typedef vec raw;
+FL_INLINE raw raw_load(raw v, mask m, const stored *p) { return VOP(mask_loadu)(v, m, p); }
+FL_INLINE void raw_store(stored *p, mask m, raw v) { VOP(mask_storeu)(p, m, v); }
+FL_INLINE vec raw_widen(raw v) { return v; }
+FL_INLINE raw raw_narrow(vec v) { return v; }
+#endif
 #else
 typedef stored packed __attribute__((vector_size(LANES * sizeof(stored))));
 FL_INLINE vec widen(packed p) {
@@ -256,23 +263,21 @@ FL_INLINE void sstore(stored *p, vec v) {
     memcpy(p, &few, sizeof few);
 }
 #ifdef FL_MASK_REGISTERS
+typedef packed raw;
+#if FL_STORED == FL_U8
+FL_INLINE raw raw_load(raw v, mask m, const stored *p) { return (raw)_mm_mask_loadu_epi8((__m128i)v, m, p); }
+FL_INLINE void raw_store(stored *p, mask m, raw v) { _mm_mask_storeu_epi8(p, m, (__m128i)v); }
+#else
+FL_INLINE raw raw_load(raw v, mask m, const stored *p) { return (raw)_mm256_mask_loadu_epi16((__m256i)v, m, p); }
+FL_INLINE void raw_store(stored *p, mask m, raw v) { _mm256_mask_storeu_epi16(p, m, (__m256i)v); }
+#endif
+FL_INLINE vec raw_widen(raw v) { return widen(v); }
+FL_INLINE raw raw_narrow(vec v) { return narrow(v); }
 FL_INLINE vec sload_part(const stored *p, ptrdiff_t n, real fill) {
     mask m = (mask)((1u << n) - 1u);
-#if FL_STORED == FL_U8
-    packed few = (packed)_mm_maskz_loadu_epi8(m, p);
-#else
-    packed few = (packed)_mm256_maskz_loadu_epi16(m, p);
-#endif
-    return choose(m, widen(few), vset(fill));
+    return choose(m, widen(raw_load((raw){0}, m, p)), vset(fill));
 }
-FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) {
-    mask m = (mask)((1u << n) - 1u);
-#if FL_STORED == FL_U8
-    _mm_mask_storeu_epi8(p, m, (__m128i)narrow(v));
-#else
-    _mm256_mask_storeu_epi16(p, m, (__m256i)narrow(v));
-#endif
-}
+FL_INLINE void sstore_part(stored *p, vec v, ptrdiff_t n) { raw_store(p, (mask)((1u << n) - 1u), narrow(v)); }
 #else
 FL_INLINE vec sload_part(const stored *p, ptrdiff_t n, real fill) {
     packed few = {0};
@@ -322,6 +327,16 @@ FL_INLINE vec zip_high(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_HIGH); }
 
 FL_INLINE real first_lane(vec v) { return v[0]; }
 FL_INLINE lane_int ifirst(ivec v) { return v[0]; }
+#ifdef FL_MASK_REGISTERS
+#define FL_INTEGER(name) FL_PASTE(FL_PASTE(_mm512_, name), FL_PASTE(_epi, FASTLOSS_BITS_))
+#if FASTLOSS_BITS == 32
+#define FASTLOSS_BITS_ 32
+#else
+#define FASTLOSS_BITS_ 64
+#endif
+FL_INLINE ivec imin(ivec a, ivec b) { return (ivec)FL_INTEGER(min)((__m512i)a, (__m512i)b); }
+FL_INLINE lane_int lane_least(ivec v) { return FL_INTEGER(reduce_min)((__m512i)v); }
+#else
 FL_INLINE ivec imin(ivec a, ivec b) {
     ivec less = (ivec)(a < b);
     return (less & a) | (~less & b);
@@ -331,6 +346,8 @@ FL_INLINE lane_int lane_least(ivec v) {
     for (int k = 1; k < LANES; k++) least = v[k] < least ? v[k] : least;
     return least;
 }
+#endif
+
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
  */
@@ -369,10 +386,105 @@ FL_INLINE void transpose(vec r[LANES]) {
 FL_FOLD(transposed_sum, low + high)
 FL_FOLD(transposed_max, vmax(low, high))
 
+/* The inverse of a zip round, on `width` vectors: even and odd lanes of neighbours apart. */
+#ifdef FL_MASK_REGISTERS
+#if FASTLOSS_BITS == 32
+#define FL_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define FL_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#else
+#define FL_EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define FL_ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#endif
+FL_INLINE void unzip_some(vec *r, int width) {
+    vec t[LANES];
+#pragma GCC unroll 8
+    for (int k = 0; k < width / 2; k++) {
+        t[k] = FL_SHUFFLE(r[2 * k], r[2 * k + 1], FL_EVENS);
+        t[k + width / 2] = FL_SHUFFLE(r[2 * k], r[2 * k + 1], FL_ODDS);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < width; k++) r[k] = t[k];
+}
+FL_INLINE void zip_some(vec *r, int width) {
+    vec t[LANES];
+#pragma GCC unroll 8
+    for (int k = 0; k < width / 2; k++) {
+        t[2 * k] = zip_low(r[k], r[k + width / 2]);
+        t[2 * k + 1] = zip_high(r[k], r[k + width / 2]);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < width; k++) r[k] = t[k];
+}
+
+/* n <= width columns of LANES rows, where `width`, a power of two, is less than LANES: a vector holds LANES / width rows. */
+FL_INLINE void gather_narrow(int width, const stored *from, ptrdiff_t row_stride, ptrdiff_t n, real *to) {
+    vec r[LANES];
+    const int rows = LANES / width;
+    const unsigned few = (1u << n) - 1u, every = ((1u << LANES) - 1u) / ((1u << width) - 1u);
+    if (row_stride == n && n == width) {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++) r[k] = sload(from + k * LANES);
+    } else if (row_stride == n) {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++)
+            r[k] = VOP(maskz_expand)((mask)(few * every), sload_part(from + k * rows * n, rows * n, 0));
+    } else {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++) {
+            raw some = {0};
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+                some = raw_load(some, (mask)(few << i * width), from + (k * rows + i) * row_stride - i * width);
+            r[k] = raw_widen(some);
+        }
+    }
+    unzip_some(r, width);
+    if (width > 2) unzip_some(r, width);
+    if (width > 4) unzip_some(r, width);
+#pragma GCC unroll 8
+    for (int k = 0; k < width; k++)
+        if (k < n) vstore(to + k * TILE, r[k]);
+}
+FL_INLINE void scatter_narrow(int width, stored *to, ptrdiff_t row_stride, ptrdiff_t n, const real *from) {
+    vec r[LANES];
+    const int rows = LANES / width;
+    const unsigned few = (1u << n) - 1u, every = ((1u << LANES) - 1u) / ((1u << width) - 1u);
+#pragma GCC unroll 8
+    for (int k = 0; k < width; k++) r[k] = vload(from + (k < n ? k : 0) * TILE);
+    zip_some(r, width);
+    if (width > 2) zip_some(r, width);
+    if (width > 4) zip_some(r, width);
+    if (row_stride == n && n == width) {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++) sstore(to + k * LANES, r[k]);
+    } else if (row_stride == n) {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++)
+            sstore_part(to + k * rows * n, VOP(maskz_compress)((mask)(few * every), r[k]), rows * n);
+    } else {
+#pragma GCC unroll 8
+        for (int k = 0; k < width; k++) {
+            raw some = raw_narrow(r[k]);
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+                raw_store(to + (k * rows + i) * row_stride - i * width, (mask)(few << i * width), some);
+        }
+    }
+}
+#endif
+
 /* n <= LANES columns of LANES rows, row-major at `from`, as n vectors TILE apart; and back. Rows from `rows` on are
  * taken as zeros, and not written. */
 FL_INLINE void gather_columns(const stored *from, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, real *to) {
     vec r[LANES];
+#ifdef FL_MASK_REGISTERS
+    if (rows >= LANES && n <= LANES / 2) {
+        if (n <= 2) gather_narrow(2, from, row_stride, n, to);
+        else if (n <= 4) gather_narrow(4, from, row_stride, n, to);
+        else gather_narrow(LANES / 2, from, row_stride, n, to);
+        return;
+    }
+#endif
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++) r[k] = k < rows ? sload_part(from + k * row_stride, n, 0) : vset(0);
     transpose(r);
@@ -382,6 +494,14 @@ FL_INLINE void gather_columns(const stored *from, ptrdiff_t row_stride, ptrdiff_
 }
 FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, const real *from) {
     vec r[LANES];
+#ifdef FL_MASK_REGISTERS
+    if (rows >= LANES && n <= LANES / 2) {
+        if (n <= 2) scatter_narrow(2, to, row_stride, n, from);
+        else if (n <= 4) scatter_narrow(4, to, row_stride, n, from);
+        else scatter_narrow(LANES / 2, to, row_stride, n, from);
+        return;
+    }
+#endif
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++) r[k] = k < n ? vload(from + k * TILE) : vset(0);
     transpose(r);
