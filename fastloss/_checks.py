@@ -51,7 +51,8 @@ def as_array(value: object, name: str) -> Array:
             value = np.asarray(value)
         except (ValueError, TypeError) as error:
             raise TypeError(f"{name} is no array of numbers: {error}") from None
-    compute_dtype(value.dtype, name)
+    if value.dtype not in _COMPUTE:
+        compute_dtype(value.dtype, name)
     return value
 
 
@@ -63,17 +64,18 @@ def matrix(value: object, name: str, shape: str) -> Array:
     return array
 
 
-def scores(value: object, name: str = "scores") -> Array:
-    array = matrix(value, name, "(N, C): a row of C class scores for each of N examples")
+def scores(value: object) -> Array:
+    array = matrix(value, "scores", "(N, C): a row of C class scores for each of N examples")
     if array.shape[1] == 0:
-        raise ValueError(f"{name} has shape {array.shape}; there must be at least one class")
+        raise ValueError(f"scores has shape {array.shape}; there must be at least one class")
     return array
 
 
 def targets(value: object, n_rows: int, n_classes: int) -> Array:
     """Class indices `(N,)` of an integer type, whose range the driver checks, or class probabilities `(N, C)`."""
     array = as_array(value, "targets")
-    if array.shape == (n_rows,) and array.dtype.kind in "iu" and array.dtype.isnative:
+    dtype = array.dtype
+    if dtype.kind in "iu" and array.shape == (n_rows,) and dtype.isnative:
         return array
     if array.ndim == 2 and (array.dtype.kind not in "iub" or array.shape == (n_rows, n_classes)):
         if array.shape != (n_rows, n_classes):
@@ -178,21 +180,22 @@ def out(array: object, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) 
         raise TypeError(f"{name} is {type(array).__name__}; it must be a NumPy array")
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}; it must have {shape} and {dtype}")
-    if not array.flags.writeable:
-        raise ValueError(f"{name} is read-only; it must be writeable")
-    if not array.flags.aligned:
-        raise ValueError(f"{name} is not aligned to its dtype {dtype}; it must be")
+    flags = array.flags
+    if not flags.behaved:
+        what = f"not aligned to its dtype {dtype}" if flags.writeable else "read-only"
+        raise ValueError(f"{name} is {what}; it must be {'aligned' if flags.writeable else 'writeable'}")
     return array
 
 
 def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None = None) -> None:
     """Raise if `out` shares memory with an input, or is that input `in_place` only in part."""
+    owner = out.flags.owndata
     for other_name, other in inputs.items():
-        if other is out and other_name == in_place:
+        if not isinstance(other, np.ndarray) or (other is out and other_name == in_place):
             continue
-        if type(other) is np.ndarray and out is not other and out.flags.owndata and other.flags.owndata:
+        if owner and other is not out and other.flags.owndata:  # found three times faster than by NumPy's bounds
             continue
-        if isinstance(other, np.ndarray) and np.may_share_memory(out, other) and _share(out, other):
+        if np.may_share_memory(out, other) and _share(out, other):
             same = (
                 other_name == in_place
                 and out.__array_interface__["data"] == other.__array_interface__["data"]

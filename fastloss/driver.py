@@ -69,11 +69,14 @@ class Weights(NamedTuple):
         return row_loss if self.multiplier is None else row_loss * (self.multiplier * self.unit)
 
 
+UNWEIGHTED = Weights()  # made once: a tuple with names costs as much as a call of the kernels
+
+
 def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> Weights:
     """Sample weights, class weights of index targets and `ignore_index`, as row multipliers."""
     by_class = targets.ndim == 1 and not (loss.class_weight is None and loss.ignore_index is None)
     if sample_weight is None and not by_class:
-        return Weights()
+        return UNWEIGHTED
     multiplier = np.ones(len(targets)) if sample_weight is None else sample_weight
     denominator = None
     if by_class and loss.ignore_index is not None:
@@ -148,11 +151,15 @@ def scores_call(
     weights = fold(loss, y, weight, dtype)
     multiplier, total = weights.multiplier, weights.total(n)
     work = s if s.dtype == dtype or backend.reads(s.dtype) else s.astype(dtype)
+    direct = work is s or result_dtype == dtype  # the gradient is computed in the type that it is wanted in
     grad = None
     if want_grad:
-        grad = out if out is not None and out.dtype == work.dtype else np.empty(s.shape, work.dtype)
+        grad = out if out is not None and direct else np.empty(s.shape, work.dtype)
     kept = np.empty(n, dtype) if reduction == "none" or "row_loss" in outputs else None
-    extras = {name: np.empty(n, np.intp if name == "argmax" else dtype) for name in outputs if name != "row_loss"}
+    extras: dict[str, Array] = {}
+    for name in outputs:
+        if name != "row_loss":
+            extras[name] = np.empty(n, np.intp if name == "argmax" else dtype)
 
     if isinstance(factor, np.ndarray):
         # A row whose upstream is 0 has no gradient but has a loss: two passes, each with its own multiplier.
@@ -163,7 +170,7 @@ def scores_call(
         scale = weights.scale(reduction, total) * factor
         value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)
 
-    if grad is not None and grad.dtype != result_dtype:
+    if grad is not None and not direct:
         if out is None:
             grad = grad.astype(result_dtype)
         else:

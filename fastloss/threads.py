@@ -49,8 +49,10 @@ def get_num_threads() -> int:
 
 def resolve(n_threads: int | None) -> int:
     """The number of threads for a call. A forked child has no thread pool (OpenMP's does not survive) and uses one."""
-    wanted = get_num_threads() if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
-    return 1 if _forked else min(wanted, 1024)
+    wanted = _n_threads if n_threads is None else checks.integer(n_threads, "n_threads", low=1)
+    if wanted is None:
+        wanted = get_num_threads()
+    return 1 if _forked else wanted if wanted < 1024 else 1024
 
 
 def _after_fork() -> None:

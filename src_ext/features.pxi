@@ -272,7 +272,7 @@ cdef void pack(LinearPass *p, const Matrix *W, const Matrix *b) noexcept nogil:
         p.bias[c] = b.data[c * b.column_stride] if b.data != NULL else 0
 
 
-def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, double scale, dW, db, losses, int n_threads):
+def linear_rows(row_loss, X, rows, W, b, targets, multiplier, double scale, dW, db, losses, int n_threads):
     """Σ multiplier · ℓ of the scores X Wᵀ + b, of all rows or those picked; scaled gradients into dW (C, D) and db (C,).
 
     X is of the type `stored`, of any strides. targets and multiplier belong to X, losses to the rows picked.
@@ -300,7 +300,7 @@ def linear_rows(kind, margin, power, over, X, rows, W, b, targets, multiplier, d
     p.grad = dW is not None or db is not None
     p.row_loss, p.row_loss_stride = m.data, m.column_stride
     p.classes, p.scale = w.rows, <real> scale
-    read_options(&p.options, kind, margin, power, over, p.classes)
+    read_options(&p.options, row_loss, p.classes)
     p.dot_blocks = (p.classes + DOT_BLOCK - 1) // DOT_BLOCK
     p.outer_blocks = (p.classes + OUTER_BLOCK - 1) // OUTER_BLOCK
     p.vectors = (p.features + LANES - 1) // LANES

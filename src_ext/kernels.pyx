@@ -133,6 +133,7 @@ cdef struct Indices:
 
 
 @cython.final
+@cython.freelist(8)
 cdef class _Loan:
     """Buffers borrowed for one call and given back at its end."""
     cdef Py_buffer views[10]
@@ -146,8 +147,12 @@ cdef class _Loan:
             PyBuffer_Release(&self.views[k])
 
     cdef Py_buffer *borrow(self, object array, bint write) except NULL:
+        """The array's buffer; to be read, that of a copy where its numbers are not aligned: kernels read whole ones."""
         cdef Py_buffer *view = &self.views[self.used]
         PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if write else 0))
+        if view.format[0] == c"=" and not write:  # NumPy's format of numbers that are not aligned
+            PyBuffer_Release(view)
+            PyObject_GetBuffer(array.copy(), view, PyBUF_STRIDES | PyBUF_FORMAT)
         self.used += 1
         return view
 

@@ -501,7 +501,8 @@ cdef dict _KINDS = {
 }
 
 
-cdef int read_options(Options *o, kind, margin, power, over, Py_ssize_t c) except -1:
+cdef int read_options(Options *o, row_loss, Py_ssize_t c) except -1:
+    kind, margin, power, over = row_loss
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))

@@ -379,7 +379,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     return total
 
 
-def score_rows(kind, margin, power, over, scores, targets, multiplier, double scale, grad, losses, int n_threads):
+def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads):
     """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`."""
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
@@ -389,7 +389,7 @@ def score_rows(kind, margin, power, over, scores, targets, multiplier, double sc
     s.multiplier = m.data
     m = loan.matrix(losses, True)
     s.row_loss, s.row_loss_stride, s.scale = m.data, m.column_stride, <real> scale
-    read_options(&s.options, kind, margin, power, over, s.scores.columns)
+    read_options(&s.options, row_loss, s.scores.columns)
     return run_scores(&s, n_threads)
 
 
@@ -400,7 +400,7 @@ def transform(kind, scores, out, int n_threads):
     cdef Matrix m
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(None, False), loan.indices(None)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride = NULL, 1, NULL, 0
-    read_options(&s.options, "transform " + kind, 0, 1, "", s.scores.columns)
+    read_options(&s.options, ("transform " + kind, 0, 1, ""), s.scores.columns)
     if s.options.kind == LOG_SUM:
         m = loan.matrix(out, True)
         s.row_loss, s.row_loss_stride = m.data, m.column_stride

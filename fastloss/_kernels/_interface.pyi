@@ -8,10 +8,7 @@ VECTOR_BYTES: int
 
 def first_outside(indices: Array, stop: int, ignored: int | None) -> int: ...
 def score_rows(
-    kind: str,
-    margin: float,
-    power: int,
-    over: str,
+    row_loss: tuple[str, float, int, str],
     scores: Array,
     targets: Array,
     multiplier: Array | None,
@@ -21,10 +18,7 @@ def score_rows(
     n_threads: int,
 ) -> float: ...
 def linear_rows(
-    kind: str,
-    margin: float,
-    power: int,
-    over: str,
+    row_loss: tuple[str, float, int, str],
     X: Array,
     rows: Array | None,
     W: Array,

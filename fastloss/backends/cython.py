@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastloss import blocks
-from fastloss._checks import Array
+from fastloss._checks import FLOAT32, Array
 from fastloss._kernels import cpu
 from fastloss.backends import Backend, BackendError
 
@@ -55,9 +55,7 @@ def load(level: str) -> CythonBackend:
     raise ImportError("; ".join(f"{level}: {reason}" for level, reason in reasons.items()))
 
 
-def ready(array: Array) -> Array:
-    """The array itself, or an aligned copy: kernels read whole numbers."""
-    return array if array.flags.aligned else array.copy()
+SOFTMAX = "softmax", 0.0, 1, ""
 
 
 def bits(array: Any) -> Any:
@@ -67,9 +65,18 @@ def bits(array: Any) -> Any:
 
 def row_options(loss: Any) -> tuple[str, float, int, str]:
     """What the kernels know of a loss: kind, margin, power, over."""
-    if loss.kind == "softmax":
-        return "softmax", 0.0, 1, ""
-    return loss.kind, loss.margin, loss.power, loss.over
+    return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over)
+
+
+class _Kernels(dict[np.dtype[Any], Any]):
+    """The kernels of a level for each type that they read; None for other types."""
+
+    def __init__(self, level: str) -> None:
+        self._modules = {name: import_module(f"fastloss._kernels.{kind}_{level}") for name, kind in TYPES.items()}
+
+    def __missing__(self, dtype: np.dtype[Any]) -> Any:
+        self[dtype] = found = self._modules.get(dtype.name) if dtype.isnative else None
+        return found
 
 
 class CythonBackend(Backend):
@@ -78,19 +85,11 @@ class CythonBackend(Backend):
     def __init__(self, level: str) -> None:
         self.name = f"cython-{level}"
         self.level = level
-        self._by_name = {name: import_module(f"fastloss._kernels.{kind}_{level}") for name, kind in TYPES.items()}
-        self._kernels: dict[np.dtype[Any], Any] = {}
-
-    def kernels(self, dtype: np.dtype[Any]) -> Any:
-        """The kernels that read arrays of a type; None if there are none."""
-        try:
-            return self._kernels[dtype]
-        except KeyError:
-            found = self._kernels[dtype] = self._by_name.get(dtype.name) if dtype.isnative else None
-            return found
+        self._kernels = _Kernels(level)
+        self.first_outside = self._kernels[FLOAT32].first_outside  # type: ignore[method-assign]  # a frame less
 
     def __str__(self) -> str:
-        kernels = self._by_name["float32"]
+        kernels = self._kernels[FLOAT32]
         target = "the compiler's default target" if self.level == "base" else f"x86-64-{self.level}"
         openmp = "OpenMP" if kernels.OPENMP else "no OpenMP: one thread"
         return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
@@ -103,17 +102,17 @@ class CythonBackend(Backend):
         return None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
-        return dtype.kind != "u" and self.kernels(dtype) is not None
-
-    def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
-        return int(self._by_name["float32"].first_outside(ready(indices), stop, ignored))
+        return dtype.kind != "u" and self._kernels[dtype] is not None
 
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
     ) -> float:  # fmt: skip
-        value: float = self.kernels(scores.dtype).score_rows(
-            *row_options(loss), bits(ready(scores)), ready(targets), multiplier, scale, bits(grad), row_loss, n_threads
+        kernels = self._kernels[scores.dtype]
+        if scores.itemsize == 2:
+            scores, grad = bits(scores), bits(grad)
+        value: float = kernels.score_rows(
+            row_options(loss), scores, targets, multiplier, scale, grad, row_loss, n_threads
         )
         return value
 
@@ -125,7 +124,7 @@ class CythonBackend(Backend):
         fused = (
             len(W) <= FEW_CLASSES
             and W.nbytes <= PANEL_BYTES
-            and (kernels := self.kernels(X.dtype)) is not None
+            and (kernels := self._kernels[X.dtype]) is not None
             and X.flags.aligned
             and dX is None
         )
@@ -134,15 +133,14 @@ class CythonBackend(Backend):
                 self, loss, X, rows, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
             )
         value: float = kernels.linear_rows(
-            *row_options(loss), bits(X), rows if rows is None else ready(rows), ready(W), b if b is None else ready(b),
-            ready(targets), multiplier, scale, dW, db, row_loss, n_threads,
-        )  # fmt: skip
+            row_options(loss), bits(X), rows, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+        )
         return value
 
     def descend(
         self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
     ) -> None:
-        self.kernels(W.dtype).descend(W, velocity, grad, step_size, momentum, decay, decayed)
+        self._kernels[W.dtype].descend(W, velocity, grad, step_size, momentum, decay, decayed)
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
-        self.kernels(scores.dtype).transform(kind, bits(ready(scores)), bits(out), n_threads)
+        self._kernels[scores.dtype].transform(kind, bits(scores), bits(out), n_threads)
