@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from fastloss import _checks as checks
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPUs' worth of time allowed by each limited control group, from that of this process to the top of its mount."""
+    groups: dict[str, str] = {}
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        groups |= dict.fromkeys(controllers.split(","), path)  # version 2 names no controllers
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        top, point = mount.split()[3:5]
+        version, options = kind.split()[0], kind.split()[-1].split(",")
+        own = groups.get("" if version == "cgroup2" else "cpu")
+        if own is None or not (version == "cgroup2" or (version == "cgroup" and "cpu" in options)):
+            continue
+        inside = os.path.relpath(own, top)  # a container may see its own group as the top of the mount
+        folder = base = root / point.lstrip("/")
+        if not inside.startswith(".."):
+            folder /= inside
+        for group in (folder, *folder.parents[: len(folder.parts) - len(base.parts)]):
+            names = ("cpu.max",) if version == "cgroup2" else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            if all((group / name).exists() for name in names):  # the top group of all has none
+                quota, period = " ".join((group / name).read_text() for name in names).split()
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
+
+
+def cpus(root: Path = Path("/")) -> int:
+    """The number of CPUs that this process may use: its affinity, and what its control groups allow, rounded up."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (root / "proc/self/mountinfo").exists():
+        allowed = min([allowed, *map(math.ceil, _quotas(root))])
+    return max(1, allowed)
 
 
 def _default() -> int:
@@ -14,7 +50,7 @@ def _default() -> int:
             return int(text)
         if text and variable.startswith("FASTLOSS"):
             raise ValueError(f"{variable} is {text!r}; it must be a whole number, at least 1")
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus()
 
 
 _n_threads: int | None = None  # the default, until it is asked for
@@ -24,7 +60,8 @@ _forked = False
 def set_num_threads(n: int) -> None:
     """Let the CPU kernels use up to `n` threads (one, in a forked child). Results do not depend on it, bit for bit.
 
-    The default is FASTLOSS_NUM_THREADS, else OMP_NUM_THREADS, else the number of CPUs that the process may use.
+    The default is FASTLOSS_NUM_THREADS, else OMP_NUM_THREADS, else the number of CPUs that the process may use by its
+    affinity and by the limits of its control groups (containers), rounded up.
 
     Examples
     --------

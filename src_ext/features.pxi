@@ -163,7 +163,8 @@ cdef void accumulate(const LinearPass *p, const real **x, const real **last, con
             outer_panel(<int> size, False, last, 0, tile + c * TILE, dW + (c * p.vectors + whole * size) * LANES, first)
 
 
-cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil:
+cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef LinearPass *p = <LinearPass *> job
     cdef Py_ssize_t cursor = k * p.segment, stop = min(p.n, (k + 1) * p.segment), c = p.classes, whole, j
     cdef unsigned mode = flush_to_zero()
     cdef char *mine = p.scratch + thread * p.scratch_size
@@ -224,8 +225,9 @@ cdef void linear_segment(LinearPass *p, Py_ssize_t k, int thread) noexcept nogil
     restore_mode(mode)
 
 
-cdef void add_up(const LinearPass *p, Py_ssize_t v) noexcept nogil:
+cdef void add_up(void *job, Py_ssize_t v, int thread) noexcept nogil:
     """Vector v of dW, of all classes: the segments' sums in their order, scaled."""
+    cdef const LinearPass *p = <LinearPass *> job
     cdef Py_ssize_t b, c, size, j, s, at, i, left = min(<Py_ssize_t> LANES, p.features - v * LANES)
     cdef unsigned mode = flush_to_zero()
     cdef vec total
@@ -309,7 +311,8 @@ def linear_rows(row_loss, X, rows, W, b, targets, multiplier, double scale, dW, 
     p.segment = max((p.n + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_ROWS)
     p.segment = (p.segment + TILE - 1) // TILE * TILE
     p.segments = (p.n + p.segment - 1) // p.segment
-    n_threads = useful_threads(n_threads, p.segments, <double> p.n * p.classes * p.features, THREAD_PRODUCTS)
+    n_threads = useful_threads(n_threads, p.n, p.segment, <double> p.n * (p.classes * p.features + ROW_PRODUCTS),
+                               THREAD_PRODUCTS)
 
     # One piece of memory: packed W, bias, a row of zeros; partial sums of the segments; scratch of the threads.
     row_size = p.vectors * LANES * sizeof(real)
@@ -330,11 +333,9 @@ def linear_rows(row_loss, X, rows, W, b, targets, multiplier, double scale, dW, 
     with nogil:
         memset(p.zeros, 0, row_size)
         pack(&p, &w, &bias)
-        for k in prange(p.segments, schedule="dynamic", num_threads=n_threads, use_threads_if=n_threads > 1):
-            linear_segment(&p, k, threadid())
+        share(linear_segment, &p, p.segments, n_threads)
         if p.dW.data != NULL:
-            for k in prange(p.vectors, schedule="static", num_threads=n_threads, use_threads_if=n_threads > 1):
-                add_up(&p, k)
+            share(add_up, &p, p.vectors, n_threads)
         if p.db.data != NULL:
             sum_bias(&p)
         free(memory)

@@ -331,7 +331,8 @@ cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> TILE, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
 
 
-cdef void scores_segment(ScoresPass *s, Py_ssize_t k, int thread) noexcept nogil:
+cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef ScoresPass *s = <ScoresPass *> job
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
@@ -346,7 +347,7 @@ cdef char *aligned(char *p) noexcept nogil:
 cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     """Σ multiplier · ℓ over all rows, by segments."""
     cdef double partial[SEGMENTS]
-    cdef double total = 0
+    cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
     s.laned = is_laned(&s.scores, &s.grad)
@@ -354,7 +355,10 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         return 0
     s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
-    n_threads = useful_threads(n_threads, segments, <double> s.scores.rows * s.scores.columns, THREAD_WORK)
+    work = <double> s.scores.rows * (s.scores.columns + ROW_WORK)
+    if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
+        work *= EXP_WORK
+    n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
         s.scratch_size = batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
@@ -367,12 +371,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
             raise MemoryError("no memory for tiles of scores")
         s.scratch = aligned(memory)
     with nogil:
-        if n_threads == 1:  # a parallel region of one thread would cost 0.6 µs, a third of a small call
-            for k in range(segments):
-                scores_segment(s, k, 0)
-        else:
-            for k in prange(segments, schedule="dynamic", num_threads=n_threads):
-                scores_segment(s, k, threadid())
+        share(scores_segment, s, segments, n_threads)
         free(memory)
     for k in range(segments):
         total += partial[k]

@@ -12,6 +12,7 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_info
 
 import fastloss as fl
+from fastloss import threads
 from tests.conftest import BACKENDS, COMPILED
 
 THREADS = (1, 2, 3, 5)
@@ -26,11 +27,17 @@ def forking(test):
     return test
 
 
-# Several segments each: those hold at least 8192 scores, or 64 rows of features.
-SCORES = {"few classes": (5011, 10), "two classes": (30_000, 2), "many classes": (71, 1000), "three rows": (3, 20_003)}
+# Several segments each, the last a short one, and work for several threads.
+SCORES = {
+    "few classes": (20_011, 10),
+    "two classes": (40_001, 2),
+    "lanes in part": (6007, 37),
+    "many classes": (301, 1003),
+    "few rows": (7, 60_001),
+}
 # (N, D, C): few classes with short and long rows, many classes, and more than one block of them.
 LINEAR = {
-    "few classes": (1003, 33, 10),
+    "few classes": (2003, 33, 10),
     "long rows": (300, 1100, 10),
     "many classes": (1500, 40, 70),
     "most": (300, 20, 1100),
@@ -72,6 +79,27 @@ def test_scores(backend, loss, dtype, shape, order):
     )
 
 
+HINGES = [fl.Hinge(power=p, over=over) for p in (1, 2) for over in ("sum", "mean", "max")]
+
+
+@pytest.mark.parametrize("shape", SCORES.values(), ids=SCORES.keys())
+@pytest.mark.parametrize("loss", [fl.Softmax(), *HINGES], ids=str)
+def test_every_loss_on_several_threads(compiled, loss, dtype, shape):
+    """In place, out of place and value alone, with row losses; enough work that all threads are used."""
+    scores, y, weight = scores_problem(*shape, dtype)
+
+    def call(n):
+        more = {"backend": compiled, "n_threads": n}
+        into = scores.copy()
+        return [
+            loss.value_and_grad(into, y, out=into, **more),
+            loss.value_and_grad(scores, y, sample_weight=weight, reduction="none", **more),
+            loss.value(scores, y, **more),
+        ]
+
+    same_for_all_threads(call)
+
+
 @pytest.mark.parametrize("shape", SCORES.values(), ids=SCORES.keys())
 @pytest.mark.parametrize("kind", [fl.softmax, fl.log_softmax, fl.logsumexp])
 def test_transforms(backend, dtype, shape, kind):
@@ -87,7 +115,7 @@ def test_linear(compiled, shape, kind):
     X = rng.integers(0, 200, (n_rows, d)).astype(kind)
     y, weight = rng.integers(0, c, n_rows), rng.integers(0, 3, n_rows)
     W, rows = rng.standard_normal((c, d + 1)) / 200, rng.integers(0, n_rows, n_rows // 2)
-    for loss in (fl.Softmax(), fl.Hinge(power=2, over="max")):
+    for loss in (fl.Softmax(), fl.Hinge(), fl.Hinge(power=2, over="max")):
 
         def call(n, loss=loss):
             more = {"sample_weight": weight, "backend": compiled, "n_threads": n}
@@ -128,6 +156,89 @@ def test_default_number_of_threads():
         assert fl.get_num_threads() == THREADS[-1]
     finally:
         fl.set_num_threads(before)
+
+
+# --- the default: control groups, affinity, environment -------------------------------------------------------------
+V2 = "36 25 0:31 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "36 25 0:31 {top} /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct"
+OTHER = "24 1 8:1 / / rw,relatime - ext4 /dev/root rw"
+
+# name: (lines of /proc/self/cgroup, mounts, files below /sys/fs/cgroup, CPUs of eight)
+GROUPS = {
+    "no limit": (["0::/a"], [V2.format(top="/")], {"a/cpu.max": "max 100000"}, 8),
+    "version 2": (["0::/a"], [V2.format(top="/")], {"a/cpu.max": "300000 100000"}, 3),
+    "rounded up": (["0::/a"], [V2.format(top="/")], {"a/cpu.max": "250000 100000"}, 3),
+    "less than one": (["0::/a"], [V2.format(top="/")], {"a/cpu.max": "5000 100000"}, 1),
+    "more than there are": (["0::/a"], [V2.format(top="/")], {"a/cpu.max": "6400000 100000"}, 8),
+    "a group above": (
+        ["0::/a/b/c"],
+        [V2.format(top="/")],
+        {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000", "a/b/c/cpu.max": "400000 100000"},
+        2,
+    ),
+    "another process's group": (["0::/a"], [V2.format(top="/")], {"b/cpu.max": "100000 100000"}, 8),
+    "the top of a container": (["0::/"], [V2.format(top="/")], {"cpu.max": "150000 50000"}, 3),
+    "outside the mount": (["0::/../x"], [V2.format(top="/")], {"cpu.max": "200000 100000"}, 2),
+    "version 1": (
+        ["4:cpu,cpuacct:/a", "1:name=systemd:/"],
+        [V1.format(top="/")],
+        {"cpu,cpuacct/a/cpu.cfs_quota_us": "350000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"},
+        4,
+    ),
+    "version 1, mounted from within": (
+        ["4:cpu,cpuacct:/docker/x"],
+        [V1.format(top="/docker/x")],
+        {"cpu,cpuacct/cpu.cfs_quota_us": "200000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+        2,
+    ),
+    "version 1, no limit, beside an empty version 2": (
+        ["4:cpu,cpuacct:/", "0::/"],
+        [V1.format(top="/"), V2.format(top="/").replace("/sys/fs/cgroup", "/sys/fs/cgroup/unified")],
+        {"cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS.keys())
+def test_control_groups_limit_the_default(tmp_path, monkeypatch, case):
+    groups, mounts, files, expected = case
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    files |= {"proc/self/cgroup": "\n".join(groups), "proc/self/mountinfo": "\n".join([OTHER, *mounts])}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert threads.cpus(tmp_path) == expected
+
+
+def test_affinity_is_the_default_without_control_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 4, 5}, raising=False)
+    assert threads.cpus(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("fastloss", "openmp", "expected"),
+    [("3", "5", 3), ("", "5", 5), (None, "6,2", 6), (None, None, 7), (None, "many", 7), (None, "0", 7)],
+)
+def test_the_environment_comes_before_the_cpus(monkeypatch, fastloss, openmp, expected):
+    for name, value in {"FASTLOSS_NUM_THREADS": fastloss, "OMP_NUM_THREADS": openmp}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "cpus", lambda: 7)
+    monkeypatch.setattr(threads, "_n_threads", None)
+    assert fl.get_num_threads() == expected
+    assert threads.resolve(None) == expected
+    assert threads.resolve(2) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5"])
+def test_a_bad_number_of_threads_in_the_environment(monkeypatch, value):
+    monkeypatch.setenv("FASTLOSS_NUM_THREADS", value)
+    monkeypatch.setattr(threads, "_n_threads", None)
+    with pytest.raises(ValueError, match=f"FASTLOSS_NUM_THREADS is '{value}'"):
+        fl.Softmax().value([[1.0, 2.0]], [0])
 
 
 # --- forks ------------------------------------------------------------------------------------------------------
