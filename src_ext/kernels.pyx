@@ -134,8 +134,8 @@ cdef enum:
     # two cores, value alone and gradient: with hinge two threads win from 15,000 (C = 2), 50,000 (10) and 130,000 (1000)
     # scores on, with exponentials from half of that; the linear pass from 10 to 15 µs on. So a row counts for some
     # scores or products more than it has.
-    THREAD_WORK = 65536  # hinge scores for each thread, at least
-    ROW_WORK = 16
+    THREAD_WORK = 65536  # float32 hinge scores for each thread, at least; float64 takes twice as long
+    ROW_WORK = 24
     EXP_WORK = 2  # hinge scores that a score with its exponential counts for
     THREAD_PRODUCTS = 1 << 18  # multiplications for each thread, at least
     ROW_PRODUCTS = 512

@@ -353,9 +353,9 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     s.laned = is_laned(&s.scores, &s.grad)
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns, TILE if s.laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
-    work = <double> s.scores.rows * (s.scores.columns + ROW_WORK)
+    work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
         work *= EXP_WORK
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
