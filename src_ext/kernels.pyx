@@ -54,13 +54,19 @@ cdef extern from "simd.h" nogil:
     mask ige(ivec, ivec) noexcept
     mask mor(mask, mask) noexcept
     mask mandnot(mask, mask) noexcept
+    bint all_lanes(mask) noexcept
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
     vec add_unless(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    vec vexp(vec) noexcept
-    vec vlog(vec) noexcept
+    const real FL_NEAR, RAISED, RAISED_BITS
+    vec nearest_steps(vec) noexcept
+    vec less_steps(vec, vec) noexcept
+    vec expm1_in_step(vec) noexcept
+    vec vexp(vec, vec) noexcept
+    vec vlog(vec, vec, vec, vec *) noexcept
+    vec exact_sum(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
     lane_int lane_least(ivec) noexcept

@@ -9,7 +9,8 @@
 # and `grad` are constants where they are called, so each call is compiled for its case alone.
 #
 # Classes are walked in blocks of 16 vectors. A block's sum is added to the sum of blocks, so that rounding grows little
-# with C; and only a block that holds the target, or the end of a row, looks at where its lanes are (`careful`).
+# with C (softmax: not at all); and only a block that holds the target, or the end of a row, looks at where its lanes are
+# (`careful`).
 #
 # Cost: softmax reads the scores twice and, for the gradient, keeps and scales the exponentials; all but the first read
 # find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, without a target.
@@ -169,55 +170,113 @@ cdef struct State:
     vec b
 
 
-cdef inline vec log_sum(vec total, vec others, mask top) noexcept nogil:
-    """log(total); where `top`, total is 1 + others and the logarithm that of the exact sum (log1p)."""
-    cdef vec lost = div(sub(others, sub(total, vset(1))), total)
-    return add(vlog(total), choose(top, lost, vset(0)))
+cdef struct Sum:
+    # Of a row; times 2^RAISED_BITS, as its exponentials are.
+    vec others  # Σ_{j≠y} exp(s_j − m)
+    vec total  # the same and exp(s_y − m)
+    vec low  # what total, as rounded, lacks, relative to it
+    vec q  # exponentials as kept, times 1 + q, are relative to m itself
+
+
+cdef inline Sum complete(const Origin *o, vec others, vec m, vec target, vec at) noexcept nogil:
+    """The sums of a row with maximum m: `at` is the exponential of the target's score, `others` the sum without it."""
+    cdef vec beyond = less_steps(sub(m, o.shift), add(o.steps, vset(RAISED_BITS))), lost, rest
+    cdef Sum s
+    s.q = expm1_in_step(sub(vset(0), beyond))
+    s.others = add(others, mul(others, s.q))
+    lost = add(sub(others, s.others), mul(others, s.q))
+    at = choose(veq(target, m), vset(RAISED), add(at, mul(at, s.q)))
+    s.total = exact_sum(s.others, at, &rest)
+    s.low = div(add(rest, lost), s.total)
+    return s
+
+
+cdef inline vec log_of(const Sum *s, vec plus, vec *rest) noexcept nogil:
+    """plus + log Σ exp(s − m), and what it lacks, as rounded."""
+    return vlog(mul(s.total, vset(1 / RAISED)), s.low, plus, rest)
 
 
 # --- softmax -------------------------------------------------------------------------------------------------------
-# ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j.
-cdef inline vec block_exps(int layout, bint careful, bint keep, const Walk *w, Py_ssize_t start, vec m, vec *at_target,
-                           vec *last) noexcept nogil:
-    cdef vec total = vset(0), e, found = at_target[0]
+# ℓ = log Σ exp(s − m) − (s_y − m); gradient p − e_y, whose entry at the target is −Σ_{j≠y} p_j. Where y is the maximum, the
+# logarithm is that of 1 + others, in full: Sum.low holds what the rounded sum lacks.
+cdef struct Origin:
+    # Where the exponentials of a row start: they are exp(s − shift − steps · log 2), which at the maximum m is RAISED but
+    # for half a step; raised, so that sums of the smallest lose nothing to flushing. If m is near 0, shift is 0: s − m
+    # would be rounded, by up to 64 units of its exponential. If it is far (`far`), shift is m: then s − m is exact wherever
+    # its exponential is not 0, but a subtraction for every class.
+    vec shift
+    vec steps
+
+
+cdef inline mask is_near(vec m) noexcept nogil:
+    return vle(mul(m, m), vset(FL_NEAR * FL_NEAR))
+
+
+cdef inline Origin origin_of(vec m) noexcept nogil:
+    cdef mask near = is_near(m)
+    cdef Origin o
+    o.shift, o.steps = choose(near, vset(0), m), sub(choose(near, nearest_steps(m), vset(0)), vset(RAISED_BITS))
+    return o
+
+
+cdef inline vec exp_from(bint far, const Origin *o, vec s) noexcept nogil:
+    return vexp(sub(s, o.shift) if far else s, o.steps)
+
+
+cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const Walk *w, Py_ssize_t start,
+                           const Origin *o, vec *at_target, vec *last) noexcept nogil:
+    # Four sums in turn: a class's exponential is then rounded into at most 4 of a block's 16 additions and 2 more, which
+    # equal scores would else round the same way every time.
+    cdef vec first = vset(0), second = first, third = first, fourth = first, e, found = at_target[0]
     cdef mask at
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        e = vexp(sub(fetch(layout, False, w, k, 0), m))
+        e = exp_from(far, o, fetch(layout, False, w, k, 0))
         fetch_ahead(layout, keep, w, k)
         if keep:
             vstore(kept(layout, w, k), e)
         if careful:
             at = ieq(cls, w.target)
-            total = add_unless(at, total, e)
             if layout == LANED:
                 found = choose(at, e, found)
+            e = add_unless(at, first, e)
             cls = next_classes(layout, cls)
         else:
-            total = add(total, e)
+            e = add(first, e)
+        first, second, third, fourth = second, third, fourth, e
     if careful and whole < stop:
-        last[0] = vexp(sub(fetch(layout, True, w, whole, <real> -INFINITY), m))
-        total = add_unless(ieq(cls, w.target), total, last[0])
+        last[0] = exp_from(far, o, fetch(layout, True, w, whole, <real> -INFINITY))
+        first = add_unless(ieq(cls, w.target), first, last[0])
     at_target[0] = found
-    return total
+    return add(add(first, second), add(third, fourth))
 
 
 cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_target, vec *last) noexcept nogil:
-    """Σ exp(s − m) without the target, of each lane, and (LANED) the target's; the exponentials are kept.
+    """Σ of the exponentials from `origin_of(m)` without the target, of each lane, and (LANED) the target's; they are kept.
 
-    Those of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been written
-    cannot be read again without a stall.
+    What the sum of blocks loses by rounding is added at the end: of 2048 blocks that would be tens of units.
+    The exponentials of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been
+    written cannot be read again without a stall.
     """
-    cdef vec total = vset(0)
+    cdef vec total = vset(0), lost = vset(0), block, rest
+    cdef Origin o = origin_of(m)
     cdef Py_ssize_t start
+    cdef bint far = not all_lanes(is_near(m))
     at_target[0] = total
     for start in range(0, w.vectors, 16):
-        if is_careful(layout, w, start):
-            total = add(total, block_exps(layout, True, keep, w, start, m, at_target, last))
+        if far:
+            block = block_exps(layout, True, True, keep, w, start, &o, at_target, last)
+        elif is_careful(layout, w, start):
+            block = block_exps(layout, True, False, keep, w, start, &o, at_target, last)
         else:
-            total = add(total, block_exps(layout, False, keep, w, start, m, at_target, last))
-    return total
+            block = block_exps(layout, False, False, keep, w, start, &o, at_target, last)
+        if start == 0:
+            total = block
+        else:
+            total = exact_sum(total, block, &rest)
+            lost = add(lost, rest)
+    return add(total, lost)
 
 
 cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec r, vec target) noexcept nogil:
@@ -238,11 +297,15 @@ cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec
 
 
 cdef inline vec settle_softmax(int layout, bint grad, State *s, vec factor) noexcept nogil:
-    cdef vec others = s.a, below = sub(s.target, s.m), total = add(others, s.b if layout == LANED else vexp(below))
+    cdef Origin o = origin_of(s.m)
+    cdef Sum sums = complete(&o, s.a, s.m, s.target, s.b if layout == LANED else exp_from(True, &o, s.target))
+    cdef vec above, lost, rest, r
     if grad:
-        s.a = div(factor, total)
-        s.b = mul(others, sub(vset(0), s.a))
-    return sub(log_sum(total, others, veq(below, vset(0))), below)
+        r = div(factor, sums.total)
+        s.a, s.b = add(r, mul(r, sums.q)), mul(sums.others, sub(vset(0), r))
+    above = exact_sum(s.m, sub(vset(0), s.target), &lost)
+    sums.low = add(sums.low, lost)
+    return log_of(&sums, above, &rest)
 
 
 # --- hinge ---------------------------------------------------------------------------------------------------------
@@ -373,66 +436,76 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
 
 
 # --- softmax, log-softmax and log-sum-exp themselves -----------------------------------------------------------------
-cdef inline vec block_tops(int layout, bint careful, bint writes, const Walk *w, Py_ssize_t start, vec m,
-                           vec *tops) noexcept nogil:
-    """Σ exp(s − m) without the scores that are m; those are counted."""
-    cdef vec total = vset(0), some = vset(0), x
+cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, const Walk *w, Py_ssize_t start, vec m,
+                           const Origin *o, vec *tops) noexcept nogil:
+    """Σ of the exponentials without those of scores that are m, which are counted. Sums in turn as in block_exps."""
+    cdef vec first = vset(0), second = first, third = first, fourth = first, some = first, x
     cdef mask top, past
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
         x = fetch(layout, False, w, k, 0)
         top = veq(x, m)
-        total = add_unless(top, total, vexp(sub(x, m)))
         some = add(some, choose(top, vset(1), vset(0)))
         fetch_ahead(layout, writes, w, k)
+        x = add_unless(top, first, exp_from(far, o, x))
+        first, second, third, fourth = second, third, fourth, x
     if careful and whole < stop:
         x = fetch(layout, True, w, whole, 0)
         past = past_end(layout, w, classes_of(layout, whole))
         top = mandnot(veq(x, m), past)
-        total = add_unless(mor(top, past), total, vexp(sub(x, m)))
         some = add(some, choose(top, vset(1), vset(0)))
+        first = add_unless(mor(top, past), first, exp_from(far, o, x))
     tops[0] = add(tops[0], some)
-    return total
+    return add(add(first, second), add(third, fourth))
 
 
 cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, vec *last) noexcept nogil:
-    cdef vec total = vset(0), tops = vset(0)
+    cdef vec total = vset(0), lost = total, tops = total, block, rest
+    cdef Origin o = origin_of(s.m)
     cdef Py_ssize_t start
-    cdef bint writes = kind == LOG_PROBABILITIES
+    cdef bint writes = kind == LOG_PROBABILITIES, far = not all_lanes(is_near(s.m))
     if kind == PROBABILITIES:
         s.a = row_exps(layout, True, w, s.m, &s.b, last)
         return
     for start in range(0, w.vectors, 16):
-        if is_careful(layout, w, start):
-            total = add(total, block_tops(layout, True, writes, w, start, s.m, &tops))
+        if far:
+            block = block_tops(layout, True, True, writes, w, start, s.m, &o, &tops)
+        elif is_careful(layout, w, start):
+            block = block_tops(layout, True, False, writes, w, start, s.m, &o, &tops)
         else:
-            total = add(total, block_tops(layout, False, writes, w, start, s.m, &tops))
-    s.a, s.b = total, tops
+            block = block_tops(layout, False, False, writes, w, start, s.m, &o, &tops)
+        total = exact_sum(total, block, &rest)
+        lost = add(lost, rest)
+    s.a, s.b = add(total, lost), tops
 
 
 cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
     """The log-sum-exp. Where the maximum is infinite that is NaN; its limit for `logsumexp`, unless there is NaN."""
-    cdef vec m = s.m, one = vset(1), rest = s.a, others, z
+    cdef vec m = s.m, one = vset(1), others = s.a, top, z, rest
+    cdef Origin o = origin_of(m)
+    cdef Sum sums
     cdef mask infinite
     if kind == PROBABILITIES:
-        s.a = div(one, rest)
+        s.a = div(one, others)
         return m
-    others = add(add(rest, sub(s.b, one)), sub(m, m))
-    s.a = log_sum(add(others, one), others, veq(m, m))
-    z = add(m, s.a)
+    top = exp_from(True, &o, m)
+    sums = complete(&o, add(others, mul(sub(s.b, one), top)), m, m, top)
+    z = log_of(&sums, m, &rest)
     if kind == LOG_SUM:
         infinite = mandnot(veq(m, m), veq(sub(m, m), vset(0)))
-        # exp(s − m) of all scores but m is then 0, or NaN.
-        z = choose(mandnot(infinite, mandnot(veq(m, m), veq(rest, rest))), m, z)
+        # The exponentials of all scores but m are then 0, or NaN.
+        return choose(mandnot(infinite, mandnot(veq(m, m), veq(others, others))), m, z)
+    s.a, s.b = z, rest
     return z
 
 
 cdef inline void close_log_probabilities(int layout, const Walk *w, const State *s) noexcept nogil:
+    """s − z, of which s.b is the part that z itself, rounded, lacks: z may be much larger than the result."""
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
-        put(layout, False, w, k, sub(sub(fetch(layout, False, w, k, 0), s.m), s.a))
+        put(layout, False, w, k, sub(sub(fetch(layout, False, w, k, 0), s.a), s.b))
     if whole < w.vectors:
-        put(layout, True, w, whole, sub(sub(fetch(layout, True, w, whole, 0), s.m), s.a))
+        put(layout, True, w, whole, sub(sub(fetch(layout, True, w, whole, 0), s.a), s.b))
 
 
 # --- the doors to all of them ----------------------------------------------------------------------------------------

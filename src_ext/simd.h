@@ -68,6 +68,8 @@ typedef int32_t lane_int;
 #define FL_BIAS 127
 #define FL_ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
 #define FL_EXP_LOW -87.33654f /* log of the smallest normal number */
+#define FL_NEAR 256 /* see Origin in losses.pxi */
+#define RAISED_BITS 32
 #define FL_LN2_HIGH 0.693359375f
 #define FL_LN2_LOW -2.12194440e-4f
 #define FL_SQRT_HALF 0x3f3504f3
@@ -80,11 +82,14 @@ typedef int64_t lane_int;
 #define FL_BIAS 1023
 #define FL_ROUND 6755399441055744.0
 #define FL_EXP_LOW -708.3964185322641
+#define FL_NEAR 1536
+#define RAISED_BITS 64
 #define FL_LN2_HIGH 6.93147180369123816490e-01
 #define FL_LN2_LOW 1.90821492927058770002e-10
 #define FL_SQRT_HALF 0x3fe6a09e667f3bcd
 #endif
 
+#define RAISED ((real)(1ull << (RAISED_BITS - 1)) * 2) /* 2^RAISED_BITS */
 #define LANES ((int)(VBYTES / sizeof(real)))
 #define TILE 16 /* rows handled together, a multiple of LANES */
 #define ROWS 4  /* rows whose products share the loads of W */
@@ -134,6 +139,7 @@ FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_
 #endif
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
+FL_INLINE int all_lanes(mask m) { return m == (mask)((1u << LANES) - 1u); }
 /* The first n lanes of p, the others `fill`; and the first n lanes of v to p. n in [0, LANES]. */
 FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
     return VOP(mask_loadu)(vset(fill), (mask)((1u << n) - 1u), p);
@@ -148,6 +154,15 @@ FL_INLINE mask ieq(ivec a, ivec b) { return (mask)(a == b); }
 FL_INLINE mask ige(ivec a, ivec b) { return (mask)(a >= b); }
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & ~b; }
+FL_INLINE int all_lanes(mask m) {
+#ifdef __x86_64__
+    return VOP(movemask)((vec)m) == (1 << LANES) - 1;
+#else
+    lane_int all = -1;
+    for (int k = 0; k < LANES; k++) all &= m[k];
+    return all != 0;
+#endif
+}
 FL_INLINE vec choose(mask m, vec a, vec b) {
 #ifdef __SSE4_1__
     return VOP(blendv)(b, a, (vec)m);
@@ -510,7 +525,22 @@ FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows,
         if (k < rows) sstore_part(to + k * row_stride, r[k], n);
 }
 
-/* ---- exp and log ---- */
+/* ---- exp and log ----
+ * x = n log 2 + r, with n a multiple of a step of 1 / FL_STEPS and r at most half a step times log 2. FL_LN2_HIGH has so few
+ * bits that its products with n are exact: r is x - n log 2 rounded once.
+ */
+#ifdef FL_MASK_REGISTERS
+#define FL_STEPS LANES
+#else
+#define FL_STEPS 1
+#endif
+#define FL_LOG2_E ((real)1.4426950408889634)
+#define FL_MAGIC ((real)FL_ROUND / FL_STEPS) /* adding it rounds to a multiple of a step */
+
+/* The multiple of a step that is nearest to x / log 2; and x - n log 2. |x| < FL_NEAR. */
+FL_INLINE vec nearest_steps(vec x) { return (x * vset(FL_LOG2_E) + vset(FL_MAGIC)) - vset(FL_MAGIC); }
+FL_INLINE vec less_steps(vec x, vec n) { return x - n * vset(FL_LN2_HIGH) - n * vset(FL_LN2_LOW); }
+
 #ifdef FL_MASK_REGISTERS
 /* 2^(k / LANES): as many as a register holds. */
 static const real fl_powers[LANES] = {
@@ -523,20 +553,11 @@ static const real fl_powers[LANES] = {
     0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0, 0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0,
 #endif
 };
-/* exp(x) for x <= 0 or NaN; below the smallest normal number 0, where results are flushed to zero.
- * x = n log 2 + r with n a multiple of 1 / LANES, |r| <= log(2) / (2 LANES); 2^n is a power from the table, found by the
- * low bits of the rounded n, times 2^floor(n). exp(r) is its Taylor series: relative error 1e-8 in float, 4e-18 in double. */
-FL_INLINE vec vexp(vec x) {
-    const real magic = (real)FL_ROUND / LANES; /* adding it rounds to a multiple of 1 / LANES */
-    x = VOP(max)(vset(2 * (real)FL_EXP_LOW), x); /* NaN stays, -inf becomes what still gives 0 */
-    vec t = x * vset((real)1.4426950408889634) + vset(magic);
-    vec n = t - vset(magic);
-    vec r = x - n * vset(FL_LN2_HIGH) - n * vset(FL_LN2_LOW);
+/* exp(r) - 1 for at most half a step, such that adding 1 gives exp(r) to 1e-8 in float, 4e-18 in double: its Taylor series. */
+FL_INLINE vec expm1_in_step(vec r) {
 #if FASTLOSS_BITS == 32
-    vec power = _mm512_permutexvar_ps((__m512i)t, vload(fl_powers));
     vec q = r * vset(1.0f / 6) + vset(0.5f);
 #else
-    vec power = _mm512_permutexvar_pd((__m512i)t, vload(fl_powers));
     vec q = r * vset(1.0 / 40320) + vset(1.0 / 5040);
     q = q * r + vset(1.0 / 720);
     q = q * r + vset(1.0 / 120);
@@ -544,16 +565,11 @@ FL_INLINE vec vexp(vec x) {
     q = q * r + vset(1.0 / 6);
     q = q * r + vset(0.5);
 #endif
-    q = (q * r + vset(1)) * r;
-    return VOP(scalef)(power * q + power, n);
+    return (q * r + vset(1)) * r;
 }
 #else
-/* The same without such registers. x = n log 2 + r, |r| <= log(2) / 2. The coefficients interpolate (exp(r) - 1 - r) / r^2 at Chebyshev points: relative
- * error of exp(r) 1e-8 in float, 1.7e-17 in double. */
-FL_INLINE vec vexp(vec x) {
-    vec t = x * vset((real)1.4426950408889634) + vset(FL_ROUND);
-    vec n = t - vset(FL_ROUND);
-    vec r = x - n * vset(FL_LN2_HIGH) - n * vset(FL_LN2_LOW);
+/* The same; the coefficients interpolate (exp(r) - 1 - r) / r^2 at Chebyshev points: 1e-8 in float, 1.7e-17 in double. */
+FL_INLINE vec expm1_in_step(vec r) {
 #if FASTLOSS_BITS == 32
     vec q = vset(0x1.6d1109p-10f);
     q = q * r + vset(0x1.120b6ep-7f);
@@ -572,15 +588,44 @@ FL_INLINE vec vexp(vec x) {
     q = q * r + vset(0x1.5555555555556p-3);
     q = q * r + vset(0x1.0000000000001p-1);
 #endif
-    q = q * r + vset(1);
-    q = q * r + vset(1);
-    ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
-    return choose(vlt(x, vset(FL_EXP_LOW)), vset(0), q * (vec)scale);
+    return (q * r + vset(1)) * r;
 }
 #endif
 
-/* log(u) for normal u > 0, NaN for NaN or inf, as fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. */
-FL_INLINE vec vlog(vec u) {
+/* exp(x - from log 2), for results up to 2 RAISED, or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
+ * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is
+ * near 0 and the result near 1e-30, its rounding alone would be 16 units of the result. */
+FL_INLINE vec vexp(vec x, vec from) {
+    vec start = vset(FL_MAGIC) - from;
+#ifdef FL_MASK_REGISTERS
+    x = VOP(max)(vset(2 * (real)FL_EXP_LOW - FL_NEAR), x); /* NaN stays, -inf becomes what still gives 0 */
+    vec t = x * vset(FL_LOG2_E) + start;
+    vec q = expm1_in_step(less_steps(x, t - start));
+#if FASTLOSS_BITS == 32
+    vec power = _mm512_permutexvar_ps((__m512i)t, vload(fl_powers)); /* by the low bits of t */
+#else
+    vec power = _mm512_permutexvar_pd((__m512i)t, vload(fl_powers));
+#endif
+    return VOP(scalef)(power * q + power, t - vset(FL_MAGIC));
+#else
+    vec t = x * vset(FL_LOG2_E) + start;
+    vec q = expm1_in_step(less_steps(x, t - start)) + vset(1);
+    ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
+    return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), q * (vec)scale);
+#endif
+}
+
+/* *rest is what the sum a + b, as rounded, lacks (2Sum: no assumption on which is larger). */
+FL_INLINE vec exact_sum(vec a, vec b, vec *rest) {
+    vec sum = a + b, b_part = sum - a;
+    *rest = (a - (sum - b_part)) + (b - b_part);
+    return sum;
+}
+
+/* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.
+ * As fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. k FL_LN2_HIGH is exact, and what its sum with
+ * `plus` loses is added to the small parts: the error is that of one rounding, and 0.2 units of 1. */
+FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
     ivec k = ((ivec)u - iset(FL_SQRT_HALF)) >> FL_MANTISSA;
     vec f = (vec)((ivec)u - (k << FL_MANTISSA)) - vset(1);
     vec e = (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
@@ -599,9 +644,11 @@ FL_INLINE vec vlog(vec u) {
     series = series * z + vset(3.999999999940941908e-01);
     series = series * z + vset(6.666666666666735130e-01);
 #endif
-    vec half = f * f * vset((real)0.5);
-    vec log = e * vset(FL_LN2_HIGH) + (f - (half - (s * (half + z * series) + e * vset(FL_LN2_LOW))));
-    return log + (u - u);
+    vec half = f * f * vset((real)0.5), lost;
+    vec base = exact_sum(e * vset(FL_LN2_HIGH), plus, &lost);
+    low = choose(veq(base - base, vset(0)), low + lost, vset(0)); /* NaN where base is infinite */
+    vec part = f - (half - (s * (half + z * series) + (e * vset(FL_LN2_LOW) + low)));
+    return exact_sum(base, part, rest) + (u - u);
 }
 
 /* ---- results too small to be normal become 0 within a kernel; the thread's mode is put back after it ---- */

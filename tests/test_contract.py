@@ -29,7 +29,8 @@ def rows_of(loss, scores, targets, backend, **more):
 # is one exp, a sum of positive terms and a log, which damps the errors of both; for a probability one exp, the sum,
 # a division and a product, where nothing damps the sum's error (up to 64 terms one by one). An error of half a unit is
 # up to 1 unit of a number just above a power of two. Seen at worst: 3 for losses, 8 for gradients.
-# Else s − m is rounded by up to half a unit of itself, which exp turns into up to |s − m| units of the probability.
+# Else the reference rounds s − m by up to half a unit of itself, which exp turns into up to |s − m| units of the
+# probability. The kernels do not; their bounds, over far more rows, are those of test_accuracy.py.
 LOSS_ULPS = 4
 GRADIENT_ULPS = 8
 
@@ -88,8 +89,7 @@ def test_many_classes_are_accurate(backend, dtype):
     found, grad = rows_of(SOFTMAX, scores, [7], backend)
     assert ulps(found, np.array([loss])).max() <= LOSS_ULPS
     some = np.array([0, 1, 6, 8, c // 2, c - 2, c - 1])
-    # 50000 vectors of 4 lanes, in blocks of 64, are 780 additions: seen 10.
-    assert ulps(grad[0, some], np.array([p[float(s)] for s in scores[0, some]])).max() <= 2 * GRADIENT_ULPS
+    assert ulps(grad[0, some], np.array([p[float(s)] for s in scores[0, some]])).max() <= GRADIENT_ULPS
     assert ulps(grad[0, 7:8], np.array([target_entry])).max() <= GRADIENT_ULPS
 
 
@@ -454,10 +454,12 @@ def test_properties(backend, scores, seed, shift):
         assert (losses >= 0).all()
         np.testing.assert_allclose(grad.sum(axis=1), 0, atol=1e-14 * max(1, np.abs(grad).max()) * c)
         assert (grad[np.arange(n), y] <= 0).all()
-        # A common offset changes nothing; on this grid it is exact.
+        # A common offset, on this grid exact, changes nothing; but exp of s and of s + offset are rounded differently.
         shifted, shifted_grad = rows_of(loss, scores + shift, y, backend)
-        np.testing.assert_array_equal(shifted, losses)
-        np.testing.assert_array_equal(shifted_grad, grad)
+        eps = np.finfo(float).eps
+        rounding, grad_rounding = (4 * eps, 16 * eps) if loss.kind == "softmax" else (0, 0)
+        np.testing.assert_allclose(shifted, losses, rtol=rounding, atol=0)
+        np.testing.assert_allclose(shifted_grad, grad, rtol=grad_rounding, atol=0)
     # Softmax is above the margin to the best wrong class and not above it by more than ln C.
     if c > 1:
         gap = fl.Hinge(over="max", margin=0).value(scores, y, reduction="none", backend=backend)
