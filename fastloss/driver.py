@@ -16,10 +16,10 @@ from fastloss import backends, threads
 from fastloss._checks import Array
 
 
-def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int) -> None:
+def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int, n_threads: int = 1) -> None:
     """Raise if a class index is outside [0, C) and not ignored: a pass of its own, before all else."""
     if targets.ndim == 1:
-        position = backend.first_outside(targets, n_classes, loss.ignore_index)
+        position = backend.first_outside(targets, n_classes, loss.ignore_index, n_threads)
         if position >= 0:
             checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
 
@@ -146,7 +146,7 @@ def scores_call(
         checks.apart(out, "out", inputs, in_place="scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
-    check_range(backend, loss, y, c)
+    check_range(backend, loss, y, c, workers)
 
     weights = fold(loss, y, weight, dtype)
     multiplier, total = weights.multiplier, weights.total(n)

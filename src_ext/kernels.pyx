@@ -145,6 +145,7 @@ cdef enum:
     EXP_WORK = 2  # hinge scores that a score with its exponential counts for
     THREAD_PRODUCTS = 1 << 18  # multiplications for each thread, at least
     ROW_PRODUCTS = 512
+    THREAD_CHECKS = 32768  # indices for each thread, at least
 
 OPENMP = bool(FASTLOSS_OPENMP)
 VECTOR_BYTES = LANES * sizeof(real)
@@ -314,23 +315,6 @@ cdef inline Py_ssize_t row_index(const Indices *a, Py_ssize_t at) noexcept nogil
     return (<uint8_t *> p)[0]
 
 
-def first_outside(indices, Py_ssize_t stop, ignored):
-    """The position of the first index outside [0, stop) that is not `ignored` (None: no such exception), or -1."""
-    cdef _Loan loan = _Loan()
-    cdef Indices a = loan.indices(indices)
-    cdef bint ignores = ignored is not None
-    cdef int64_t value = 0
-    cdef Py_ssize_t position
-    if ignores:
-        if (0 <= ignored < 1 << 64) if a.kind == c"Q" else (-(1 << 63) <= ignored < 1 << 63):
-            value = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
-        else:
-            ignores = False  # no index of this type can be it
-    with nogil:
-        position = outside(&a, <uint64_t> stop, ignores, value)
-    return position
-
-
 # --- segments and threads ------------------------------------------------------------------------------------------
 cdef Py_ssize_t segment_rows(Py_ssize_t n, Py_ssize_t row_work, Py_ssize_t multiple) noexcept nogil:
     """Rows of a segment: from the shape alone; a multiple of `multiple`."""
@@ -395,6 +379,45 @@ cdef void share(Piece f, void *job, Py_ssize_t pieces, int n_threads) noexcept n
     cpu = this_cpu()
     for t in prange(n, schedule="static", chunksize=1, num_threads=n):
         take_pieces(f, job, parts, n, t, cpu, &present)
+
+
+cdef struct CheckPass:
+    Indices indices
+    uint64_t stop
+    bint ignores
+    int64_t ignored
+    Py_ssize_t segment
+    Py_ssize_t found[SEGMENTS]
+
+
+cdef void check_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef CheckPass *p = <CheckPass *> job
+    cdef Indices part = p.indices
+    part.data += k * p.segment * part.stride
+    part.size = min(p.segment, part.size - k * p.segment)
+    p.found[k] = outside(&part, p.stop, p.ignores, p.ignored)
+
+
+def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
+    """The position of the first index outside [0, stop) that is not `ignored` (None: no such exception), or -1."""
+    cdef _Loan loan = _Loan()
+    cdef CheckPass p
+    cdef Py_ssize_t k, segments
+    p.indices, p.stop, p.ignores, p.ignored = loan.indices(indices), <uint64_t> stop, ignored is not None, 0
+    if p.ignores:
+        if (0 <= ignored < 1 << 64) if p.indices.kind == c"Q" else (-(1 << 63) <= ignored < 1 << 63):
+            p.ignored = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
+        else:
+            p.ignores = False  # no index of this type can be it
+    p.segment = max((p.indices.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
+    segments = (p.indices.size + p.segment - 1) // p.segment
+    with nogil:
+        n_threads = useful_threads(n_threads, p.indices.size, p.segment, <double> p.indices.size, THREAD_CHECKS)
+        share(check_segment, &p, segments, n_threads)
+    for k in range(segments):
+        if p.found[k] >= 0:
+            return k * p.segment + p.found[k]
+    return -1
 
 
 include "losses.pxi"

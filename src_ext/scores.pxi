@@ -8,7 +8,7 @@ cdef enum:
 
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
-    BATCH_BYTES = 16384  # and what they take
+    BATCH_BYTES = 8192  # and what they take
     GROUP_BYTES = 24576  # of rows that are walked over together
 
 cdef struct ScoresPass:
@@ -181,7 +181,7 @@ cdef inline Py_ssize_t batch_tiles(Py_ssize_t columns) noexcept nogil:
 
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
     """Σ multiplier · ℓ of rows [start, stop), by batches of transposed tiles."""
-    cdef Py_ssize_t row, first, c = s.scores.columns
+    cdef Py_ssize_t row, first, next, c = s.scores.columns
     cdef int n, i, live, tiles
     cdef bint grad = s.grad.raw != NULL
     cdef bint far = grad and s.grad.raw != s.scores.raw and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES
@@ -199,13 +199,15 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         live = tile_multipliers(s.multiplier, row, n, tiles * TILE, mult)
         convert(&s.targets, row, n, y)
         for i in range(tiles):
+            next = row + batch + i * TILE
+            fetch_rows(&s.scores, next, min(next + TILE, stop), False)
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
-        fetch_rows(&s.scores, row + batch, min(row + 2 * batch, stop), False)
-        if far:
-            fetch_rows(&s.grad, row + batch, min(row + 2 * batch, stop), True)
         tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses)
         if grad:
             for i in range(tiles):
+                next = row + batch + i * TILE
+                if far:
+                    fetch_rows(&s.grad, next, min(next + TILE, stop), True)
                 store_tile(&s.grad, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
         if s.row_loss != NULL:
             for i in range(n):

@@ -6,7 +6,7 @@ __test__: dict[str, str]
 OPENMP: bool
 VECTOR_BYTES: int
 
-def first_outside(indices: Array, stop: int, ignored: int | None) -> int: ...
+def first_outside(indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int: ...
 def score_rows(
     row_loss: tuple[str, float, int, str],
     scores: Array,

@@ -58,7 +58,7 @@ class Backend:
         """Whether scores of a type (16-bit floats) are taken as they are; others are converted before."""
         return False
 
-    def first_outside(self, indices: Array, stop: int, ignored: int | None) -> int:
+    def first_outside(self, indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int:
         """The position of the first index outside [0, stop) that is not `ignored`; −1 if there is none."""
         bad = (indices < 0) | (indices >= stop)
         if ignored is not None:
