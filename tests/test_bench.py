@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastloss import bench
-from fastloss.bench import cases, peers, runner, worker
+from fastloss.bench import cases, controls, peers, runner, worker
 from fastloss.bench.cases import Case
 
 
@@ -230,3 +230,35 @@ def test_a_case_that_does_not_fit_into_memory_is_left_out_with_the_reason(monkey
     assert result["rows"] == []
     assert result["left_out"] == "1 processes need about 6.0 GB for it, and 1.0 GB are available; --peers takes fewer"
     assert "left out: 1 processes need" in runner.format_case(result)
+
+
+# --- controls ------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(bool(peers._backend_missing("cython")), reason="the controls are compiled with the kernels")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_controls_do_what_they_say(dtype, threads):
+    module = controls.kernels(dtype)
+    lanes = module.VECTOR_BYTES // np.dtype(dtype).itemsize
+    whole = 1000 // lanes // threads * lanes * threads  # whole vectors of each thread's part
+    for kind in module.CONTROLS:
+        source, target = controls.ones(1000 * np.dtype(dtype).itemsize, dtype), controls.ones(8000, dtype)[:1000]
+        source[:], target[:] = np.arange(1000) + 3, 7
+        done = module.control(kind, source, target, 2, threads)
+        assert done == 2 * (whole if kind != "multiply-add" else threads * lanes * 12 * 4096)
+        expected = np.full(1000, 7.0)
+        if kind in ("copy", "stream"):
+            expected[:whole] = source[:whole]
+        elif kind == "pass":
+            expected[:whole] *= 3 * 3
+        np.testing.assert_array_equal(target, expected)
+        np.testing.assert_array_equal(source, np.arange(1000) + 3)
+
+
+@pytest.mark.skipif(bool(peers._backend_missing("cython")), reason="the controls are compiled with the kernels")
+def test_controls_refuse_what_they_cannot_do():
+    control, array = controls.kernels().control, controls.ones(4096)
+    for source, target in ((array, array[:-16]), (array[1:], array[1:]), (array[:1], array[:1])):
+        with pytest.raises(ValueError, match="source and target must be of equal length, at least 2, and begin at a"):
+            control("copy", source, target, 1, 1)
+    with pytest.raises(ValueError, match="n_threads is 0; it must be from 1 to 64"):
+        control("copy", array, array, 1, 0)
