@@ -1,14 +1,19 @@
 """`fastloss bench`: its options, its processes, and what it reports. No test depends on a timing."""
 
 import argparse
+import html.parser
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
 
-from fastloss import bench
-from fastloss.bench import cases, controls, peers, runner, worker
+from fastloss import bench, cli
+from fastloss.bench import cases, controls, peers, report, runner, suite, worker
 from fastloss.bench.cases import Case
+from fastloss.bench.suite import Bar, Item
+from fastloss.bench.work import Peer, Work
 
 
 def _arguments(*words):
@@ -19,50 +24,128 @@ def _arguments(*words):
 
 # --- cases ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "case", {*cases.FULL, *cases.QUICK, Case("hinge", 3, 2, 5, "float64")}, ids=lambda case: case.name
-)
+    "case",
+    {
+        *cases.FULL, *cases.QUICK, Case("hinge-mean", 3, 2, None, "float64"),
+        *(item.case for item in suite.cpu() if not item.is_of_sweep),
+    },
+    ids=lambda case: case.name,
+)  # fmt: skip
 def test_a_case_is_known_by_its_name(case):
     assert Case.parse(case.name) == case
 
 
 @pytest.mark.parametrize(
     "text",
-    ["softmax", "softmax-10", "softmax-3x4x5", "linear-softmax-3x4", "squared-3x4", "hinge-3x0", "hinge-3x4-int8"],
-)
+    [
+        "softmax", "softmax-10", "softmax-3x4x5", "linear-softmax-3x4", "squared-3x4", "hinge-3x0", "hinge-3x4-int8",
+        "hinge-3x4-uint8", "transform-hinge-3x4", "layer-softmax-3x4",
+    ],
+)  # fmt: skip
 def test_other_names_are_refused(text):
     with pytest.raises(ValueError, match=f"case is '{text}'; it must be named as softmax-128x10"):
         Case.parse(text)
 
 
-def test_inputs():
-    scores, targets = Case("softmax", 50, 7, None, "float64").inputs()
+@pytest.mark.parametrize("dtype", cases.SCORE_TYPES)
+def test_inputs_that_are_scores(dtype):
+    case = Case("softmax", 50, 7, None, dtype)
+    scores, targets, *others = case.inputs()
     assert scores.shape == (50, 7)
-    assert scores.dtype == np.float64
-    assert scores.nbytes == Case("softmax", 50, 7, None, "float64").n_bytes
+    assert scores.dtype == cases.dtype_of(dtype)
+    assert scores.nbytes == case.n_bytes
     assert set(targets) == set(range(7))
-    X, W, b, targets = (case := Case("hinge", 50, 7, 30)).inputs()
+    assert others == [None, None, None]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_inputs_that_are_features(dtype):
+    case = Case("linear-hinge-rows", 50, 7, 30, dtype)
+    X, targets, W, b, rows = case.inputs()
     assert (X.shape, W.shape, b.shape, targets.shape) == ((50, 30), (7, 30), (7,), (50,))
-    assert {array.dtype for array in (X, W, b)} == {np.dtype(np.float32)}
+    assert X.dtype == cases.dtype_of(dtype)
+    assert {W.dtype, b.dtype} == {np.dtype("float64" if dtype == "float64" else "float32")}
     assert X.nbytes == case.n_bytes
+    assert sorted(rows) == list(range(50))
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_shapes_are_those_of_the_inputs(kind):
+    case = Case(kind, 9, 5, 4 if cases.KINDS[kind].has_features else None)
+    for shape, array in zip(case.shapes(), case.inputs(), strict=True):
+        assert (shape is None) == (array is None)
+        if array is not None:
+            assert (shape.shape, shape.dtype, shape.nbytes) == (array.shape, array.dtype, array.nbytes)
+
+
+def test_what_must_be_moved_and_done():
+    scores = 4 * 100 * 10
+    for kind, moved, exponentials in (
+        ("softmax", 2 * scores + 800, 1000), ("hinge-in-place", 2 * scores + 800, 0),
+        ("softmax-value", scores + 800, 1000), ("transform-softmax", 2 * scores, 1000),
+        ("transform-logsumexp", scores, 1000),
+    ):  # fmt: skip
+        case = Case(kind, 100, 10)
+        assert (case.moved_bytes, case.exponentials) == (moved, exponentials)
+    X, W = 100 * 20, 4 * 10 * 20
+    for kind, dtype, moved, products in (
+        ("linear-softmax", "uint8", X + 2 * W, 2), ("linear-softmax-value", "float16", 2 * X + W, 1),
+        ("layer-softmax", "float32", 8 * X + 2 * W, 3), ("layer-softmax-weights", "float32", 4 * X + 2 * W, 2),
+    ):  # fmt: skip
+        case = Case(kind, 100, 10, 20, dtype)
+        assert (case.moved_bytes, case.multiply_adds) == (moved + 800, products * 100 * 10 * 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"),
+    [
+        ("softmax-10x100", (("copy",),)),
+        ("softmax-10x64", (("copy", "targets"), ("exponentials",))),
+        ("hinge-10x64", (("copy", "targets"),)),
+        ("hinge-in-place-10x100", (("pass",),)),
+        ("softmax-value-10x100-float16", (("read",),)),
+        ("transform-logsumexp-10x10", (("read",), ("exponentials",))),
+        ("transform-softmax-10x10", (("copy",), ("exponentials",))),
+        ("linear-softmax-value-10x9x64-uint8", (("read",), ("multiply-add",))),
+        ("linear-softmax-10x9x65", (("products",),)),
+        ("layer-softmax-10x9x5", (("products",),)),
+    ],
+)
+def test_floors(name, floor):
+    assert Case.parse(name).floor == floor
 
 
 # --- options -------------------------------------------------------------------------------------------------------
 def test_cases_by_name_and_by_pattern():
-    groups = _arguments("--cases", "hinge-*", "softmax-3x4").cases
-    assert {case.loss for case in groups[0]} == {"hinge"}
-    assert len(groups[0]) == 6
-    assert groups[1] == (Case("softmax", 3, 4),)
+    found = bench._matching(_arguments("--cases", "hinge-*", "softmax-3x4").cases, cases.FULL)
+    assert [case.kind for case in found] == ["hinge"] * 6 + ["softmax"]
+    assert found[-1] == Case("softmax", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cases", "max*"], "--cases 'max*' matches none of softmax-128x10, "),
+        (["--out", "."], "--out has no meaning without --suite"),
+        (["--suite", "cpu", "--json", "x.json"], "--json has no meaning with --suite"),
+        (["--suite", "cpu", "--cases", "softmax-7x7"], "--cases softmax-7x7: the suite has no such case"),
+    ],
+)
+def test_options_that_do_not_go_together(words, message, capsys):
+    assert cli.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--cases", "softmax"], "case is 'softmax'; it must be named as"),
-        (["--cases", "max*"], "'max*' matches none of softmax-128x10, "),
         (["--peers", "tensorflow"], "invalid choice: 'tensorflow'"),
         (["--rounds", "0"], "'0'; it must be a whole number, at least 1"),
         (["--threads", "two"], "'two'; it must be a whole number, at least 1"),
         (["--json", "no/such/folder/x.json"], "it must be a file in a folder that exists"),
+        (["--out", __file__], "it must be a folder that can be made or written to"),
+        (["--suite", "gpu"], "invalid choice: 'gpu'"),
     ],
 )
 def test_bad_options_are_refused_at_once(words, message, capsys):
@@ -89,22 +172,25 @@ def test_a_run_prints_a_table_and_writes_json(tmp_path, capsys):
     assert found["machine"]["packages"]["numpy"] == np.__version__
     assert [result["case"] for result in found["cases"]] == names
     for result in found["cases"]:
-        expected = ["memory", *(name for name in chosen if name not in result["lacks"])]
-        assert [row["peer"] for row in result["rows"]] == expected
+        case = Case.parse(result["case"])
+        assert [row["peer"] for row in result["rows"]] == [name for name in chosen if name not in result["lacks"]]
+        compiled = controls.table()[0].why_not() is None
+        assert [row["peer"] for row in result["controls"]] == list(case.controls if compiled else ())
+        assert (result["floor"] is not None) == compiled
+        assert not compiled or set(result["floor"]["by"].split(" + ")) <= set(case.controls)
         assert result["base"] == "fastloss-reference"
         by_name = {row["peer"]: row for row in result["rows"]}
-        assert by_name["memory"]["ratio_to_memory"] == 1
         for name, row in by_name.items():
             assert row["problems"] == []
-            assert set(row["variants_ms"]) == set(peers.table()[name].variants[Case.parse(result["case"]).kind])
+            assert set(row["variants_ms"]) == set(peers.table()[name].variants[case.kind])
             assert len(row["variants_ms"][row["variant"]]) == 2
             assert row["ms"] == pytest.approx(np.median(row["variants_ms"][row["variant"]]))
             assert row["ratio_to_base"] == pytest.approx(row["ms"] / by_name["fastloss-reference"]["ms"])
-            assert row["ratio_to_memory"] == pytest.approx(row["ms"] / by_name["memory"]["ms"])
+            if compiled:
+                assert row["ratio_to_floor"] == pytest.approx(row["ms"] / result["floor"]["ms"])
     assert found["cases"][1]["lacks"] == {"scipy": "SciPy has no multiclass hinge"}
     assert "scipy                 not here: SciPy has no multiclass hinge" in printed
     assert printed.count("/ fastloss-reference") == 3
-    assert printed.count("/ read") == 1
 
 
 def test_absent_peers_are_reported_with_the_reason(monkeypatch, capsys):
@@ -121,7 +207,7 @@ def test_a_process_that_ends_is_reported_and_replaced():
     case, numpy = Case("softmax", 20, 3), peers.table()["numpy"]
     with runner.Workers(1) as workers:
         first = workers["numpy"]
-        assert set(first.ask("prepare", name=case.name)) == {"in place", "blocks in threads"}
+        assert set(first.ask("prepare", name=case.name)["answers"]) == {"in place", "blocks in threads"}
         assert workers["numpy"] is first
         first.process.kill()
         first.process.wait()
@@ -174,8 +260,8 @@ def test_a_variant_that_fails_does_not_take_the_others_along():
         raise OSError("no compiler")
 
     good = peers.table()["numpy"].variants["softmax"]["in place"]
-    peer = peers.Peer("mixed", "numpy", {"softmax": {"broken": broken, "good": good}})
-    answers = worker.Session(peer, 1).prepare("softmax-20x3")
+    peer = Peer("mixed", "numpy", {"softmax": {"broken": broken, "good": good}})
+    answers = worker.Session(peer, 1).prepare("softmax-20x3")["answers"]
     assert answers["broken"] == "OSError: no compiler"
     loss, norm = answers["good"]
     assert loss > 0
@@ -187,7 +273,7 @@ def test_times_are_for_one_job(monkeypatch):
     clock.perf_counter = clock.monotonic
     monkeypatch.setattr(worker, "time", clock)
     for seconds, repeats in ((0.001, 1), (1e-6, 1), (0.03, 1000), (3.0, 1)):
-        work = peers.Work(lambda: clock.sleep(seconds), None, repeats)  # noqa: B023
+        work = Work(lambda: clock.sleep(seconds), None, repeats)  # noqa: B023
         assert worker.measure(work, 0.1) == pytest.approx(seconds / repeats)
 
 
@@ -200,7 +286,7 @@ class _Worker:
 
     def ask(self, do, **arguments):
         if do == "prepare":
-            return {name: [1.0, 2.0] for name in self.times}
+            return {"answers": {name: [1.0, 2.0] for name in self.times}, "memory": dict.fromkeys(self.times, 5)}
         return {name: self.times[name] for name in arguments["variants"]}
 
 
@@ -212,15 +298,41 @@ def test_the_best_variant_counts_and_a_hopeless_one_is_timed_once():
         entry.take_turn(fake, 0.01)
     assert {name: len(times) for name, times in entry.rounds.items()} == {"slow": 1, "close": 3, "best": 3}
     row = entry.row()
-    assert (row["variant"], row["ms"], row["spread"]) == ("best", 1000.0, 0.0)
+    assert (row["variant"], row["ms"], row["spread"], row["memory"]) == ("best", 1000.0, 0.0, 5)
 
 
 def test_an_answer_unlike_the_others_is_a_problem():
     answers = [[1.0, 2.0], [1.0001, 2.0], [1.0, 2.1], [1.0, 2.0], [np.nan, 2.0], []]  # none: a control
     entries = [runner.Entry(peers.table()["numpy"], answers={"a": answer}) for answer in answers]
-    runner._check_answers(entries)
+    runner._check_answers(entries, Case("softmax", 3, 4))
     assert [bool(entry.problems) for entry in entries] == [False, False, True, False, True, False]
     assert entries[2].problems == ["a: loss and norms of gradients are [1.0, 2.1], not [1.0, 2.0]"]
+
+
+def test_answers_of_16_bits_may_differ_more():
+    for dtype, problems in (("float32", 1), ("bfloat16", 0)):
+        entries = [runner.Entry(peers.table()["numpy"], answers={"a": [answer]}) for answer in (1.0, 1.0, 1.01)]
+        runner._check_answers(entries, Case("softmax", 3, 4, None, dtype))
+        assert len(entries[2].problems) == problems
+
+
+def test_a_job_in_place_has_fresh_inputs_for_each_variant():
+    answers = worker.Session(peers.table()["numpy"], 1).prepare("hinge-in-place-20x3")["answers"]
+    first, second = answers.values()
+    assert first == pytest.approx(second)
+
+
+def test_memory_beyond_inputs_and_results():
+    """The 16 MB that are needed for a while count, the 8 MB of the result do not."""
+    if worker.memory_mark() is None:
+        pytest.skip("this system does not tell a process its peak of memory")
+    case = Case("transform-softmax", 2000, 1000)
+
+    def build(inputs, threads):
+        return Work(lambda: np.ones((2, *inputs.X.shape), np.float32).sum(axis=0), None)
+
+    peer = Peer("greedy", "numpy", {case.kind: {"a": build}})
+    assert worker.Session(peer, 1).prepare(case.name)["memory"]["a"] == pytest.approx(16e6, rel=0.2)
 
 
 def test_a_case_that_does_not_fit_into_memory_is_left_out_with_the_reason(monkeypatch):
@@ -230,6 +342,170 @@ def test_a_case_that_does_not_fit_into_memory_is_left_out_with_the_reason(monkey
     assert result["rows"] == []
     assert result["left_out"] == "1 processes need about 6.0 GB for it, and 1.0 GB are available; --peers takes fewer"
     assert "left out: 1 processes need" in runner.format_case(result)
+
+
+# --- the suite -----------------------------------------------------------------------------------------------------
+def _result(ms, controls=(), rows=(), moved=1000, **other):
+    """What `runner.time_case` gives, fastloss taking `ms`."""
+    rows = {suite.OURS: ms, **dict(rows)}
+    floor = {"ms": controls[0][1], "by": controls[0][0]} if controls else None
+    return {
+        "case": "softmax-65536x10", "dtype": "float32", "classes": 10, "bytes": 400, "moved": moved,
+        "multiply_adds": 50, "exponentials": 50, "lacks": {}, "left_out": None, "floor": floor, "base": suite.OURS,
+        "controls": [{"peer": name, "ms": time, "problems": []} for name, time in controls],
+        "rows": [
+            {"peer": name, "ms": time, "problems": [], "memory": 70e6, "ratio_to_base": time / ms,
+             "ratio_to_floor": floor and time / floor["ms"]}
+            for name, time in rows.items()
+        ],
+    } | other  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bar", "figure", "met"),
+    [
+        (Bar("floor", 2.0), 2.0, True),
+        (Bar("floor", 1.9), 2.0, False),
+        (Bar("best", 3.0), 3.0, True),
+        (Bar("best", 3.1), 3.0, False),
+        (Bar("scipy", 5.0), 5.0, True),
+        (Bar("µs", 3999.0), 4000.0, False),
+        (Bar("MB", 64), 70.0, False),
+        (Bar("control as float32", 1.0), 0.8, True),
+        (Bar("jax", 1.0), None, None),
+        (Bar("neighbours", 0.7), None, None),
+    ],
+)
+def test_bars(bar, figure, met):
+    result = _result(4.0, [("copy", 2.0), ("as float32", 5.0)], {"numpy": 12.0, "scipy": 20.0})
+    assert bar.figure(result) == figure
+    assert bar.met(figure) is met
+
+
+def test_a_miss_is_measured_again_before_it_counts(capsys):
+    first = _result(4.0, [("copy", 2.0)], {"numpy": 12.0, "torch": 9.0})
+    second = _result(3.0, [("copy", 2.0)], {"torch": 6.0})
+    item = Item("Loss", Case("softmax", 65536, 10), ("numpy", "torch"), (Bar("floor", 1.6), Bar("best", 2.5)))
+    run = suite.Run([item], [peers.table()[name] for name in item.peers], None, None)
+    asked = []
+
+    def measure(item, names):
+        asked.append(list(names))
+        return first if len(asked) == 1 else second
+
+    run.measure = measure
+    (entry,) = run.all()
+    assert asked == [["numpy", "torch"], ["torch"]]  # again with those alone that the missed bars take
+    assert [check["figures"] for check in entry["checks"]] == [[2.0, 1.5], [2.25, 2.0]]
+    assert [check["met"] for check in entry["checks"]] == [True, False]
+    assert "best 2.25, again 2 (at least 2.5): missed" in capsys.readouterr().out
+
+
+def test_what_is_met_is_not_measured_again():
+    item = Item("Loss", Case("softmax", 65536, 10), (), (Bar("floor", 2.0),))
+    run = suite.Run([item], [], None, None)
+    run.measure = lambda item, names: _result(4.0, [("copy", 2.0)])
+    (entry,) = run.all()
+    assert entry["again"] is None
+
+
+def test_a_point_of_the_sweep_that_falls_off_is_marked():
+    times = {2: [1.0], 3: [2.0, 1.2], 4: [1.0], 5: [1.0, 1.1], 6: [2.0, 2.1]}
+    items = [Item("Sweep", Case("softmax", 10, c), (), (Bar("neighbours", 0.7),)) for c in times]
+    assert items[0].controls == ("copy",)
+    run = suite.Run(items, [], None, None)
+    run.measure = lambda item, names: _result(
+        times[item.case.c].pop(0) if len(times[item.case.c]) > 1 else times[item.case.c][0], [("copy", 1.0)]
+    )
+    entries = run.all()
+    assert [entry["checks"][0]["met"] for entry in entries] == [True, True, True, True, False]
+    assert entries[1]["checks"][0]["figures"] == [pytest.approx(0.5), pytest.approx(1 / 1.2)]
+    assert entries[4]["checks"][0]["figures"] == [pytest.approx(0.5), pytest.approx(1.1 / 2.1)]
+
+
+def test_every_item_of_the_suite_can_be_measured():
+    table = peers.table()
+    items = suite.cpu()
+    assert len({(item.section, item.case) for item in items}) == len(items)
+    for item in items:
+        for name in item.controls:
+            assert table[name].lack(item.case) is None
+        assert table[suite.OURS].lack(item.case) is None
+        assert item.is_of_sweep or any(bar.kind in ("floor", "µs") for bar in item.bars)
+    assert {item.case.c % 2 for item in items if item.is_of_sweep} == {0, 1}
+
+
+class _Page(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and keeps what matters."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.outside, self.rows = [], [], [], 0
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.outside += [given[key] for key in ("src", "href") if key in given and not given[key].startswith("data:")]
+        self.images += [given["src"]] if tag == "img" else []
+        self.rows += tag == "tr"
+        assert tag != "script"
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.skipif(bool(peers._backend_missing("cython")), reason="the suite measures the compiled kernels")
+def test_the_whole_suite_at_tiny_shapes(tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert (
+        cli.main(["bench", "--suite", "cpu", "--quick", "--peers", "numpy", "--threads", "2", "--out", str(out)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["classes.png", "report.html", "results.json", "roofline.png"]
+    found = json.loads((out / "results.json").read_text())
+    sections = {item.section for item in suite.cpu()}
+    assert {entry["section"] for entry in found["cases"]} == sections
+    assert {"processor", "date", "packages"} <= set(found["machine"])
+    for entry in found["cases"]:
+        assert f"  {entry['case']} " in printed
+        assert entry["checks"]
+        for row in (*entry["controls"], *entry["rows"]):
+            assert row["ms"] > 0
+            assert row["problems"] == []
+    for name in ("classes.png", "roofline.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = _Page((out / "report.html").read_text(encoding="utf-8"))
+    assert len(page.images) == 2
+    assert page.outside == []  # self-contained
+    assert page.rows == len(sections) + len(found["cases"])
+    assert re.search(r"\d+ of \d+ bars met", printed)
+
+
+def test_a_page_without_pictures_and_with_failures(tmp_path):
+    """Without the compiled controls there are no ceilings to draw."""
+    bad = _result(4.0, section="Loss", checks=[], again=None, best=None)
+    bad["rows"][0]["problems"] = ["a <b>: failed"]
+    left = _result(4.0, section="Loss", checks=[], again=None, best=None, left_out="too large")
+    content = {
+        "suite": "cpu", "quick": False, "machine": runner.machine(), "absent": {"jax": "jax is not installed"},
+        "settings": {"rounds": 5, "threads": 2}, "cases": [bad, left],
+    }  # fmt: skip
+    report.write(content, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a &lt;b&gt;: failed" in text
+    assert "jax is not installed" in text
+    assert "left out: too large" in text
+    assert _Page(text).images == []
+
+
+def test_a_report_needs_jinja2(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["bench", "--suite", "cpu", "--quick"]) == 2
+    assert 'a report needs Jinja2: pip install "fastloss[bench]"' in capsys.readouterr().err
 
 
 # --- controls ------------------------------------------------------------------------------------------------------

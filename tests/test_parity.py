@@ -1,15 +1,27 @@
 """The peers agree with fastloss: every builder of the benchmarks' table, and options that others have too."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import fastloss as fl
 from fastloss.bench import peers
-from fastloss.bench.cases import KINDS, LOSSES, Case
+from fastloss.bench.cases import DTYPES, FLOATS, KINDS, LOSSES, TRANSFORMS, Case, dtype_of
 
 TABLE = {name: peer for name, peer in peers.table().items() if not peer.control}
 # A few rows; few classes and many, as NumPy and the kernels go different ways there. N, D and C all differ.
-SHAPES = {"scores": ("33x10", "7x131"), "linear": ("37x19x7", "5x3x131")}
+SHAPES = {False: ("33x10", "7x131"), True: ("37x19x7", "5x3x131")}
+
+
+EPS = {name: ml_dtypes.finfo(dtype_of(name)).eps for name in DTYPES if name != "uint8"}
+
+
+def _cases(kind, slow):
+    """In each type at the first shape; float32 and float64 at the second too, where a job is quickly built."""
+    for k, shape in enumerate(SHAPES[KINDS[kind].has_features][: 1 if slow else None]):
+        for dtype in DTYPES if k == 0 else FLOATS:
+            if dtype != "uint8" or KINDS[kind].has_features:
+                yield Case.parse(f"{kind}-{shape}-{dtype}")
 
 
 def _grid():
@@ -17,13 +29,11 @@ def _grid():
         if peer.why_not() is not None:
             continue
         for kind, variants in peer.variants.items():
-            shapes = SHAPES["linear" if kind.startswith("linear-") else "scores"]
             for variant in variants:
-                for dtype in ("float32", "float64"):
-                    for shape in shapes[:1] if peer.slow_to_build else shapes:
+                for case in _cases(kind, peer.slow_to_build):
+                    if peer.lack(case) is None:
                         yield pytest.param(
-                            peer, variant, Case.parse(f"{kind}-{shape}-{dtype}"),
-                            id=f"{peer.name}-{variant.replace(' ', '_')}-{kind}-{shape}-{dtype}",
+                            peer, variant, case, id=f"{peer.name}-{variant.replace(' ', '_')}-{case.name}",
                             marks=pytest.mark.full if peer.slow_to_build else (),
                         )  # fmt: skip
 
@@ -31,9 +41,11 @@ def _grid():
 def _answer(peer, variant, case, threads=2):
     inputs = case.inputs()
     work = peer.variants[case.kind][variant](inputs, threads)
-    work.run()  # twice: what is left in buffers must not count
+    in_place = case.job.verb == "in-place"
+    if not in_place:
+        work.run()  # twice: what is left in buffers must not count
     answer = work.answer(work.run())
-    for given, fresh in zip(inputs, case.inputs(), strict=True):
+    for given, fresh in list(zip(inputs, case.inputs(), strict=True))[in_place:]:
         np.testing.assert_array_equal(given, fresh, err_msg="an input was written")
     return answer
 
@@ -59,27 +71,35 @@ def test_every_kind_of_case_has_builders_or_a_reason(name):
 @pytest.mark.parametrize(("peer", "variant", "case"), list(_grid()))
 def test_peer_agrees(peer, variant, case):
     found = _answer(peer, variant, case)
-    eps = np.finfo(case.dtype).eps
+    # What is computed in 16 bits has their precision; what features of 16 bits are computed in is float32.
+    computed_in = case.compute_dtype if case.d is not None else case.dtype
     for name in ("fastloss-reference", "fastloss-cython"):
         if TABLE[name].why_not() is not None:
             continue
         expected = _answer(TABLE[name], "out=", case)
+        assert len(found) == len(expected)
         # The scores are up to 13 in size, and s − m is off by eps times that; the exponential makes it relative. The
         # peers form the target's entry as p − 1, and sums over rows, features or classes in their own order, which is
         # off by eps times the largest entry.
-        np.testing.assert_allclose(float(found[0]), expected[0], rtol=32 * eps)
-        for gradient, wanted in zip(found[1:], expected[1:], strict=True):
-            assert gradient.dtype == wanted.dtype == case.dtype
-            np.testing.assert_allclose(gradient, wanted, rtol=32 * eps, atol=8 * eps * np.abs(wanted).max())
+        for part, wanted in zip(found, expected, strict=True):
+            eps = float(max(EPS[computed_in], ml_dtypes.finfo(getattr(wanted, "dtype", np.float64)).eps))
+            if np.ndim(wanted) == 0:
+                np.testing.assert_allclose(float(part), float(wanted), rtol=32 * eps)
+                continue
+            part, wanted = np.asarray(part), np.asarray(wanted)
+            assert part.dtype == wanted.dtype or "bfloat16" in case.dtype
+            part, wanted = part.astype(np.float64), wanted.astype(np.float64)
+            np.testing.assert_allclose(part, wanted, rtol=32 * eps, atol=8 * eps * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("shape", SHAPES["scores"] + SHAPES["linear"])
-def test_no_margin_of_the_hinge_cases_is_at_the_kink(shape):
+@pytest.mark.parametrize("has_features", SHAPES)
+def test_no_margin_of_the_hinge_cases_is_at_the_kink(has_features):
     """There the gradient would depend on rounding, and on how a peer splits ties."""
-    kind = "hinge" if shape in SHAPES["scores"] else "linear-hinge"
-    for dtype in ("float32", "float64"):
-        *features, targets = Case.parse(f"{kind}-{shape}-{dtype}").inputs()
-        scores = features[0] if len(features) == 1 else features[0] @ features[1].T + features[2]
+    for case in _cases("linear-hinge" if has_features else "hinge", slow=False):
+        X, targets, W, b, _ = case.inputs()
+        if case.dtype not in FLOATS and W is None:
+            continue  # rounded to 16 bits alike for all
+        scores = X if W is None else X.astype(W.dtype) @ W.T + b
         margins = scores - np.take_along_axis(scores, targets[:, None], axis=1) + 1
         assert np.abs(margins).min() > 1e-5
 
@@ -181,5 +201,5 @@ def test_transforms_as_in_scipy(name):
     np.testing.assert_allclose(ours, getattr(special, name)(scores, axis=1), rtol=1e-13)
 
 
-def test_the_table_covers_every_loss():
-    assert {kind.removeprefix("linear-") for kind in KINDS} == set(LOSSES)
+def test_the_table_covers_every_loss_and_transform():
+    assert {kind.of for kind in KINDS.values()} == {*LOSSES, *TRANSFORMS}

@@ -123,6 +123,38 @@ def test_templates_need_an_image(shape):
         plot.class_templates(model(shape))
 
 
+def test_a_roofline_numbers_every_job_and_explains_it():
+    groups = {f"group {g}": {f"job {g}{k}": (2.0 + g, 10.0 + k) for k in range(4)} for g in range(5)}
+    figure = render(plot.roofline(groups, {"read": 60.0, "copy": 40.0}, {"multiply-add": 500.0}))
+    panel, key = figure.axes
+    assert [text.get_text() for text in panel.texts] == [str(k) for k in range(1, 21)]
+    explained = [text.get_text() for text in key.texts]
+    assert explained[:2] == ["group 0", "1  job 00"]
+    assert len(explained) == 25
+    assert len({line.get_marker() for line in key.lines}) == 5  # told apart without colour
+    heights = [text.get_position()[1] for text in panel.texts[:4]]
+    assert sorted(heights) == heights
+    assert min(np.diff(np.log(heights))) > 0.05  # numbers of points that are close stand apart
+    styles = [line.get_linestyle() for line in panel.lines if line.get_label() in ("read: 60 GB/s", "copy: 40 GB/s")]
+    assert len(set(styles)) == 2
+    with pytest.raises(ValueError, match="must each hold at least one"):
+        plot.roofline({}, {"read": 1.0}, {"multiply-add": 1.0})
+
+
+def test_throughput_marks_what_falls_off():
+    points = [(2, 10.0, 30.0, False), (10, 5.0, 30.0, True), (1000, 12.0, None, False)]
+    figure = render(plot.throughput({"softmax": points, "hinge": points[:1]}))
+    first, second = figure.axes
+    curve, copy, marks = first.lines
+    np.testing.assert_array_equal(curve.get_ydata(), [10, 5, 12])
+    np.testing.assert_array_equal(copy.get_xdata(), [2, 10])
+    np.testing.assert_array_equal(marks.get_xdata(), [10])
+    assert [line.get_label() for line in second.lines] == ["hinge", "copy"]
+    assert first.get_xscale() == "log"
+    with pytest.raises(ValueError, match="curves is empty"):
+        plot.throughput({})
+
+
 def test_pyplot_is_not_touched():
     before = "matplotlib.pyplot" in sys.modules
     plot.class_templates(model((2, 2)))

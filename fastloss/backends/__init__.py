@@ -146,6 +146,11 @@ def _load(name: str) -> Backend | str:
     return found
 
 
+def names() -> tuple[str, ...]:
+    """The names of all backends, fastest first, whether they are there or not."""
+    return tuple(_TABLE)
+
+
 def get(name: str) -> Backend:
     """The backend of that name; `BackendError` with the reason where it is not there."""
     if name not in _TABLE:

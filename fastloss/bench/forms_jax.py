@@ -5,14 +5,14 @@ JAX has no switch for its threads: it takes as many as the process may use CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from fastloss._checks import Array
-from fastloss.bench.peers import Work
+from fastloss.bench.cases import Inputs, Kind
+from fastloss.bench.work import Work
 
 jax: Any = import_module("jax")
 jnp: Any = import_module("jax.numpy")
@@ -53,36 +53,72 @@ def hinge(S: Any, y: Any) -> Any:
     return above.sum() / len(S), jnp.where(_hit(S, y), -active.sum(axis=1, keepdims=True), active) / len(S)
 
 
-_AUTOGRAD = (cross_entropy, hinge_loss)
+def hinge_mean(S: Any, y: Any) -> Any:
+    return hinge_loss(S, y) / S.shape[1]
 
 
-def _linear(form: Callable[..., Any]) -> Callable[..., Any]:
-    """The form on top of a linear layer; W and b come first, as value_and_grad's arguments."""
-    if form in _AUTOGRAD:
-        value_and_grad = jax.value_and_grad(lambda Wb, X, y: form(X @ Wb[0].T + Wb[1], y))
-
-        def by_autograd(X: Any, W: Any, b: Any, y: Any) -> Any:
-            loss, (dW, db) = value_and_grad((W, b), X, y)
-            return loss, dW, db
-
-        return by_autograd
-
-    def by_hand(X: Any, W: Any, b: Any, y: Any) -> Any:
-        loss, G = form(X @ W.T + b, y)
-        return loss, G.T @ X, G.sum(axis=0)
-
-    return by_hand
+def hinge_squared(S: Any, y: Any) -> Any:
+    return (_above(S, y) ** 2).sum() / len(S)
 
 
-def build(name: str, inputs: Sequence[Array]) -> Work:
+def hinge_max(S: Any, y: Any) -> Any:
+    """As optax's multiclass_hinge_loss."""
+    return _above(S, y).max(axis=1).mean()
+
+
+_BY_HAND = (softmax, hinge)
+_TRANSFORMS = {"softmax": jax.nn.softmax, "log_softmax": jax.nn.log_softmax, "logsumexp": jax.nn.logsumexp}
+
+
+def _linear(form: Callable[..., Any], with_dX: bool) -> Callable[..., Any]:
+    """The form on top of a linear layer; what it is differentiated by comes first, as value_and_grad's argument."""
+    if form in _BY_HAND:
+
+        def by_hand(X: Any, W: Any, b: Any, y: Any) -> Any:
+            loss, G = form(X @ W.T + b, y)
+            return (loss, G.T @ X, G.sum(axis=0), G @ W) if with_dX else (loss, G.T @ X, G.sum(axis=0))
+
+        return by_hand
+
+    def loss_of(leaves: Any, X: Any, y: Any) -> Any:
+        W, b, *features = leaves
+        return form((features[0] if features else X) @ W.T + b, y)
+
+    value_and_grad = jax.value_and_grad(loss_of)
+
+    def by_autograd(X: Any, W: Any, b: Any, y: Any) -> Any:
+        loss, gradients = value_and_grad((W, b, X) if with_dX else (W, b), X, y)
+        return loss, *gradients
+
+    return by_autograd
+
+
+def _job(kind: Kind, name: str) -> Callable[..., Any]:
+    """The job as a function of the inputs, in their order."""
+    if kind.family == "transform":
+        return lambda S, y: _TRANSFORMS[name](S, axis=1)
+    form: Callable[..., Any] = globals()[name]
+    if not kind.has_features:
+        by_hand = kind.verb == "value" or form in _BY_HAND
+        return form if by_hand else lambda S, y: jax.value_and_grad(form)(S, y)
+    if kind.verb == "value":
+        return lambda X, y, W, b: form(X @ W.T + b, y)
+    job = _linear(form, kind == Kind("layer", "softmax"))
+    if kind.verb == "rows":
+        return lambda X, y, W, b, rows: job(X[rows], W, b, y[rows])
+    return lambda X, y, W, b: job(X, W, b, y)
+
+
+def build(kind: Kind, name: str, inputs: Inputs) -> Work:
     """The job in the form of that name."""
     # Off, JAX makes float32 of float64; on, it would compute indices in 64 bits.
-    jax.config.update("jax_enable_x64", inputs[0].dtype == np.float64)
-    form = globals()[name]
-    if len(inputs) == 4:
-        job = jax.jit(_linear(form))
-    else:
-        job = jax.jit(jax.value_and_grad(form) if form in _AUTOGRAD else form)
+    jax.config.update("jax_enable_x64", inputs.X.dtype == np.float64)
+    job = jax.jit(_job(kind, name))
     cpu = jax.devices("cpu")[0]
-    arrays = [jax.device_put(array, cpu) for array in (*inputs[:-1], inputs[-1].astype(np.int32))]
-    return Work(lambda: jax.block_until_ready(job(*arrays)), lambda result: tuple(np.asarray(part) for part in result))
+    narrow = [a.astype(np.int32) if a.dtype == np.int64 else a for a in inputs if a is not None]
+    arrays = [jax.device_put(array, cpu) for array in narrow]
+
+    def answer(result: Any) -> tuple[Any, ...]:
+        return tuple(np.asarray(part) for part in (result if isinstance(result, tuple) else (result,)))
+
+    return Work(lambda: jax.block_until_ready(job(*arrays)), answer)

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastloss.bench import peers
 from fastloss.bench.cases import Case
+from fastloss.bench.work import Peer, Work
 
 
 def choose_cpus(threads: int) -> list[int]:
@@ -42,7 +43,7 @@ def settle(limit: float = 2.0) -> bool:
     return False
 
 
-def measure(work: peers.Work, seconds: float) -> float:
+def measure(work: Work, seconds: float) -> float:
     """The median time of one job, over about `seconds`, of a job that has run before."""
     began = now = time.perf_counter()
     once = 0.0
@@ -66,31 +67,54 @@ def measure(work: peers.Work, seconds: float) -> float:
     return statistics.median(samples)
 
 
+def memory_mark() -> int | None:
+    """Bytes that this process holds, from which its peak counts on; None where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 class Session:
     """The jobs of the present case, by variant."""
 
-    def __init__(self, peer: peers.Peer, threads: int) -> None:
+    def __init__(self, peer: Peer, threads: int) -> None:
         self.peer, self.threads = peer, threads
-        self.works: dict[str, peers.Work] = {}
+        self.works: dict[str, Work] = {}
 
     def prepare(self, name: str) -> dict[str, Any]:
-        """Set the case up in every variant. Variant → the loss and the norms of its gradients, or what went wrong."""
+        """Set the case up in every variant.
+
+        Variant → the loss and the norms of its gradients, or what went wrong; and variant → bytes that the first run
+        took at its peak, those for its results left out.
+        """
         self.works.clear()
         gc.collect()
         case = Case.parse(name)
-        inputs = case.inputs()
+        inputs = case.inputs() if self.peer.needs_inputs else case.shapes()
         answers: dict[str, Any] = {}
+        memory: dict[str, int | None] = {}
         for variant, build in self.peer.variants[case.kind].items():
+            if case.job.verb == "in-place" and answers:
+                inputs = case.inputs()  # the variant before has written to its own
             try:
                 work = build(inputs, self.threads)
+                before = memory_mark()
                 result = work.run()
+                memory[variant] = None if before is None else _status("VmHWM") - before - case.written_bytes
                 answer = work.answer(result) if work.answer else ()
-                answers[variant] = [float(np.linalg.norm(np.ravel(part))) for part in answer]
+                answers[variant] = [float(np.linalg.norm(np.ravel(part).astype(np.float64))) for part in answer]
                 del result, answer
                 self.works[variant] = work
             except Exception as error:  # whatever a peer raises is a result
                 answers[variant] = f"{type(error).__name__}: {error}"
-        return answers
+        return {"answers": answers, "memory": memory}
 
     def time(self, variants: list[str], seconds: float) -> dict[str, float]:
         return {variant: measure(self.works[variant], seconds) for variant in variants}
