@@ -112,13 +112,13 @@ def _multiply_adds(kind: Kind) -> Builder:
     return build
 
 
-def _products(kind: Kind, chunk_rows: int | None, own_threads: bool) -> Builder:
+def _products(kind: Kind, chunk_rows: int, own_threads: bool) -> Builder:
     """The bare products by BLAS, for one chunk of the rows."""
 
     def build(inputs: Inputs, threads: int) -> Work:
         assert inputs.W is not None
         n, d, c, dtype = len(inputs.X), inputs.X.shape[1], len(inputs.W), inputs.W.dtype
-        chunk = min(n, chunk_rows or n)
+        chunk = min(n, chunk_rows)
         rng = np.random.default_rng(0)
         X, W, S = (rng.random(shape, np.float32).astype(dtype) for shape in ((chunk, d), (c, d), (chunk, c)))
         dW, dX = np.empty_like(W), np.empty_like(X)
@@ -127,8 +127,7 @@ def _products(kind: Kind, chunk_rows: int | None, own_threads: bool) -> Builder:
             products.append((S.T, X, dW))
         if kind == Kind("layer", "softmax"):
             products.append((S, W, dX))
-        if own_threads:
-            import_module("threadpoolctl").threadpool_limits(1, "blas")
+        limits: Any = import_module("threadpoolctl").threadpool_limits
         count = threads if own_threads else 1
 
         def multiply(a: Array, b: Array, out: Array) -> None:
@@ -145,8 +144,9 @@ def _products(kind: Kind, chunk_rows: int | None, own_threads: bool) -> Builder:
                 list(pool(count).map(lambda part: np.matmul(a, b[:, part], out=out[:, part]), parts))
 
         def job() -> None:
-            for product in products:
-                multiply(*product)
+            with limits(1 if own_threads else threads, "blas"):
+                for product in products:
+                    multiply(*product)
 
         return Work(job, None, chunk / n)
 
@@ -165,10 +165,10 @@ def table() -> list[Peer]:
     def targets(inputs: Inputs) -> int:
         return inputs.targets.nbytes
 
-    chunks = ((None, False), (1024, False), (512, False), (1024, True), (512, True), (256, True))
     by_blas = {
-        f"{f'{rows} rows' if rows else 'all rows'}, {'own threads' if own else 'threads of BLAS'}": (rows, own)
-        for rows, own in chunks
+        "1024 rows, threads of BLAS": (1024, False),
+        "1024 rows, own threads": (1024, True),
+        "512 rows, own threads": (512, True),
     }
     variants = {
         "copy": over(lambda kind: not kind.has_features, lambda kind: _memory("copy", array)),

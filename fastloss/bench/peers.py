@@ -325,6 +325,8 @@ def _forms(kind: Kind, of: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     if kind.family == "transform":
         return {kind.of: kind.of}
     forms = dict(of[kind.of])
+    if kind.family == "layer":  # where the loss is a small part, one form in place is enough
+        forms.pop("log_softmax, in place", None)
     if kind.verb == "in-place":
         return {variant: form for variant, form in forms.items() if form.endswith("in_place")}
     if kind.verb == "value":

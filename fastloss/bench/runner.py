@@ -32,6 +32,7 @@ from fastloss.model import replacing
 
 _LIMIT = 3.0  # a peer that has used as many seconds on a case sits out its further rounds
 _HOPELESS = 1.5  # a variant that was slower than its peer's best by this factor is not timed again
+_LARGE = 2**30  # bytes that are not left to processes which may have no part in the next case
 _HANGS = 300.0  # seconds after which a request has failed
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -186,14 +187,16 @@ def _available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def _needed_bytes(case: Case, n_peers: int) -> int:
+    """A rough count of the arrays that all processes hold together."""
+    if case.d is None:  # three such arrays for each, and the reference's temporaries
+        return case.n_bytes * (3 * n_peers + 12)
+    return case.n_bytes * (n_peers + 3) + 16 * case.c * (case.n + case.d) * n_peers
+
+
 def _too_large(case: Case, n_peers: int) -> str | None:
-    """Why a case does not fit into memory, by a rough count of the arrays that all processes hold together."""
-    # Scores: three such arrays for each, and the reference's temporaries; features: X for each, and some copies.
-    if case.d is None:
-        needed = case.n_bytes * (3 * n_peers + 12)
-    else:
-        needed = case.n_bytes * (n_peers + 3) + 16 * case.c * (case.n + case.d) * n_peers
-    available = _available_bytes()
+    """Why a case does not fit into memory."""
+    needed, available = _needed_bytes(case, n_peers), _available_bytes()
     if available is None or needed <= available:
         return None
     return (
@@ -256,6 +259,8 @@ def time_case(
         for entry in everyone if k % 2 == 0 else reversed(everyone):
             if entry.live and entry.used < _LIMIT:
                 guarded(entry, f"round {k + 1} of {settings.rounds}", entry.take_turn, settings.seconds)
+    for entry in (e for e in everyone if e.live and _needed_bytes(case, len(entries)) > _LARGE):
+        guarded(entry, "letting go", lambda worker: worker.ask("clear"))
     _progress("")
     _check_answers(everyone, case)
 

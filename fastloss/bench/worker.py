@@ -92,10 +92,9 @@ class Session:
         """Set the case up in every variant.
 
         Variant → the loss and the norms of its gradients, or what went wrong; and variant → bytes that the first run
-        took at its peak, those for its results left out.
+        took at its peak, those for its results left out (None for a control, or where the system does not tell).
         """
-        self.works.clear()
-        gc.collect()
+        self.clear()
         case = Case.parse(name)
         inputs = case.inputs() if self.peer.needs_inputs else case.shapes()
         answers: dict[str, Any] = {}
@@ -107,7 +106,8 @@ class Session:
                 work = build(inputs, self.threads)
                 before = memory_mark()
                 result = work.run()
-                memory[variant] = None if before is None else _status("VmHWM") - before - case.written_bytes
+                unknown = before is None or self.peer.control
+                memory[variant] = None if unknown else _status("VmHWM") - (before or 0) - case.written_bytes
                 answer = work.answer(result) if work.answer else ()
                 answers[variant] = [float(np.linalg.norm(np.ravel(part).astype(np.float64))) for part in answer]
                 del result, answer
@@ -115,6 +115,11 @@ class Session:
             except Exception as error:  # whatever a peer raises is a result
                 answers[variant] = f"{type(error).__name__}: {error}"
         return {"answers": answers, "memory": memory}
+
+    def clear(self) -> None:
+        """Let go of the case's arrays."""
+        self.works.clear()
+        gc.collect()
 
     def time(self, variants: list[str], seconds: float) -> dict[str, float]:
         return {variant: measure(self.works[variant], seconds) for variant in variants}
