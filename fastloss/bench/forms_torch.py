@@ -143,7 +143,7 @@ def _of_rows(job: Callable[..., Any], rows: Any) -> Callable[..., Any]:
 
 def _compile(job: Any) -> Any:
     # A copy of the code: the number of compilations for one code object is limited, and there is one for each shape.
-    fresh = types.FunctionType(job.__code__.replace(), job.__globals__, job.__name__, None, job.__closure__)
+    fresh = types.FunctionType(job.__code__.replace(), job.__globals__, job.__name__, job.__defaults__, job.__closure__)
     return torch.compile(fresh, fullgraph=True, dynamic=False)
 
 

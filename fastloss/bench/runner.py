@@ -332,11 +332,6 @@ def print_setting(facts: dict[str, Any], chosen: Sequence[Peer], absent: dict[st
         print(f"absent: {name}: {reason}")
 
 
-def failed(results: Sequence[dict[str, Any]]) -> bool:
-    """Whether a peer, or a control, failed or gave another answer than the others."""
-    return any(row["problems"] for result in results for row in (*result["controls"], *result["rows"]))
-
-
 def main(cases: Sequence[Case], names: Sequence[str] | None, settings: Settings, path: Path | None) -> int:
     """Time, print, and write; 1 if a peer failed."""
     chosen, absent = choose(names)
@@ -351,4 +346,4 @@ def main(cases: Sequence[Case], names: Sequence[str] | None, settings: Settings,
         content = {"machine": facts, "settings": asdict(settings), "absent": absent, "cases": results}
         with replacing(path) as file:
             file.write(json.dumps(content, indent=1).encode())
-    return int(failed(results))
+    return int(any(row["problems"] for result in results for row in (*result["controls"], *result["rows"])))

@@ -274,7 +274,10 @@ class Run:
 def main(
     name: str, items: Sequence[Item], names: Sequence[str] | None, settings: Settings, quick: bool, folder: Path
 ) -> int:
-    """Run a suite, print its tables, and write results.json, the pictures and report.html; 1 if a peer failed."""
+    """Run a suite, print its tables, and write results.json, the pictures and report.html; 1 if fastloss failed.
+
+    What went wrong with a peer is part of the report: some are far off in float16, or in sums over many classes.
+    """
     report.check()
     chosen, absent = runner.choose((OURS, *(WITH_COMPILER if names is None else names)))
     facts = runner.machine()
@@ -291,4 +294,6 @@ def main(
     report.write(content, folder)
     checks = [check for entry in entries for check in entry["checks"] if check["met"] is not None]
     print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")
-    return int(runner.failed(entries))
+    ours = (row for entry in entries for row in entry["rows"] if row["peer"] == OURS)
+    controls = (row for entry in entries for row in entry["controls"])
+    return int(any(row["problems"] for row in (*ours, *controls)))
