@@ -382,31 +382,51 @@ def test_bars(bar, figure, met):
     assert bar.met(figure) is met
 
 
-def test_a_miss_is_measured_again_before_it_counts(capsys):
-    first = _result(4.0, [("copy", 2.0)], {"numpy": 12.0, "torch": 9.0})
-    second = _result(3.0, [("copy", 2.0)], {"torch": 6.0})
-    item = Item("Loss", Case("softmax", 65536, 10), ("numpy", "torch"), (Bar("floor", 1.6), Bar("best", 2.5)))
+def _measured(results, *bars):
+    """The entry of an item whose measurements give these results, and the peers asked each time."""
+    item = Item("Loss", Case("softmax", 65536, 10), ("numpy", "torch"), bars)
     run = suite.Run([item], [peers.table()[name] for name in item.peers], None, None)
     asked = []
 
     def measure(item, names):
         asked.append(list(names))
-        return first if len(asked) == 1 else second
+        return results[len(asked) - 1]
 
     run.measure = measure
     (entry,) = run.all()
+    return entry, asked
+
+
+def test_a_miss_is_measured_again_before_it_counts(capsys):
+    first = _result(4.0, [("copy", 2.0)], {"numpy": 12.0, "torch": 9.0})
+    second = _result(4.0, [("copy", 2.2)], {"torch": 8.0})
+    entry, asked = _measured([first, second], Bar("floor", 1.6), Bar("best", 2.5), Bar("µs", 5000))
     assert asked == [["numpy", "torch"], ["torch"]]  # again with those alone that the missed bars take
-    assert [check["figures"] for check in entry["checks"]] == [[2.0, 1.5], [2.25, 2.0]]
-    assert [check["met"] for check in entry["checks"]] == [True, False]
+    assert [check["figures"] for check in entry["checks"]] == [[2.0, 4 / 2.2], [2.25, 2.0], [4000.0]]
+    assert [check["met"] for check in entry["checks"]] == [False, False, True]
+    assert entry["again"] == [second]
     assert "best 2.25, again 2 (at least 2.5): missed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("third", "met"), [(3.0, True), (4.0, False)])
+def test_where_two_measurements_do_not_agree_a_third_decides(third, met, capsys):
+    results = [_result(ms, [("copy", 2.0)]) for ms in (4.0, 3.0, third)]
+    entry, asked = _measured(results, Bar("floor", 1.6), Bar("µs", 100))
+    assert asked == [["numpy", "torch"], [], []]
+    assert [check["met"] for check in entry["checks"]] == [met, False]
+    verdict = f"floor 2, again 1.5, again {third / 2:.3g} (at most 1.6): {'met' if met else 'missed'}"
+    assert verdict in capsys.readouterr().out
+
+
+def test_a_measurement_that_fails_takes_nothing_back():
+    entry, _ = _measured([_result(4.0, [("copy", 2.0)]), _result(4.0)], Bar("floor", 1.6))
+    assert (entry["checks"][0]["figures"], entry["checks"][0]["met"]) == ([2.0], False)
+
+
 def test_what_is_met_is_not_measured_again():
-    item = Item("Loss", Case("softmax", 65536, 10), (), (Bar("floor", 2.0),))
-    run = suite.Run([item], [], None, None)
-    run.measure = lambda item, names: _result(4.0, [("copy", 2.0)])
-    (entry,) = run.all()
-    assert entry["again"] is None
+    entry, asked = _measured([_result(4.0, [("copy", 2.0)])], Bar("floor", 2.0))
+    assert len(asked) == 1
+    assert entry["again"] == []
 
 
 def test_a_point_of_the_sweep_that_falls_off_is_marked():
@@ -486,9 +506,9 @@ def test_the_whole_suite_at_tiny_shapes(tmp_path, capsys):
 
 def test_a_page_without_pictures_and_with_failures(tmp_path):
     """Without the compiled controls there are no ceilings to draw."""
-    bad = _result(4.0, section="Loss", checks=[], again=None, best=None)
+    bad = _result(4.0, section="Loss", checks=[], again=[], best=None)
     bad["rows"][0]["problems"] = ["a <b>: failed"]
-    left = _result(4.0, section="Loss", checks=[], again=None, best=None, left_out="too large")
+    left = _result(4.0, section="Loss", checks=[], again=[], best=None, left_out="too large")
     content = {
         "suite": "cpu", "quick": False, "machine": runner.machine(), "absent": {"jax": "jax is not installed"},
         "settings": {"rounds": 5, "threads": 2}, "cases": [bad, left],

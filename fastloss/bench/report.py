@@ -70,7 +70,7 @@ def heading(section: str) -> str:
 
 
 def line(entry: Mapping[str, Any]) -> str:
-    """A case in a line, and in further lines the bars that it missed and what failed."""
+    """A case in a line, and in further lines the bars that it missed, at first or at last, and what failed."""
     if entry["left_out"]:
         return f"  {entry['case']:<40}left out: {entry['left_out']}"
     c = cells(entry)
@@ -78,7 +78,7 @@ def line(entry: Mapping[str, Any]) -> str:
     state = "MISSED" if missed else "met" if any(check["met"] for check in entry["checks"]) else "–"
     numbers = f"{c['ms']:>9}{c['floor']:>9}{c['to_floor']:>9}  {c['best']:<14}{c['to_best']:>6}"
     lines = [f"  {c['case']:<40}{numbers}  {state}"]
-    lines += [f"  {'':<6}{verdict(check)}" for check in missed]
+    lines += [f"  {'':<6}{verdict(check)}" for check in entry["checks"] if check in missed or len(check["figures"]) > 1]
     lines += [
         f"  {'':<6}{row['peer']} failed: {problem}"
         for row in (*entry["controls"], *entry["rows"])
