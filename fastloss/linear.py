@@ -12,6 +12,7 @@ from fastloss._checks import Array
 from fastloss.losses import Loss
 from fastloss.penalties import Penalty
 
+FOLD_VALUES = 1 << 18  # of W, converted at a time
 TINY_WEIGHT = 1e-20  # of picked rows beside the others: their products would be lost in float32
 
 
@@ -47,7 +48,8 @@ class LinearObjective:
     reduction : {"mean", "sum"}
         With w the applied weights: Σ w ℓ / Σ w over the rows, or Σ w ℓ.
     shift, scale : array (D,), optional
-        The features are taken as `(X − shift) / scale`, folded into W and b; X itself stays as it is.
+        The features are taken as `(X − shift) / scale`; X itself stays as it is. The scale is folded into W; the
+        shift is subtracted from features as they are loaded, so that large means cost no digits.
     chunk_rows : int, optional
         With many classes rows are handled in chunks of this many, which bounds memory; the default is a good one.
     backend, n_threads
@@ -114,6 +116,19 @@ class LinearObjective:
         if self._scale is not None and not self._scale.all():
             position = int(np.argmin(self._scale != 0))
             raise ValueError(f"scale[{position}] is 0; the features are divided by it")
+        #: Subtracted from the features as they are loaded, in the compute type: what is left of large means is exact.
+        self.centre: Array | None = None
+        self._rest: Array | None = None  # of the shift, beyond the centre's precision
+        if self._shift is not None:
+            with np.errstate(over="ignore"):
+                self.centre = self._shift.astype(self.dtype)
+            if not np.isfinite(self.centre).all():
+                position = int(np.argmin(np.isfinite(self.centre)))
+                raise ValueError(
+                    f"shift[{position}] is {self._shift[position]}, too large for {self.dtype}, which X is computed in"
+                )
+            rest = self._shift - self.centre
+            self._rest = rest if rest.any() else None
 
     def check_weights(self, W: object, ndim: int = 2, name: str = "W") -> Array:
         """W, checked; and, once for each number of classes, the targets and the row multipliers that go with it."""
@@ -151,24 +166,37 @@ class LinearObjective:
         return picked, self.weights.total(len(self.X), picked)
 
     def fold_in(self, W: Array) -> tuple[Array, Array | None]:
-        """W and b for the features as they are, in the compute type, shift and scale folded in."""
-        if self._shift is None and self._scale is None:
+        """W and b for the features less `centre`, in the compute type: scale and the rest of the shift folded in."""
+        if self._rest is None and self._scale is None:
             W = W.astype(self.dtype, copy=False)
             return (W[..., :-1], W[..., -1]) if self.bias else (W, None)
-        weights = (W[..., :-1] if self.bias else W).astype(np.float64)
-        b = W[..., -1].astype(np.float64) if self.bias else np.zeros(W.shape[:-1])
-        if self._scale is not None:
-            weights = weights / self._scale
-        if self._shift is not None:
-            b = b - (weights * self._shift).sum(axis=-1)  # not by BLAS, whose bits may depend on threads
-        return weights.astype(self.dtype), b.astype(self.dtype)
+        given = W.reshape(-1, W.shape[-1])
+        weights = np.empty((len(given), self.X.shape[1]), self.dtype)
+        b = given[:, -1].astype(np.float64) if self.bias else np.zeros(len(given))
+        for part in self._some_classes(len(given)):
+            some = self.penalised(given)[part].astype(np.float64)
+            if self._scale is not None:
+                some /= self._scale
+            if self._rest is not None:
+                b[part] -= (some * self._rest).sum(axis=-1)  # not by BLAS, whose bits may depend on threads
+            weights[part] = some
+        folded_b = b.astype(self.dtype).reshape(W.shape[:-1]) if self.bias or self._rest is not None else None
+        return weights.reshape(*W.shape[:-1], -1), folded_b
 
-    def _fold_out(self, dW: Array, db: Array) -> None:
-        """The gradient for W as given, in place of that for the folded W."""
-        if self._shift is not None:
-            dW -= np.multiply.outer(db, self._shift)
-        if self._scale is not None:
-            dW /= self._scale
+    def _fold_out(self, dW: Array, db: Array | None, out: Array) -> None:
+        """The gradient for W as given into `out` (C, D), which may be dW, from that for the folded W."""
+        for part in self._some_classes(len(dW)):
+            some = dW[part].astype(np.float64)
+            if self._rest is not None:
+                assert db is not None
+                some -= np.multiply.outer(db[part], self._rest)
+            if self._scale is not None:
+                some /= self._scale
+            out[part] = some
+
+    def _some_classes(self, n: int) -> list[slice]:
+        """Parts of n rows of weights, for temporary copies in float64."""
+        return blocks.cut(n, max(1, FOLD_VALUES // max(1, self.X.shape[1])))
 
     def _data(self, W: Array, rows: object, grad: Array | None) -> float:
         """Value of the loss without the penalty; its gradient into `grad` (C, D + 1)."""
@@ -179,26 +207,24 @@ class LinearObjective:
             folded, total = folded.magnified(total)
         weights, b = self.fold_in(W)
         dW = db = None
-        direct = grad is not None and grad.dtype == self.dtype and self._shift is None and self._scale is None
         if grad is not None:
-            if direct:
-                dW, db = (grad[:, :-1], grad[:, -1]) if self.bias else (grad, None)
-            else:
-                dW, db = np.empty(weights.shape, self.dtype), np.empty(len(weights), self.dtype)
+            # In the compute type gradients are written where they belong, and folded out in place.
+            direct = grad.dtype == self.dtype
+            dW = self.penalised(grad) if direct else np.empty(weights.shape, self.dtype)
+            if self.bias and direct:
+                db = grad[:, -1]
+            elif self.bias or self._rest is not None:
+                db = np.empty(len(weights), self.dtype)
         scale = folded.scale(self.reduction, total)
         value = backend.linear_rows(
-            self.loss, self.X, picked, weights, b, self.targets, folded.multiplier, scale, dW, db, None, None,
-            self.chunk_rows, threads.resolve(self.n_threads),
+            self.loss, self.X, picked, self.centre, weights, b, self.targets, folded.multiplier, scale, dW, db, None,
+            None, self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
-        if grad is not None and not direct:
-            assert dW is not None
-            assert db is not None
-            dW, db = dW.astype(np.float64), db.astype(np.float64)
-            self._fold_out(dW, db)
-            if self.bias:
-                grad[:, :-1], grad[:, -1] = dW, db
-            else:
-                grad[...] = dW
+        if grad is not None and dW is not None:
+            if not direct or self._rest is not None or self._scale is not None:
+                self._fold_out(dW, db, self.penalised(grad))
+            if self.bias and not direct:
+                grad[:, -1] = db
         return folded.reduce(value, self.reduction, total)
 
     def _gradient_out(self, W: Array, out: Array | None) -> Array:
@@ -251,9 +277,10 @@ class LinearObjective:
         stack = self.check_weights(W_stack, ndim=3, name="W_stack")
         backend = self.choose_backend("gradient")
         weights, b = self.fold_in(stack)
+        flat, flat_b = weights.reshape(-1, self.X.shape[1]), None if b is None else b.ravel()
         sums = blocks.values(
-            backend, self.loss, self.X, weights, b, self.targets, self.weights.multiplier, self.chunk_rows,
-            threads.resolve(self.n_threads),
+            backend, self.loss, self.X, self.centre, flat, flat_b, len(stack), self.targets, self.weights.multiplier,
+            self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         values = np.array([self.weights.reduce(float(v), self.reduction, self._total) for v in sums])
         if self.penalty is not None:
@@ -279,12 +306,13 @@ class LinearObjective:
         picked, total = self._rows(rows, backend)
         (weights, b), (along, along_b) = self.fold_in(array), self.fold_in(direction)
         HW, Hb = blocks.hvp(
-            backend, self.loss, self.X, picked, weights, b, along, along_b, self.targets, self.weights.multiplier,
-            self.chunk_rows, threads.resolve(self.n_threads),
+            backend, self.loss, self.X, picked, self.centre, weights, b, along, along_b, self.targets,
+            self.weights.multiplier, self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
         scale = self.weights.scale(self.reduction, total)
         HW, Hb = HW * scale, Hb * scale
-        self._fold_out(HW, Hb)
+        if self._rest is not None or self._scale is not None:
+            self._fold_out(HW, Hb, HW)
         if self.penalty is not None and self.penalty.by == "gradient":
             HW += self.penalty.value_and_grad(self.penalised(direction))[1]
         product = np.concatenate([HW, Hb[:, None]], axis=1) if self.bias else HW
@@ -400,7 +428,8 @@ def linear_value_and_grad(
     like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
     row_loss = np.empty(n, dtype) if reduction == "none" else None
-    common = (loss, features, None, weights.astype(dtype, copy=False), None if bias is None else bias.astype(dtype), y)
+    weights, bias = weights.astype(dtype, copy=False), None if bias is None else bias.astype(dtype)
+    common = (loss, features, None, None, weights, bias, y)
     gradients = (found.get("W"), found.get("b"), found.get("X"))
     if isinstance(factor, np.ndarray):
         value = chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)

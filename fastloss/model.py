@@ -53,10 +53,17 @@ def _score(X: Array, W: Array, b: Array | None, prepare: Callable[[Array], Array
         workers.run(some_rows, chunks)
 
 
-def predict(X: Array, W: Array, b: Array | None) -> Array:
-    """The class of highest score `X Wᵀ + b` for each row, the lowest at a tie: array (N,); X is converted by chunks."""
+def predict(X: Array, W: Array, b: Array | None, centre: Array | None = None) -> Array:
+    """The class of highest score `(X − centre) Wᵀ + b` for each row, the lowest at a tie: array (N,); X is converted by
+    chunks.
+    """
     found = np.empty(len(X), np.intp)
-    _score(X, W, b, lambda rows: rows.astype(W.dtype, copy=False), found)
+
+    def prepare(rows: Array) -> Array:
+        rows = rows.astype(W.dtype, copy=False)
+        return rows if centre is None else rows - centre
+
+    _score(X, W, b, prepare, found)
     return found
 
 

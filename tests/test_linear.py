@@ -1,6 +1,7 @@
 """The linear objective and the fused linear layer: against plain NumPy, differences, SciPy and scikit-learn."""
 
 import math
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -298,6 +299,45 @@ def test_shift_and_scale_stand_for_standardised_features(backend, bias, use, c):
         np.testing.assert_allclose(folded.hessp(W, V), plain.hessp(W, V), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.uint8], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("c", [5, 70])
+def test_features_with_means_of_1000_standard_deviations(backend, kind, bias, c):
+    """As accurate as standardised features: the truth is in float64, W is what the objective is given."""
+    rng = np.random.default_rng(c)
+    normal, wide = rng.standard_normal((300, 23)), np.dtype(kind) == np.float64
+    if kind is np.uint8:
+        X = np.clip(np.round(rng.uniform(50, 250, 23) + 0.25 * normal), 0, 255).astype(kind)
+    elif kind is np.float16:
+        X = (rng.uniform(1024, 2048, 23) + normal).astype(kind)
+    else:
+        X = ((rng.choice([-1000, 1000], 23) + normal) * 10.0 ** rng.uniform(-3, 3, 23)).astype(kind)
+    shift, scale = X.mean(axis=0, dtype=np.float64), X.astype(float).std(axis=0)
+    scale[scale == 0] = 1
+    y, W = rng.integers(0, c, 300), rng.standard_normal((c, 23 + bias)).astype(np.float64 if wide else np.float32) / 3
+    V, exact = W[::-1], W.astype(float)
+    loss, rows, more = fl.Softmax(), rng.integers(0, 300, 80), {"shift": shift, "scale": scale, "bias": bias}
+    objective = fl.LinearObjective(loss, X, y, backend=backend, **more)
+    truth = fl.LinearObjective(loss, (X.astype(float) - shift) / scale, y, bias=bias, backend="reference")
+    eps = float(np.finfo(W.dtype).eps)
+    for picked in (None, rows):
+        (value, grad), (expected, expected_grad) = (
+            objective.value_and_grad(W, rows=picked),
+            truth.value_and_grad(exact, rows=picked),
+        )
+        assert value == pytest.approx(expected, rel=2 * eps)
+        np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=16 * eps * np.abs(expected_grad).max())
+    np.testing.assert_allclose(objective.values(np.stack([W, V])), truth.values(np.stack([exact, V])), rtol=2 * eps)
+    product = fl.LinearObjective(loss, X, y, backend="reference", **more).hessp(W, V)
+    expected = truth.hessp(exact, V.astype(float))
+    np.testing.assert_allclose(product, expected, rtol=0, atol=16 * eps * np.abs(expected).max())
+
+
+def test_shift_beyond_the_compute_type():
+    with pytest.raises(ValueError, match=r"shift\[1\] is 1e\+300, too large for float32"):
+        fl.LinearObjective(fl.Softmax(), np.ones((3, 2), np.float32), [0, 1, 0], shift=[0, 1e300])
+
+
 @pytest.mark.parametrize("penalty", [fl.L2(0.3), fl.L1(0.2), fl.ElasticNet(0.2, beta=3.0), fl.MaxNorm(0.5)], ids=repr)
 @pytest.mark.parametrize("bias", [True, False])
 def test_penalties_are_added_and_spare_the_bias(backend, penalty, bias):
@@ -479,6 +519,81 @@ def test_linear_layer(backend, dtype, n, d, c, chunk_rows):
             for name, grad in grads.items():
                 assert grad.dtype == dtype
                 assert_close(grad, {"W": dW, "b": db, "X": dX}[name], dtype, 5 / n, (name, wrt))
+
+
+@pytest.mark.parametrize(("n", "d", "c"), [(5000, 6, 70), (20, 5, 5000), (4500, 300, 66), (40, 2000, 1500)])
+def test_linear_layer_of_products_in_several_parts(backend, dtype, n, d, c):
+    """Long sums in parts of their own, several blocks of classes and of features; features of other types too."""
+    X, W, y = problem(n, d, c, np.uint8)
+    b, W, X = W[:, -1].astype(dtype), W[:, :-1].astype(dtype), X.astype(dtype)
+    expected, dW, db, dX = oracle(fl.Softmax(), X, W, b, y)
+    eps = float(np.finfo(dtype).eps)
+    for features in (X, X.astype(np.uint8) if dtype is np.float32 else X.astype(np.int16)):
+        value, grads = fl.linear_value_and_grad(fl.Softmax(), features, W, y, b, backend=backend)
+        assert value == pytest.approx(expected, rel=1000 * eps)
+        assert_close(grads["W"], dW, dtype, 255)
+        assert_close(grads["b"], db, dtype, 1)
+        assert_close(grads["X"], dX, dtype, np.abs(W).max())
+
+
+@pytest.mark.parametrize(("n", "d", "c"), [(300, 40, 2000), (100, 30, 200)])
+def test_gradients_that_are_not_asked_for_cost_no_product(compiled, monkeypatch, n, d, c):
+    X, W, y = problem(n, d, c)
+    seen, matmul = [], np.matmul
+
+    def counted(left, right, out):
+        seen.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return matmul(left, right, out=out)
+
+    monkeypatch.setattr(np, "matmul", counted)
+    for wrt, products in (((), 1), (("b",), 1), (("W", "b"), 2), (("X",), 2), (("W", "b", "X"), 3)):
+        seen.clear()
+        fl.linear_value_and_grad(fl.Softmax(), X, W[:, :-1], y, wrt=wrt, backend=compiled)
+        assert sum(seen) == products * n * d * c, wrt
+
+
+@pytest.mark.parametrize(("n", "d", "c"), [(4000, 8, 8192), (400, 8, 100_000), (500_000, 2, 100)])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.uint8], ids=lambda kind: kind.__name__)
+def test_memory_of_many_classes(n, d, c, kind):
+    """The scores alone would take at least 130 MB."""
+    X, y = np.random.default_rng(0).integers(0, 9, (n, d)).astype(kind), np.arange(n) % c
+    W, b = np.zeros((c, d), np.float64 if kind is np.float64 else np.float32), np.zeros(c)
+    tracemalloc.start()
+    try:
+        value, grads = fl.linear_value_and_grad(fl.Softmax(), X, W, y, b, n_threads=2)
+        _, peak = tracemalloc.get_traced_memory()
+        objective = fl.LinearObjective(fl.Softmax(), X, y, n_threads=2, scale=np.full(d, 2.0), shift=np.ones(d))
+        stack = np.zeros((2, c, d + 1), W.dtype)
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        values = objective.values(stack)
+        _, peak_of_values = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert value == pytest.approx(math.log(c))
+    np.testing.assert_allclose(values, math.log(c))
+    assert peak - sum(grad.nbytes for grad in grads.values()) < 64e6
+    assert peak_of_values - before < 64e6
+
+
+@pytest.mark.parametrize("layout", ["F order", "every second column", "uint8", "picked"])
+def test_features_are_never_converted_as_a_whole(layout):
+    X = np.zeros(
+        (300_000, 64), np.uint8 if layout == "uint8" else np.float32, order="F" if layout == "F order" else "C"
+    )
+    X = np.zeros((300_000, 128), np.float32)[:, ::2] if layout == "every second column" else X
+    objective = fl.LinearObjective(fl.Softmax(), X, np.zeros(len(X), np.uint8), shift=np.ones(64), n_threads=2)
+    plain = fl.LinearObjective(fl.Softmax(), X, np.zeros(len(X), np.uint8), n_threads=2)
+    W, rows = np.zeros((70, 65), np.float32), np.arange(len(X), dtype=np.int32) if layout == "picked" else None
+    tracemalloc.start()
+    try:
+        for some in (objective, plain):
+            some.value_and_grad(W, rows=rows)
+            some.values(W[None])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 48e6 < 4 * X.size
 
 
 @pytest.mark.parametrize("c", [10, 130])

@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_info
 
 import fastloss as fl
-from fastloss import threads
+from fastloss import blocks, threads
 from tests.conftest import BACKENDS, COMPILED
 
 THREADS = (1, 2, 3, 5)
@@ -25,6 +25,11 @@ def forking(test):
     for warning in FORK_WARNINGS:
         test = pytest.mark.filterwarnings(warning)(test)
     return test
+
+
+@pytest.fixture(autouse=True)
+def _threads_for_small_problems_too(monkeypatch):
+    monkeypatch.setattr(blocks, "SMALL", 0)
 
 
 # Several segments each, the last a short one, and work for several threads.
@@ -41,6 +46,8 @@ LINEAR = {
     "long rows": (300, 1100, 10),
     "many classes": (1500, 40, 70),
     "most": (300, 20, 1100),
+    "long sums": (5000, 10, 66),
+    "few rows": (40, 6, 5000),
 }
 
 
@@ -424,6 +431,78 @@ def test_blas_gets_its_threads_back_after_concurrent_calls():
             for other in others:
                 other.result()
         assert blas_threads() == before
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_inside_a_call_blas_has_one_thread_and_no_more_of_ours_than_asked_for(n_threads):
+    before, running = blas_threads(), threading.active_count()
+    with blocks.Workers(n_threads) as workers:
+        seen = workers.run(lambda part: (blas_threads(), threading.active_count()), list(range(20)))
+    for numbers, active in seen:
+        assert set(numbers) == {1}
+        assert active <= running + n_threads - 1
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_blas_gets_its_threads_back_after_an_error(n_threads, error):
+    before, done = blas_threads(), []
+
+    def task(part):
+        if part == 4:
+            raise error
+        done.append(part)
+
+    with pytest.raises(error), blocks.Workers(n_threads) as workers:
+        workers.run(task, list(range(1000)))
+    assert blas_threads() == before
+    assert len(done) < 1000, "what was left is not begun"
+
+
+class Library:
+    """A BLAS, with a number of threads for the process, or one for each thread."""
+
+    def __init__(self, per_thread):
+        self.kept = threading.local() if per_thread else type("", (), {})()
+
+    def get_num_threads(self):
+        return getattr(self.kept, "number", 8)
+
+    def set_num_threads(self, number):
+        self.kept.number = number
+
+
+def test_numbers_of_each_thread_and_of_the_process_are_put_back():
+    """Two callers at a time; the first to begin is the first to end."""
+    shared, own = Library(False), Library(True)
+    assert not blocks.has_number_of_each_thread(shared)
+    assert blocks.has_number_of_each_thread(own)
+    switch = blocks.BlasSwitch()
+    switch._libraries = ([shared], [own])
+    began, ended, found = threading.Event(), threading.Event(), []
+
+    def second():
+        own.set_num_threads(3)
+        with switch():
+            found.append((shared.get_num_threads(), own.get_num_threads()))
+            began.set()
+            ended.wait(10)
+            found.append((shared.get_num_threads(), own.get_num_threads()))
+        found.append((shared.get_num_threads(), own.get_num_threads()))
+
+    shared.set_num_threads(6)
+    own.set_num_threads(5)
+    thread = threading.Thread(target=second)
+    with switch():
+        thread.start()
+        assert began.wait(10)
+        assert (shared.get_num_threads(), own.get_num_threads()) == (1, 1)
+    assert (shared.get_num_threads(), own.get_num_threads()) == (1, 5), "another call is under way"
+    ended.set()
+    thread.join()
+    assert found == [(1, 1), (1, 1), (6, 3)]
+    assert (shared.get_num_threads(), own.get_num_threads()) == (6, 5)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])

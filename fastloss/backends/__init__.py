@@ -73,13 +73,15 @@ class Backend:
         raise NotImplementedError
 
     def linear_rows(
-        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        self, loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
-        """The same for scores X Wᵀ + b, of all rows of X or of `rows`; gradients into those of dW, db, dX given.
+        """The same for scores (X − centre) Wᵀ + b, of all rows of X or of `rows`; gradients into those of dW, db, dX
+        given.
 
-        X is of any real type and not converted as a whole. targets and multiplier belong to X, not to `rows`.
+        X is of any real type and not converted as a whole; `centre` (D,) is subtracted from its rows in the compute
+        type, that of W, as they are loaded. targets and multiplier belong to X, not to `rows`.
         """
         raise NotImplementedError
 

@@ -117,7 +117,7 @@ class CythonBackend(Backend):
         return value
 
     def linear_rows(
-        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        self, loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
@@ -126,12 +126,14 @@ class CythonBackend(Backend):
             and W.nbytes <= PANEL_BYTES
             and (kernels := self._kernels[X.dtype]) is not None
             and X.flags.aligned
+            and centre is None  # the fused kernels do not subtract it yet
             and dX is None
         )
         if not fused:
             return blocks.linear_rows(
-                self, loss, X, rows, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
-            )
+                self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows,
+                n_threads,
+            )  # fmt: skip
         value: float = kernels.linear_rows(
             row_options(loss), bits(X), rows, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )

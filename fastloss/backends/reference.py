@@ -249,7 +249,7 @@ class ReferenceBackend(Backend):
 
     @np.errstate(all="ignore")
     def linear_rows(
-        self, loss: Any, X: Array, rows: Array | None, W: Array, b: Array | None, targets: Array,
+        self, loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
@@ -258,6 +258,8 @@ class ReferenceBackend(Backend):
             multiplier = None if multiplier is None else multiplier[rows]
         live = live_rows(multiplier)
         features = X[live].astype(W.dtype, copy=False)
+        if centre is not None:
+            features = features - centre
         scores = features @ W.T if b is None else features @ W.T + b
         gradient = np.empty_like(scores)
         losses = None if row_loss is None else np.empty_like(row_loss[live])

@@ -154,7 +154,7 @@ def _validation(objective: LinearObjective, validation: object, n_classes: int) 
 
 def _accuracy(objective: LinearObjective, W: Array, X: Array, targets: Array) -> float:
     weights, b = objective.fold_in(W)
-    hit = predict(X, weights, b) == (targets.argmax(axis=1) if targets.ndim == 2 else targets)
+    hit = predict(X, weights, b, objective.centre) == (targets.argmax(axis=1) if targets.ndim == 2 else targets)
     if targets.ndim == 1 and objective.loss.ignore_index is not None:
         hit = hit[targets != objective.loss.ignore_index]
     return float(hit.mean()) if hit.size else math.nan
