@@ -39,7 +39,7 @@ cdef inline vec multiply_add_chains(vec x, vec y) noexcept nogil:
 
 cdef inline vec control_pass(Control what, const real *p, real *q, Py_ssize_t n, vec factor) noexcept nogil:
     """Once over n vectors; `what` is a constant here."""
-    cdef vec a = vset(0), b = vset(0), c = vset(0), d = vset(0)
+    cdef vec a = vset(0), b = vset(0), c = vset(0), d = vset(0), rest
     cdef Py_ssize_t k, whole = n // 4 * 4 if what == READ else 0
     for k in range(0, whole, 4):  # four sums: one would be a chain of waiting additions
         a, b = add(a, vload(p + k * LANES)), add(b, vload(p + (k + 1) * LANES))
@@ -49,8 +49,8 @@ cdef inline vec control_pass(Control what, const real *p, real *q, Py_ssize_t n,
         elif what == STREAM: vstream(q + k * LANES, vload(p + k * LANES))
         elif what == PASS: vstore(q + k * LANES, mul(vload(q + k * LANES), factor))
         elif what == READ: a = add(a, vload(p + k * LANES))
-        elif what == EXP: a = add(a, vexp(vload(p + k * LANES)))
-        else: a = add(a, vlog(vload(p + k * LANES)))
+        elif what == EXP: a = add(a, vexp(vload(p + k * LANES), c))
+        else: a = add(a, vlog(vload(p + k * LANES), c, c, &rest))
     if what == STREAM:
         streamed()
     return add(add(a, b), add(c, d))
