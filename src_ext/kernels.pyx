@@ -18,7 +18,7 @@ from cpython.buffer cimport (
 from cython.parallel cimport prange
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 cdef extern from "simd.h" nogil:
     ctypedef float real
@@ -74,8 +74,15 @@ cdef extern from "simd.h" nogil:
     vec transposed_max(const vec *, Py_ssize_t) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
-    void dot_panel(int, const real **, Py_ssize_t, Py_ssize_t, const real *, vec *, const char **, Py_ssize_t) noexcept
-    void outer_panel(int, bint, const real **, Py_ssize_t, const real *, real *, bint) noexcept
+    const int GROUP, AHEAD
+    ctypedef struct Ahead:
+        const char **at
+        Py_ssize_t step
+    vec fold_groups(const vec *) noexcept
+    void dot_panel(int, int, const stored **, const stored **, Py_ssize_t, Py_ssize_t, const real *, const real *, vec *,
+                   bint, const Ahead *) noexcept
+    void outer_panel(int, bint, const stored **, Py_ssize_t, const real *, const real *, real *, bint,
+                     const Ahead *) noexcept
     void add_products(double *, const real *, const real *) noexcept
     void prefetch(const void *) noexcept
     void prefetch_to_write(const void *) noexcept

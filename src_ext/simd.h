@@ -488,6 +488,43 @@ FL_INLINE void scatter_narrow(int width, stored *to, ptrdiff_t row_stride, ptrdi
 }
 #endif
 
+/* ---- sums over lanes of several vectors at once, in two steps, by shuffles within 128 bits and then of 128 bits ----
+ * fold_group: GROUP vectors, one a row, become one, in which each 128 bits hold a partial sum of each row. fold_groups: such
+ * vectors, of LANES rows, become the sums of the rows. */
+#define GROUP ((int)(16 / sizeof(real)))
+#ifdef __x86_64__
+#define FL_PAIR(a, b, type) \
+    ((vec)FL_PASTE(FL_PREFIX, unpacklo_##type)(a, b) + (vec)FL_PASTE(FL_PREFIX, unpackhi_##type)(a, b))
+#elif FASTLOSS_BITS == 32
+#define FL_PAIR_ps(a, b) (FL_SHUFFLE(a, b, 0, 4, 1, 5) + FL_SHUFFLE(a, b, 2, 6, 3, 7))
+#define FL_PAIR_pd(a, b) (FL_SHUFFLE((vec)a, (vec)b, 0, 1, 4, 5) + FL_SHUFFLE((vec)a, (vec)b, 2, 3, 6, 7))
+#define FL_PAIR(a, b, type) FL_PAIR_##type(a, b)
+#else
+#define FL_PAIR(a, b, type) (FL_SHUFFLE(a, b, 0, 2) + FL_SHUFFLE(a, b, 1, 3))
+#endif
+FL_INLINE vec fold_group(const vec *r) {
+#if FASTLOSS_BITS == 32
+    typedef double pairs __attribute__((vector_size(VBYTES)));
+    pairs a = (pairs)FL_PAIR(r[0], r[1], ps), b = (pairs)FL_PAIR(r[2], r[3], ps);
+    return FL_PAIR(a, b, pd);
+#else
+    return FL_PAIR(r[0], r[1], pd);
+#endif
+}
+FL_INLINE vec fold_groups(const vec *p) {
+#if VBYTES == 64
+#define FL_QUARTERS(a, b, which) ((vec)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), which))
+    vec a = FL_QUARTERS(p[0], p[1], 0x44) + FL_QUARTERS(p[0], p[1], 0xee);
+    vec b = FL_QUARTERS(p[2], p[3], 0x44) + FL_QUARTERS(p[2], p[3], 0xee);
+    return FL_QUARTERS(a, b, 0x88) + FL_QUARTERS(a, b, 0xdd);
+#elif VBYTES == 32
+    __m256 a = (__m256)p[0], b = (__m256)p[1];
+    return (vec)_mm256_permute2f128_ps(a, b, 0x20) + (vec)_mm256_permute2f128_ps(a, b, 0x31);
+#else
+    return p[0];
+#endif
+}
+
 /* n <= LANES columns of LANES rows, row-major at `from`, as n vectors TILE apart; and back. Rows from `rows` on are
  * taken as zeros, and not written. */
 FL_INLINE void gather_columns(const stored *from, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t n, real *to) {
@@ -676,51 +713,79 @@ FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {
 
 /* ---- the linear layer on panels ----
  * A panel holds a block of k classes (at most DOT_BLOCK of W, OUTER_BLOCK of dW): for each vector of LANES features, k
- * vectors, one a class.
+ * vectors, one a class. Both products ask for lines of later rows as they go, one for each few multiplications: asked for
+ * in a burst, lines are dropped, and each then costs a wait for memory.
  */
 FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
+FL_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
 FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
 
-/* sums[class][row] += x[row] . w[class], lane by lane, over n vectors of features, for ROWS rows and k classes. With each
- * vector of a row, `step` bytes of the row of the next tile are asked for (0: none). */
-#define FL_DOT(K)                                                                                          \
-    FL_INLINE void dot_##K(const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums,        \
-                           const char *const *next, ptrdiff_t step) {                                      \
-        const real *x0 = x[0] + at, *x1 = x[1] + at, *x2 = x[2] + at, *x3 = x[3] + at;                       \
-        vec a[K][ROWS];                                                                                    \
+/* Where a product finds what it asks for: at most AHEAD places, of which each advances by `step` bytes. */
+#define AHEAD 4
+typedef struct {
+    const char *at[AHEAD];
+    ptrdiff_t step;
+} Ahead;
+
+/* sums[class][group of rows] = or += x[row] . w[class], in partial sums (fold_group), over n vectors of features and,
+ * where there is one, the `last`, for ROWS rows and k classes; less the centre, unless it is NULL. `lines` places are
+ * asked for with each vector. */
+#define FL_DOT_STEP(K, X0, X1, X2, X3, V)                                                               \
+    {                                                                                                   \
+        vec f[ROWS] = {sload(X0), sload(X1), sload(X2), sload(X3)};                                     \
+        if (centre)                                                                                     \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) f[r] -= vload(centre + (V) * LANES); \
+        _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
+            vec weight = vload(w + ((V) * K + c) * LANES);                                              \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] += f[r] * weight;            \
+        }                                                                                               \
+    }
+#define FL_DOT(K)                                                                                           \
+    FL_INLINE void dot_##K(int lines, const stored *const *x, const stored *const *last, ptrdiff_t at,      \
+                           ptrdiff_t n, const real *centre, const real *w, vec *sums, int first,            \
+                           const Ahead *ahead) {                                                            \
+        const stored *x0 = x[0] + at, *x1 = x[1] + at, *x2 = x[2] + at, *x3 = x[3] + at;                    \
+        const char *next[AHEAD] = {ahead->at[0], ahead->at[1], ahead->at[2], ahead->at[3]};                 \
+        const ptrdiff_t step = ahead->step;                                                                 \
+        vec a[K][ROWS];                                                                                     \
         _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
-            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] = sums[c * TILE + r];           \
-        for (ptrdiff_t v = 0; v < n; v++) {                                                                \
-            vec f[ROWS] = {vload(x0 + v * LANES), vload(x1 + v * LANES), vload(x2 + v * LANES),            \
-                           vload(x3 + v * LANES)};                                                         \
-            if (step)                                                                                      \
-                _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) prefetch(next[r] + v * step);       \
-            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
-                vec weight = vload(w + (v * K + c) * LANES);                                               \
-                _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] += f[r] * weight;           \
-            }                                                                                              \
-        }                                                                                                  \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] = vset(0);                       \
+        for (ptrdiff_t v = 0; v < n; v++) {                                                                 \
+            _Pragma("GCC unroll 4") for (int i = 0; i < lines; i++) prefetch_near(next[i] + v * step);      \
+            FL_DOT_STEP(K, x0 + v * LANES, x1 + v * LANES, x2 + v * LANES, x3 + v * LANES, v)               \
+        }                                                                                                   \
+        if (last) FL_DOT_STEP(K, last[0], last[1], last[2], last[3], n)                                     \
         _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
-            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) sums[c * TILE + r] = a[c][r];           \
+            _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r += GROUP) {                                 \
+                vec *to = sums + (c * TILE + r) / GROUP, sum = fold_group(a[c] + r);                        \
+                *to = first ? sum : *to + sum;                                                              \
+            }                                                                                               \
     }
 
-/* dw[class] += Σ_row g[class][row] x[row], over one or two vectors of features, for TILE rows and k classes. */
-#define FL_OUTER(K, N)                                                                                     \
-    FL_INLINE void outer_##K##_##N(const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) { \
-        vec a[N][K];                                                                                       \
-        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
+/* dw[class] = or += the sum over rows of g[class][row] x[row], over one or two vectors of features, for TILE rows and k
+ * classes; less the centre, unless it is NULL. One place is asked for with each row. */
+#define FL_OUTER(K, N)                                                                                      \
+    FL_INLINE void outer_##K##_##N(const stored *const *x, ptrdiff_t at, const real *centre, const real *g, \
+                                   real *dw, int first, const Ahead *ahead) {                               \
+        const char *next = ahead->at[0];                                                                    \
+        const ptrdiff_t step = ahead->step;                                                                 \
+        vec a[N][K];                                                                                        \
+        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                 \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                            \
-                a[v][c] = first ? vset(0) : vload(dw + (v * K + c) * LANES);                               \
-        for (int r = 0; r < TILE; r++) {                                                                   \
-            const real *row = x[r] + at;                                                                   \
-            vec f[N];                                                                                      \
-            _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) f[v] = vload(row + v * LANES);             \
+                a[v][c] = first ? vset(0) : vload(dw + (v * K + c) * LANES);                                \
+        _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++) {                                           \
+            vec f[N];                                                                                       \
+            _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) {                                           \
+                f[v] = sload(x[r] + at + v * LANES);                                                        \
+                if (centre) f[v] -= vload(centre + v * LANES);                                              \
+            }                                                                                               \
+            prefetch_near(next + r * step);                                                                 \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
-                vec factor = vset(g[c * TILE + r]);                                                        \
-                _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];              \
-            }                                                                                              \
-        }                                                                                                  \
-        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                \
+                vec factor = vset(g[c * TILE + r]);                                                         \
+                _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];               \
+            }                                                                                               \
+        }                                                                                                   \
+        _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                 \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) vstore(dw + (v * K + c) * LANES, a[v][c]); \
     }
 
@@ -733,9 +798,20 @@ FL_OUTER(7, 1) FL_OUTER(8, 1) FL_OUTER(9, 1) FL_OUTER(10, 1) FL_OUTER(11, 1) FL_
 FL_OUTER(7, 2) FL_OUTER(8, 2) FL_OUTER(9, 2) FL_OUTER(10, 2) FL_OUTER(11, 2) FL_OUTER(12, 2)
 #endif
 
-static inline void dot_panel(int k, const real *const *x, ptrdiff_t at, ptrdiff_t n, const real *w, vec *sums,
-                             const char *const *next, ptrdiff_t step) {
-#define FL_CASE(K) case K: dot_##K(x, at, n, w, sums, next, step); break;
+/* lines: 1, 2 or AHEAD */
+static inline void dot_panel(int k, int lines, const stored *const *x, const stored *const *last, ptrdiff_t at, ptrdiff_t n,
+                             const real *centre, const real *w, vec *sums, int first, const Ahead *ahead) {
+#define FL_LINES(K, LINES)                                                              \
+    {                                                                                   \
+        if (centre) dot_##K(LINES, x, last, at, n, centre, w, sums, first, ahead);      \
+        else dot_##K(LINES, x, last, at, n, NULL, w, sums, first, ahead);               \
+    }
+#define FL_CASE(K)                         \
+    case K:                                \
+        if (lines == 1) FL_LINES(K, 1)     \
+        else if (lines == 2) FL_LINES(K, 2)\
+        else FL_LINES(K, AHEAD)            \
+        break;
     switch (k) {
     FL_CASE(1) FL_CASE(2) FL_CASE(3)
 #if DOT_BLOCK > 3
@@ -743,9 +819,20 @@ static inline void dot_panel(int k, const real *const *x, ptrdiff_t at, ptrdiff_
 #endif
     }
 #undef FL_CASE
+#undef FL_LINES
 }
-static inline void outer_panel(int k, int two, const real *const *x, ptrdiff_t at, const real *g, real *dw, int first) {
-#define FL_CASE(K) case K: two ? outer_##K##_2(x, at, g, dw, first) : outer_##K##_1(x, at, g, dw, first); break;
+static inline void outer_panel(int k, int two, const stored *const *x, ptrdiff_t at, const real *centre, const real *g,
+                               real *dw, int first, const Ahead *ahead) {
+#define FL_VECTORS(K, N)                                                        \
+    {                                                                           \
+        if (centre) outer_##K##_##N(x, at, centre, g, dw, first, ahead);        \
+        else outer_##K##_##N(x, at, NULL, g, dw, first, ahead);                 \
+    }
+#define FL_CASE(K)                \
+    case K:                       \
+        if (two) FL_VECTORS(K, 2) \
+        else FL_VECTORS(K, 1)     \
+        break;
     switch (k) {
     FL_CASE(1) FL_CASE(2) FL_CASE(3) FL_CASE(4) FL_CASE(5) FL_CASE(6)
 #if OUTER_BLOCK > 6
@@ -753,6 +840,7 @@ static inline void outer_panel(int k, int two, const real *const *x, ptrdiff_t a
 #endif
     }
 #undef FL_CASE
+#undef FL_VECTORS
 }
 
 #endif

@@ -135,7 +135,7 @@ class CythonBackend(Backend):
                 n_threads,
             )  # fmt: skip
         value: float = kernels.linear_rows(
-            row_options(loss), bits(X), rows, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+            row_options(loss), bits(X), rows, None, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )
         return value
 
