@@ -226,6 +226,12 @@ FL_INLINE vec raw_widen(raw v) { return v; }
 FL_INLINE raw raw_narrow(vec v) { return v; }
 #endif
 #else
+#if FL_STORED == FL_U8
+#define FL_STORED_BITS 8
+#else
+#define FL_STORED_BITS 16
+#endif
+#define FL_PACKED_BYTES (VBYTES * FL_STORED_BITS / 32)
 typedef stored packed __attribute__((vector_size(LANES * sizeof(stored))));
 FL_INLINE vec widen(packed p) {
 #if FL_STORED == FL_F16 && defined(FL_MASK_REGISTERS)
@@ -233,7 +239,20 @@ FL_INLINE vec widen(packed p) {
 #elif FL_STORED == FL_F16 && defined(__F16C__)
     return (vec)_mm256_cvtph_ps((__m128i)p);
 #else
+#ifdef __SSE4_1__ /* what __builtin_convertvector means; GCC 12 moves bytes one by one */
+#if FL_PACKED_BYTES == 32
+    const __m256i all = (__m256i)p;
+#elif FL_PACKED_BYTES == 16
+    const __m128i all = (__m128i)p;
+#elif FL_PACKED_BYTES == 8
+    const __m128i all = _mm_cvtsi64_si128((long long)p);
+#else
+    const __m128i all = _mm_cvtsi32_si128((int)p);
+#endif
+    ivec bits = (ivec)FL_PASTE(FL_PREFIX, FL_PASTE(cvtepu, FL_PASTE(FL_STORED_BITS, _epi32)))(all);
+#else
     ivec bits = __builtin_convertvector(p, ivec);
+#endif
 #if FL_STORED == FL_U8
     return __builtin_convertvector(bits, vec);
 #elif FL_STORED == FL_BF16
