@@ -239,7 +239,7 @@ FL_INLINE vec widen(packed p) {
 #elif FL_STORED == FL_F16 && defined(__F16C__)
     return (vec)_mm256_cvtph_ps((__m128i)p);
 #else
-#ifdef __SSE4_1__ /* what __builtin_convertvector means; GCC 12 moves bytes one by one */
+#if defined(__x86_64__) && defined(__SSE4_1__) /* what __builtin_convertvector means; GCC 12 moves bytes one by one */
 #if FL_PACKED_BYTES == 32
     const __m256i all = (__m256i)p;
 #elif FL_PACKED_BYTES == 16
