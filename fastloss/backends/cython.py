@@ -126,7 +126,6 @@ class CythonBackend(Backend):
             and W.nbytes <= PANEL_BYTES
             and (kernels := self._kernels[X.dtype]) is not None
             and X.flags.aligned
-            and centre is None  # the fused kernels do not subtract it yet
             and dX is None
         )
         if not fused:
@@ -135,7 +134,7 @@ class CythonBackend(Backend):
                 n_threads,
             )  # fmt: skip
         value: float = kernels.linear_rows(
-            row_options(loss), bits(X), rows, None, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+            row_options(loss), bits(X), rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )
         return value
 
