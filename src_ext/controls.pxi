@@ -7,19 +7,6 @@
 #   exp, log        the kernels' own functions of the source, added up; the source is to fit into the cache
 #   multiply-add    12 chains of them in registers, 4096 steps each, of source[0] and source[1]
 
-cdef extern from *:
-    """
-    #ifdef __x86_64__
-    #define FL_STREAM(p, v) VOP(stream)(p, v)
-    #define FL_STREAMED() _mm_sfence()
-    #else
-    #define FL_STREAM(p, v) vstore(p, v)
-    #define FL_STREAMED() (void)0
-    #endif
-    """
-    void vstream "FL_STREAM" (real *, vec) noexcept nogil
-    void streamed "FL_STREAMED" () noexcept nogil
-
 cdef enum Control:
     COPY, STREAM, PASS, READ, EXP, LOG, MULTIPLY_ADD
 

@@ -2,10 +2,13 @@
 #
 # Traffic: each score is read from memory once and each gradient written once, as long as a row (or, for few classes, a
 # tile of 16 rows) fits in cache. Rows of few classes, or whose classes are not contiguous, go through a transposed tile.
+# A store to memory that is not in cache reads it first. So a large gradient that is not in place is held in scratch, a
+# group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
     FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
+    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
@@ -21,7 +24,8 @@ cdef struct ScoresPass:
     Py_ssize_t row_loss_stride
     Py_ssize_t segment
     bint laned
-    char *scratch  # for each thread: a transposed tile, or what is kept of a group
+    bint streams  # the gradient goes past the caches
+    char *scratch  # for each thread: transposed tiles, or what is kept of a group, and its gradient if it streams
     Py_ssize_t scratch_size
     double *partial
 
@@ -248,7 +252,10 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
     cdef Py_ssize_t c = s.scores.columns, g, v
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
+    cdef Py_ssize_t stride = s.grad.row_stride
     cdef int i
+    if grad and s.streams:
+        dst, stride = held_rows(scratch, c), c
     for i in range(n, TILE):
         top[i] = first[i] = second[i] = end
     memset(m, 0, sizeof(m))
@@ -267,9 +274,9 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
         first[i] = second[i] = end
         if mult[i] == 0:
             continue
-        w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride if grad else NULL,
-                     kept_row(s, grad, dst, scratch, i), c, y[i])
-        w.src_ahead, w.dst_ahead = ahead * s.scores.row_stride, ahead * s.grad.row_stride
+        w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
+                     kept_row(grad, dst + i * stride, scratch, c, i), c, y[i])
+        w.src_ahead, w.dst_ahead = ahead * s.scores.row_stride, 0 if s.streams else ahead * stride
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
@@ -284,19 +291,26 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
         if mult[i] == 0:
             losses[i] = 0
             if grad:
-                memset(dst + i * s.grad.row_stride, 0, c * sizeof(stored))
+                memset(dst + i * stride, 0, c * sizeof(stored))
         elif grad:
-            w = walk_row(src + i * s.scores.row_stride, dst + i * s.grad.row_stride,
-                         kept_row(s, grad, dst, scratch, i), c, y[i])
+            w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
+                         kept_row(grad, dst + i * stride, scratch, c, i), c, y[i])
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             close_rows(ROWED, o, &w, &state, last[i])
+    if grad and s.streams:
+        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored))
 
 
-cdef inline real *kept_row(const ScoresPass *s, bint grad, stored *dst, real *scratch, int i) noexcept nogil:
+cdef inline real *kept_row(bint grad, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:
     """Where the numbers of row i of a group are kept between its walks: the gradient's place, if it is of their type."""
     if not grad:
         return NULL
-    return <real *> (dst + i * s.grad.row_stride) if STORED_IS_REAL else scratch + i * s.scores.columns
+    return <real *> dst if STORED_IS_REAL else scratch + i * columns
+
+
+cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
+    """Where the gradient of a group is held before it streams."""
+    return <stored *> (scratch if STORED_IS_REAL else scratch + columns * group_rows(columns))
 
 
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -339,6 +353,8 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
     s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
+    if s.streams:
+        streamed()
     restore_mode(mode)
 
 
@@ -353,6 +369,9 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
     s.laned = is_laned(&s.scores, &s.grad)
+    s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
+                 and s.grad.row_stride == s.grad.columns
+                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > STREAM_BYTES)
     if s.scores.rows == 0:
         return 0
     s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.laned else 1)
@@ -364,8 +383,8 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
         s.scratch_size = batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
-    elif s.grad.raw != NULL and keeps(&s.options) and not STORED_IS_REAL:
-        s.scratch_size = s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
+    elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL):
+        s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
     if s.scratch_size:
         s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)

@@ -735,6 +735,21 @@ FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {
  * vectors, one a class. Both products ask for lines of later rows as they go, one for each few multiplications: asked for
  * in a burst, lines are dropped, and each then costs a wait for memory.
  */
+/* Stores that go past the caches, to multiples of VBYTES; `streamed` ends them, before another thread may look. */
+#ifdef __x86_64__
+FL_INLINE void vstream(real *p, vec v) { VOP(stream)(p, v); }
+FL_INLINE void streamed(void) { _mm_sfence(); }
+#else
+FL_INLINE void vstream(real *p, vec v) { vstore(p, v); }
+FL_INLINE void streamed(void) {}
+#endif
+FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n) {
+    ptrdiff_t k = (ptrdiff_t)(-(uintptr_t)to % 64);
+    k = k < n ? k : n;
+    memcpy(to, from, (size_t)k);
+    for (; k + VBYTES <= n; k += VBYTES) vstream((real *)(to + k), vload((const real *)(from + k)));
+    memcpy(to + k, from + k, (size_t)(n - k));
+}
 FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 FL_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
 FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
