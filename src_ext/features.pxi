@@ -17,6 +17,7 @@ cdef enum:
     STRETCH_BYTES = 2048  # of a row of W, at most
     SIDE_BY_SIDE = 2  # blocks of W whose stretch stays in L1 while rows pass by
     LEAD = 64  # pieces, at most
+    PARTS = 8  # of a piece, one for each call of the second product
     SEGMENT_ROWS = 64  # at least, so that writing and adding up a segment's sums costs little beside its rows
 
 cdef struct LinearPass:
@@ -29,7 +30,7 @@ cdef struct LinearPass:
     const real *multiplier
     Options options
     Py_ssize_t classes, dot_blocks, outer_blocks
-    int lines  # pieces fetched together during the first product
+    int lines  # pieces fetched together during the first product: more than one, so that memory answers side by side
     double lead, dot_rate, outer_rate  # pieces ahead when a tile begins; to be fetched with each call of the products
     real *W  # panels
     real *bias
@@ -128,16 +129,18 @@ cdef inline const Ahead *fetch_some(const LinearPass *p, Fetcher *f) noexcept no
     return &f.ahead
 
 
-cdef inline const Ahead *fetch_half(const LinearPass *p, Fetcher *f, bint second) noexcept nogil:
-    """What the next call of the second product fetches: one half of a piece and then the other, or nothing yet."""
-    cdef Py_ssize_t half = p.stretch * LANES * sizeof(stored) // 2
+cdef inline const Ahead *fetch_part(const LinearPass *p, Fetcher *f, Py_ssize_t part) noexcept nogil:
+    """What the next call of the second product fetches: a part of AHEAD pieces, or nothing yet."""
+    cdef Py_ssize_t size = p.stretch * LANES * sizeof(stored) // PARTS
     cdef bint now = f.cursor < f.due
+    cdef int i
     f.due += p.outer_rate
     if not now:
         return &f.none
-    f.ahead.at[0] = <const char *> piece(p, f, f.cursor) + second * half
-    f.ahead.step = (half + TILE - 1) // TILE
-    f.cursor += second
+    for i in range(AHEAD):
+        f.ahead.at[i] = <const char *> piece(p, f, f.cursor + i) + part * size
+    f.ahead.step = size * AHEAD // TILE
+    f.cursor += AHEAD if part == PARTS - 1 else 0
     return &f.ahead
 
 
@@ -180,7 +183,7 @@ cdef void accumulate(const LinearPass *p, const stored **x, const stored **last,
     while at < p.vectors:
         two = at + 2 <= whole
         rows = x if at < whole else last
-        ahead = fetch_half(p, f, at // 2 % 2)
+        ahead = fetch_part(p, f, at // 2 % PARTS)
         for b in range(p.outer_blocks):
             c = block_start(p, p.outer_blocks, b)
             size = block_start(p, p.outer_blocks, b + 1) - c
@@ -221,7 +224,7 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         last[r] = ends + r * LANES
     for r in range(AHEAD):
         f.none.at[r] = <const char *> p.zeros
-    f.none.step, f.cursor, f.due = 0, 0, p.lead
+    f.none.step, f.cursor, f.due = 0, TILE, p.lead  # the first stretch is read at once: too late for its pieces
     next_tile(p, &cursor, stop, t)
     while t.n:
         next_tile(p, &cursor, stop, following)
@@ -315,7 +318,7 @@ cdef void plan_fetches(LinearPass *p) noexcept nogil:
     """
     cdef double all = p.stretches * TILE, end
     cdef Py_ssize_t calls = p.dot_blocks * (TILE // ROWS) * p.stretches
-    p.lines = 4 if p.dot_blocks == 1 else 2 if p.dot_blocks < 4 else 1
+    p.lines = 4 if p.dot_blocks == 1 else 2
     p.lead = min(all, <double> (LEAD if p.grad else TILE))
     end = max(p.lead + all / 2, all + min(all, <double> LEAD) / 4) if p.grad else p.lead + all
     p.dot_rate = (end - p.lead) / max(calls, <Py_ssize_t> 1)

@@ -797,11 +797,11 @@ typedef struct {
     }
 
 /* dw[class] = or += the sum over rows of g[class][row] x[row], over one or two vectors of features, for TILE rows and k
- * classes; less the centre, unless it is NULL. One place is asked for with each row. */
+ * classes; less the centre, unless it is NULL. With each row one place is asked for, in turn. */
 #define FL_OUTER(K, N)                                                                                      \
     FL_INLINE void outer_##K##_##N(const stored *const *x, ptrdiff_t at, const real *centre, const real *g, \
                                    real *dw, int first, const Ahead *ahead) {                               \
-        const char *next = ahead->at[0];                                                                    \
+        const char *next[AHEAD] = {ahead->at[0], ahead->at[1], ahead->at[2], ahead->at[3]};                 \
         const ptrdiff_t step = ahead->step;                                                                 \
         vec a[N][K];                                                                                        \
         _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                 \
@@ -813,7 +813,7 @@ typedef struct {
                 f[v] = sload(x[r] + at + v * LANES);                                                        \
                 if (centre) f[v] -= vload(centre + v * LANES);                                              \
             }                                                                                               \
-            prefetch_near(next + r * step);                                                                 \
+            prefetch_near(next[r % AHEAD] + r / AHEAD * step);                                              \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
                 vec factor = vset(g[c * TILE + r]);                                                         \
                 _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];               \
