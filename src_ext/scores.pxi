@@ -12,7 +12,8 @@ cdef enum:
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
-    GROUP_BYTES = 24576  # of rows that are walked over together
+    GROUP_ROWS = 32  # that are walked over together, at most,
+    GROUP_BYTES = 24576  # and what they take
 
 cdef struct ScoresPass:
     Matrix scores, grad
@@ -229,22 +230,24 @@ cdef inline double fold_doubles(double *sums) noexcept nogil:
     return total
 
 
-cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, int n, Py_ssize_t ahead,
-                              const lane_int *y, const real *mult, real *scratch, real *losses) noexcept nogil:
-    """Row losses, and gradients, of n <= TILE rows that are contiguous; both 0 where the multiplier is 0.
+cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresPass *s, Py_ssize_t start, int n,
+                                   Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
+                                   real *losses) noexcept nogil:
+    """Row losses, and gradients, of n <= GROUP_ROWS rows that are contiguous; both 0 where the multiplier is 0.
 
     A walk is over all rows of the group before the next begins, so that no row waits for what is folded of it.
     """
-    cdef const Options *o = &s.options
+    cdef Options own = s.options
+    cdef const Options *o = &own
     # Of each row, over its lanes; and what comes of that, one number a row.
-    cdef vec top[16]
-    cdef vec first[16]
-    cdef vec second[16]
-    cdef vec last[16]
-    cdef real m[16]
-    cdef real target[16]
-    cdef real a[16]
-    cdef real b[16]
+    cdef vec top[32]
+    cdef vec first[32]
+    cdef vec second[32]
+    cdef vec last[32]
+    cdef real m[32]
+    cdef real target[32]
+    cdef real a[32]
+    cdef real b[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
@@ -254,9 +257,10 @@ cdef inline void group_losses(const ScoresPass *s, bint grad, Py_ssize_t start, 
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef Py_ssize_t stride = s.grad.row_stride
     cdef int i
+    own.kind, own.power = kind, power
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
-    for i in range(n, TILE):
+    for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = end
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
@@ -313,13 +317,41 @@ cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
     return <stored *> (scratch if STORED_IS_REAL else scratch + columns * group_rows(columns))
 
 
+cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t ahead, const lane_int *y,
+                       const real *mult, real *scratch, real *losses) noexcept nogil:
+    cdef const Options *o = &s.options
+    cdef bint grad = s.grad.raw != NULL
+    if o.kind == SOFTMAX and grad:
+        group_losses_case(SOFTMAX, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == SOFTMAX:
+        group_losses_case(SOFTMAX, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE and o.power == 1 and grad:
+        group_losses_case(HINGE, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE and o.power == 1:
+        group_losses_case(HINGE, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE and grad:
+        group_losses_case(HINGE, 2, True, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE:
+        group_losses_case(HINGE, 2, False, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE_MAX and grad:
+        group_losses_case(HINGE_MAX, o.power, True, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == HINGE_MAX:
+        group_losses_case(HINGE_MAX, o.power, False, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == PROBABILITIES:
+        group_losses_case(PROBABILITIES, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+    elif o.kind == LOG_PROBABILITIES:
+        group_losses_case(LOG_PROBABILITIES, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+    else:
+        group_losses_case(LOG_SUM, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+
+
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
     """The same, by groups of rows."""
     cdef Py_ssize_t row, t, group = group_rows(s.scores.columns)
     cdef int n, i
-    cdef lane_int y[16]
-    cdef real mult[16]
-    cdef real losses[16]
+    cdef lane_int y[32]
+    cdef real mult[32]
+    cdef real losses[32]
     cdef double sums[16]
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
@@ -327,24 +359,22 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     for t in range((stop - start + group - 1) // group):
         row = start + t * group
         n = <int> min(group, stop - row)
-        tile_multipliers(s.multiplier, row, n, TILE, mult)
+        tile_multipliers(s.multiplier, row, n, GROUP_ROWS, mult)
         convert(&s.targets, row, n, y)
-        if s.grad.raw != NULL:
-            group_losses(s, True, row, n, group, y, mult, scratch, losses)
-        else:
-            group_losses(s, False, row, n, group, y, mult, scratch, losses)
-        for i in range(n, TILE):
+        group_losses(s, row, n, group, y, mult, scratch, losses)
+        for i in range(n, GROUP_ROWS):
             losses[i] = 0
         if s.row_loss != NULL:
             for i in range(n):
                 s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
-        add_products(sums, losses, mult)
+        for i in range((n + TILE - 1) // TILE):
+            add_products(sums, losses + i * TILE, mult + i * TILE)
     return fold_doubles(sums)
 
 
 cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
     """Rows of a group: as many as stay in L1 between their walks."""
-    return max(<Py_ssize_t> 1, min(<Py_ssize_t> TILE, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
+    return max(<Py_ssize_t> 1, min(<Py_ssize_t> GROUP_ROWS, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
 
 
 cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:

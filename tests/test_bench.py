@@ -559,3 +559,9 @@ def test_controls_refuse_what_they_cannot_do():
             control("copy", source, target, 1, 1)
     with pytest.raises(ValueError, match="n_threads is 0; it must be from 1 to 64"):
         control("copy", array, array, 1, 0)
+
+
+def test_options_without_meaning_for_the_accuracy_suite_are_refused(capsys):
+    for options in (["--quick"], ["--peers", "numpy"], ["--rounds", "2"], ["--cases", "softmax-3x4"], ["--out", "x"]):
+        assert cli.main(["bench", "--suite", "accuracy", *options]) == 2
+        assert f"{options[0]} has no meaning with --suite accuracy" in capsys.readouterr().err

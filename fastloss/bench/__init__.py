@@ -64,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [name for name, peer in peers.table().items() if not peer.control]
     parser.add_argument("--quick", action="store_true", help="few cases and small ones, in short rounds")
     parser.add_argument(
-        "--suite", choices=("cpu",), help="all that the project holds itself to, against bars, with a report in --out"
-    )
+        "--suite", choices=("cpu", "accuracy"),
+        help="cpu: all that the project holds itself to, against bars, with a report in --out; accuracy: worst errors "
+        "of softmax beside its peers', in units in the last place",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=_new_folder, metavar="FOLDER",
         help="with --suite: where results.json, the pictures and report.html go (default: out)",
@@ -93,8 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `fastloss bench` with parsed arguments; 1 if a peer failed or gave another answer than the others."""
-    from fastloss.bench import runner, suite
+    from fastloss.bench import accuracy, runner, suite
 
+    if args.suite == "accuracy":
+        for option in ("quick", "cases", "peers", "rounds", "out"):
+            if getattr(args, option):
+                raise ValueError(f"--{option} has no meaning with --suite accuracy")
+        return accuracy.main(args.json)
     for option, of_suite in (("json", False), ("out", True)):
         if getattr(args, option) is not None and of_suite != (args.suite is not None):
             raise ValueError(f"--{option} has no meaning {'without' if of_suite else 'with'} --suite")

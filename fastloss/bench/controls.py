@@ -1,7 +1,7 @@
 """The controls: what the machine can do at most, which the cases are compared with.
 
-They are given `Case.shapes`, not inputs, and make arrays of their own. Threads are woken once for many passes over a
-small array, or waking them would be what is measured.
+They are given `Case.shapes`, not inputs, and make arrays of their own. A copy, pass or read is a call like any other,
+whose threads are woken for it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _memory(control: str, n_bytes: Callable[[Inputs], int]) -> dict[str, Builder
         def build(inputs: Inputs, threads: int) -> Work:
             source = ones(n_bytes(inputs))
             target = ones(source.nbytes) if control != "read" else source
-            run, repeats = kernels().control, max(1, 2**24 // source.nbytes)
-            return Work(lambda: run(way, source, target, repeats, threads), None, repeats)
+            run = kernels().control
+            return Work(lambda: run(way, source, target, 1, threads), None)
 
         return build
 
@@ -64,16 +64,14 @@ def _memory(control: str, n_bytes: Callable[[Inputs], int]) -> dict[str, Builder
         target = np.empty_like(source)
         bounds = [len(source) * k // threads for k in range(threads + 1)]
         parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        repeats = max(1, 2**24 // source.nbytes)
 
         def job(part: slice) -> None:
-            for _ in range(repeats):
-                if control == "read":
-                    np.dot(source[part], source[part])
-                else:
-                    np.copyto(target[part], source[part])
+            if control == "read":
+                np.dot(source[part], source[part])
+            else:
+                np.copyto(target[part], source[part])
 
-        return Work(lambda: list(pool(threads).map(job, parts)), None, repeats)
+        return Work(lambda: list(pool(threads).map(job, parts)), None)
 
     return {way: compiled(way) for way in ways} | ({} if control == "pass" else {"NumPy, in threads": by_numpy})
 
