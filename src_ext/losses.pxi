@@ -47,14 +47,16 @@ cdef struct Walk:
     Py_ssize_t vectors
     Py_ssize_t classes
     Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
-    Py_ssize_t src_ahead, dst_ahead  # numbers from a row to that which is walked over a group later (ROWED)
+    const stored *ahead  # scores that come next, asked for `ahead_step` numbers further with each vector (ROWED)
+    Py_ssize_t ahead_step
+    Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
-    w.target_block = w.src_ahead = w.dst_ahead = 0
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead = NULL, 0, 0, 0
     return w
 
 
@@ -62,7 +64,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.src_ahead = w.dst_ahead = 0
+    w.ahead, w.ahead_step, w.dst_ahead = src, 0, 0
     return w
 
 
@@ -119,7 +121,7 @@ cdef inline real *kept(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
 cdef inline void fetch_ahead(int layout, bint writes, const Walk *w, Py_ssize_t k) noexcept nogil:
     """Ask for what is walked over next, while this is computed with."""
     if layout == ROWED:
-        prefetch(w.src + w.src_ahead + k * LANES)
+        prefetch(w.ahead + k * w.ahead_step)
         if writes:
             prefetch_to_write(w.dst + w.dst_ahead + k * LANES)
 

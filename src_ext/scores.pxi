@@ -6,7 +6,7 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    FEW = 3  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
+    FEW = 2  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
 
     STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
@@ -256,6 +256,9 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef Py_ssize_t stride = s.grad.row_stride
+    # The next group's scores are asked for during the first walk; half of them with the stores, if those are many.
+    cdef const stored *next = src + ahead * s.scores.row_stride
+    cdef bint halves = s.streams and s.scores.row_stride == c
     cdef int i
     own.kind, own.power = kind, power
     if grad and s.streams:
@@ -280,7 +283,8 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
             continue
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
                      kept_row(grad, dst + i * stride, scratch, c, i), c, y[i])
-        w.src_ahead, w.dst_ahead = ahead * s.scores.row_stride, 0 if s.streams else ahead * stride
+        w.ahead, w.ahead_step = next + (i * c // 2 if halves else i * s.scores.row_stride), LANES // 2 if halves else LANES
+        w.dst_ahead = 0 if s.streams else ahead * stride
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
@@ -302,7 +306,8 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             close_rows(ROWED, o, &w, &state, last[i])
     if grad and s.streams:
-        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored))
+        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored),
+                     <char *> (next + n * c // 2) if halves else NULL)
 
 
 cdef inline real *kept_row(bint grad, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:

@@ -743,16 +743,20 @@ FL_INLINE void streamed(void) { _mm_sfence(); }
 FL_INLINE void vstream(real *p, vec v) { vstore(p, v); }
 FL_INLINE void streamed(void) {}
 #endif
-FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n) {
-    ptrdiff_t k = (ptrdiff_t)(-(uintptr_t)to % 64);
-    k = k < n ? k : n;
-    memcpy(to, from, (size_t)k);
-    for (; k + VBYTES <= n; k += VBYTES) vstream((real *)(to + k), vload((const real *)(from + k)));
-    memcpy(to + k, from + k, (size_t)(n - k));
-}
 FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 FL_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
 FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
+/* n bytes past the caches; meanwhile half as many are asked for at `next` (NULL: none). */
+FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n, const char *next) {
+    ptrdiff_t k = (ptrdiff_t)(-(uintptr_t)to % 64);
+    k = k < n ? k : n;
+    memcpy(to, from, (size_t)k);
+    for (; k + VBYTES <= n; k += VBYTES) {
+        vstream((real *)(to + k), vload((const real *)(from + k)));
+        if (next) prefetch(next + k / 2);
+    }
+    memcpy(to + k, from + k, (size_t)(n - k));
+}
 
 /* Where a product finds what it asks for: at most AHEAD places, of which each advances by `step` bytes. */
 #define AHEAD 4
