@@ -419,6 +419,8 @@ def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
             p.ignored = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
         else:
             p.ignores = False  # no index of this type can be it
+    if p.indices.size <= SEGMENT_WORK:
+        return outside(&p.indices, p.stop, p.ignores, p.ignored)
     p.segment = max((p.indices.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
     segments = (p.indices.size + p.segment - 1) // p.segment
     with nogil:

@@ -174,7 +174,7 @@ def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: 
         return backend
     reasons: list[tuple[str, str]] = []
     for candidate in _AUTOMATIC:
-        found = _load(candidate)
+        found = _loaded.get(candidate) or _load(candidate)
         reason = found if isinstance(found, str) else found.why_not(verb, loss, dtype, needs)
         if reason is None:
             for passed, why in reasons:
