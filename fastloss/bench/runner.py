@@ -301,7 +301,10 @@ def machine() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return _info.collect() | {"cpus_usable": usable, "load_average_before": load, "date": now}
+    facts = _info.collect()
+    for library in facts["blas"]:
+        library["filepath"] = Path(library["filepath"]).name  # results are kept: no places of one machine
+    return facts | {"cpus_usable": usable, "load_average_before": load, "date": now}
 
 
 def _progress(text: str) -> None:
