@@ -385,21 +385,21 @@ FL_INLINE lane_int lane_least(ivec v) {
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
  */
-FL_INLINE void zip_round(vec r[LANES]) {
+FL_INLINE void zip_round(vec *r, int width) {
     vec t[LANES];
 #pragma GCC unroll 8
-    for (int k = 0; k < LANES / 2; k++) {
-        t[2 * k] = zip_low(r[k], r[k + LANES / 2]);
-        t[2 * k + 1] = zip_high(r[k], r[k + LANES / 2]);
+    for (int k = 0; k < width / 2; k++) {
+        t[2 * k] = zip_low(r[k], r[k + width / 2]);
+        t[2 * k + 1] = zip_high(r[k], r[k + width / 2]);
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < LANES; k++) r[k] = t[k];
+    for (int k = 0; k < width; k++) r[k] = t[k];
 }
 FL_INLINE void transpose(vec r[LANES]) {
-    zip_round(r);
-    if (LANES > 2) zip_round(r);
-    if (LANES > 4) zip_round(r);
-    if (LANES > 8) zip_round(r);
+    zip_round(r, LANES);
+    if (LANES > 2) zip_round(r, LANES);
+    if (LANES > 4) zip_round(r, LANES);
+    if (LANES > 8) zip_round(r, LANES);
 }
 
 /* Lane k of the result is the sum, or the maximum, of the lanes of p[k * stride]: the same rounds, which join what they
@@ -429,7 +429,7 @@ FL_FOLD(transposed_max, vmax(low, high))
 #define FL_EVENS 0, 2, 4, 6, 8, 10, 12, 14
 #define FL_ODDS 1, 3, 5, 7, 9, 11, 13, 15
 #endif
-FL_INLINE void unzip_some(vec *r, int width) {
+FL_INLINE void unzip_round(vec *r, int width) {
     vec t[LANES];
 #pragma GCC unroll 8
     for (int k = 0; k < width / 2; k++) {
@@ -439,17 +439,6 @@ FL_INLINE void unzip_some(vec *r, int width) {
 #pragma GCC unroll 16
     for (int k = 0; k < width; k++) r[k] = t[k];
 }
-FL_INLINE void zip_some(vec *r, int width) {
-    vec t[LANES];
-#pragma GCC unroll 8
-    for (int k = 0; k < width / 2; k++) {
-        t[2 * k] = zip_low(r[k], r[k + width / 2]);
-        t[2 * k + 1] = zip_high(r[k], r[k + width / 2]);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < width; k++) r[k] = t[k];
-}
-
 /* n <= width columns of LANES rows, where `width`, a power of two, is less than LANES: a vector holds LANES / width rows. */
 FL_INLINE void gather_narrow(int width, const stored *from, ptrdiff_t row_stride, ptrdiff_t n, real *to) {
     vec r[LANES];
@@ -472,9 +461,9 @@ FL_INLINE void gather_narrow(int width, const stored *from, ptrdiff_t row_stride
             r[k] = raw_widen(some);
         }
     }
-    unzip_some(r, width);
-    if (width > 2) unzip_some(r, width);
-    if (width > 4) unzip_some(r, width);
+    unzip_round(r, width);
+    if (width > 2) unzip_round(r, width);
+    if (width > 4) unzip_round(r, width);
 #pragma GCC unroll 8
     for (int k = 0; k < width; k++)
         if (k < n) vstore(to + k * TILE, r[k]);
@@ -485,9 +474,9 @@ FL_INLINE void scatter_narrow(int width, stored *to, ptrdiff_t row_stride, ptrdi
     const unsigned few = (1u << n) - 1u, every = ((1u << LANES) - 1u) / ((1u << width) - 1u);
 #pragma GCC unroll 8
     for (int k = 0; k < width; k++) r[k] = vload(from + (k < n ? k : 0) * TILE);
-    zip_some(r, width);
-    if (width > 2) zip_some(r, width);
-    if (width > 4) zip_some(r, width);
+    zip_round(r, width);
+    if (width > 2) zip_round(r, width);
+    if (width > 4) zip_round(r, width);
     if (row_stride == n && n == width) {
 #pragma GCC unroll 8
         for (int k = 0; k < width; k++) sstore(to + k * LANES, r[k]);
