@@ -103,7 +103,8 @@ class LinearObjective:
             backends.get(backend)
 
         y = checks.as_array(targets, "targets")
-        self.targets = checks.targets(y, n, y.shape[1] if y.ndim == 2 else 0).copy()
+        y = checks.targets(y, n, y.shape[1] if y.ndim == 2 else 0)
+        self.targets = y.astype(self.dtype) if y.ndim == 2 else y.copy()
         self.targets.flags.writeable = False
         if self.targets.ndim == 2:
             loss.check_probabilities()

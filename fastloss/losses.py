@@ -63,6 +63,14 @@ class Loss:
     def __hash__(self) -> int:
         return hash(self._key())
 
+    def converted(self, name: str, dtype: np.dtype[Any]) -> Array | None:
+        """An option that is an array, or None, in a dtype: converted once."""
+        kept: dict[tuple[str, np.dtype[Any]], Array | None] = self.__dict__.setdefault("_converted", {})
+        if (name, dtype) not in kept:
+            value = getattr(self, name)
+            kept[name, dtype] = None if value is None else np.ascontiguousarray(value, dtype)
+        return kept[name, dtype]
+
     def check_classes(self, n_classes: int) -> None:
         """Raise if an option does not fit scores of `n_classes` classes."""
         if self.class_weight is not None and self.class_weight.shape != (n_classes,):

@@ -27,6 +27,7 @@ cdef struct LinearPass:
     Py_ssize_t stretch, stretches  # vectors of a stretch
     bint staged  # rows go through a copy, contiguous and padded
     Indices rows, targets
+    Matrix probabilities
     const real *multiplier
     Options options
     Py_ssize_t classes, dot_blocks, outer_blocks
@@ -43,7 +44,7 @@ cdef struct LinearPass:
     char *partial  # for each segment: panels of dW, then db
     Py_ssize_t partial_size
     double *loss
-    char *scratch  # for each thread: sums, a tile of scores, a tile of db, the rows' last vectors, the staged rows
+    char *scratch  # for each thread: sums, tiles of scores, db and what goes with the rows, the rows' last vectors, the staged rows
     Py_ssize_t scratch_size
     Matrix dW, db
     real scale
@@ -54,6 +55,7 @@ cdef struct FeatureTile:
     Py_ssize_t place[16]  # positions in the order of the call
     const stored *row[16]
     lane_int y[16]
+    const real *more[16]
     real mult[16]
 
 
@@ -88,11 +90,13 @@ cdef void next_tile(const LinearPass *p, Py_ssize_t *cursor, Py_ssize_t stop, Fe
             t.place[t.n] = cursor[0]
             t.row[t.n] = <const stored *> (p.X + i * p.row_stride)
             t.mult[t.n] = m
+            t.y[t.n] = -1
             convert(&p.targets, i, 1, &t.y[t.n])
+            t.more[t.n] = row_more(&p.options, &p.probabilities, i, p.classes, t.y[t.n])
             t.n += 1
         cursor[0] += 1
     for k in range(t.n, TILE):
-        t.row[k], t.mult[k], t.y[k] = p.zeros, 0, 0
+        t.row[k], t.mult[k], t.y[k], t.more[k] = p.zeros, 0, 0, NULL
 
 
 cdef void stage(const LinearPass *p, FeatureTile *t, stored *rows) noexcept nogil:
@@ -201,7 +205,9 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef vec *sums = <vec *> (p.scratch + thread * p.scratch_size)
     cdef real *tile = <real *> (sums + c * (TILE // GROUP))
     cdef real *bias_sums = tile + c * TILE
-    cdef stored *ends = <stored *> (bias_sums + c * TILE)
+    cdef real *more = bias_sums + c * TILE
+    cdef stored *ends = <stored *> (more + c * TILE)
+    cdef bint has_more = p.options.probabilities or p.options.pairs != NULL
     cdef stored *staged = ends + TILE * LANES
     cdef real *dW = <real *> (p.partial + k * p.partial_size)
     cdef real *db = dW + c * p.vectors * LANES
@@ -235,7 +241,9 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
             for r in range(TILE):
                 memcpy(ends + r * LANES, t.row[r] + whole, (p.features - whole) * sizeof(stored))
         produce(p, t.row, last, sums, tile, &f)
-        tile_losses(&p.options, p.grad, tile, 1, c, t.y, t.mult, 1, t.n == TILE, losses)
+        if has_more:
+            load_more(t.more, c, more)
+        tile_losses(&p.options, p.grad, tile, 1, c, t.y, t.mult, 1, t.n == TILE, losses, more if has_more else NULL, NULL)
         add_products(total, losses, t.mult)
         if p.row_loss != NULL:
             for r in range(t.n):
@@ -347,7 +355,7 @@ def linear_rows(row_loss, X, rows, centre, W, b, targets, multiplier, double sca
     if view.itemsize != sizeof(stored) or view.format[0] != STORED_FORMAT:
         raise TypeError("features of another type than the kernel's")
     p.staged = p.feature_stride != sizeof(stored)
-    p.rows, p.targets = loan.indices(rows), loan.indices(targets)
+    p.rows = loan.indices(rows)
     if rows is not None:
         p.n = p.rows.size
     w, bias, middle = loan.matrix(W, False), loan.matrix(b, False), loan.matrix(centre, False)
@@ -357,7 +365,8 @@ def linear_rows(row_loss, X, rows, centre, W, b, targets, multiplier, double sca
     p.grad = dW is not None or db is not None
     p.row_loss, p.row_loss_stride = m.data, m.column_stride
     p.classes, p.scale = w.rows, <real> scale
-    read_options(&p.options, row_loss, p.classes)
+    read_options(&p.options, row_loss, loan, p.classes)
+    read_targets(loan, targets, &p.targets, &p.probabilities, &p.options)
     p.dot_blocks = (p.classes + DOT_BLOCK - 1) // DOT_BLOCK
     p.outer_blocks = (p.classes + OUTER_BLOCK - 1) // OUTER_BLOCK
     p.vectors = (p.features + LANES - 1) // LANES
@@ -376,7 +385,7 @@ def linear_rows(row_loss, X, rows, centre, W, b, targets, multiplier, double sca
     row_size = p.vectors * LANES * sizeof(real)
     panel_size = p.classes * row_size
     p.partial_size = (panel_size + p.classes * sizeof(real) + 63) // 64 * 64 if p.grad else 0
-    p.scratch_size = p.classes * TILE * (sizeof(vec) // GROUP + 2 * sizeof(real)) + TILE * LANES * sizeof(stored)
+    p.scratch_size = p.classes * TILE * (sizeof(vec) // GROUP + 3 * sizeof(real)) + TILE * LANES * sizeof(stored)
     p.scratch_size = (p.scratch_size + (TILE * row_size if p.staged else 0) + 127) // 64 * 64
     memory = <char *> malloc(64 + panel_size + 2 * row_size + p.classes * sizeof(real) + 64 + p.segments * p.partial_size
                              + n_threads * p.scratch_size)

@@ -66,14 +66,17 @@ cdef extern from "simd.h" nogil:
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept
     vec vlog(vec, vec, vec, vec *) noexcept
+    vec vtanh(vec, vec *) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
+    vec ivec_bits(ivec) noexcept
     lane_int lane_least(ivec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
     vec transposed_max(const vec *, Py_ssize_t) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
+    void gather_rows(const real **, Py_ssize_t, Py_ssize_t, real *) noexcept
     const int GROUP, AHEAD
     ctypedef struct Ahead:
         const char **at
@@ -188,7 +191,7 @@ cdef struct Indices:
 @cython.freelist(8)
 cdef class _Loan:
     """Buffers borrowed for one call and given back at its end."""
-    cdef Py_buffer views[10]
+    cdef Py_buffer views[12]
     cdef int used
 
     def __cinit__(self):
@@ -433,6 +436,7 @@ def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
 
 
 include "losses.pxi"
+include "general.pxi"
 include "scores.pxi"
 include "features.pxi"
 include "descent.pxi"

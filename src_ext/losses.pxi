@@ -26,6 +26,7 @@ cdef enum:
     PROBABILITIES = 3
     LOG_PROBABILITIES = 4
     LOG_SUM = 5
+    ARGMAX = 6
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -33,11 +34,17 @@ cdef struct Options:
     int power
     real margin
     real per_class  # 1, or 1 / C for over="mean"
-    # What the general form will read (map the scores, core, map the gradient back): until it is compiled, the backend
-    # refuses losses that set them.
-    real smoothing, z_loss, softcap, temperature
-    const real *class_weight
-    const real *pair_margins
+    # What the general form reads too (general.pxi).
+    bint general
+    real at_target, elsewhere  # u of the target and of other classes, before class weights
+    real z_loss
+    real softcap  # negative: none
+    real per_temperature
+    const real *class_weight  # NULL: all 1
+    bint probabilities  # u comes with the rows
+    bint entropy  # is wanted
+    const real *pairs  # margins, C of each target; NULL: `margin` for all
+    bint counts_target
 
 cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
@@ -51,20 +58,22 @@ cdef struct Walk:
     Py_ssize_t ahead_step
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
+    const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
 
 
-cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target) noexcept nogil:
+cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
-    w.ahead, w.target_block, w.ahead_step, w.dst_ahead = NULL, 0, 0, 0
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more = NULL, 0, 0, 0, more
     return w
 
 
-cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target) noexcept nogil:
+cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target,
+                          const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.ahead, w.ahead_step, w.dst_ahead = src, 0, 0
+    w.ahead, w.ahead_step, w.dst_ahead, w.more = src, 0, 0, more
     return w
 
 
@@ -170,6 +179,9 @@ cdef struct State:
     vec target  # the target's score
     vec a  # what the walks find
     vec b
+    vec c  # and in the general form
+    vec mark
+    vec more[4]
 
 
 cdef struct Sum:
@@ -323,22 +335,34 @@ cdef inline vec hinge_step(int layout, bint part, bint grad, int power, const Wa
     return active if power == 1 else mul(active, active)
 
 
+cdef inline vec target_term(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, ivec cls) noexcept nogil:
+    """max(0, Δ)^power in the target's lane, if the target counts."""
+    cdef vec zero = vset(0), m
+    if not o.general or not o.counts_target:
+        return zero
+    m = vmax(zero, margin_of(layout, part, o, w, k))
+    return choose(ieq(cls, w.target), m if o.power == 1 else mul(m, m), zero)
+
+
 cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
                             Py_ssize_t start, vec st, vec share, vec *pull) noexcept nogil:
     cdef vec loss = vset(0), some = vset(0), zero = vset(0), m
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        m = add(sub(fetch(layout, False, w, k, 0), st), vset(o.margin))
+        m = add(sub(fetch(layout, False, w, k, 0), st), margin_of(layout, False, o, w, k))
         if careful:
             m = choose(ieq(cls, w.target), zero, m)
-            cls = next_classes(layout, cls)
         fetch_ahead(layout, grad, w, k)
         loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
+        if careful:
+            loss = add(loss, target_term(layout, False, o, w, k, cls))
+            cls = next_classes(layout, cls)
     if careful and whole < stop:
-        m = add(sub(fetch(layout, True, w, whole, 0), st), vset(o.margin))
+        m = add(sub(fetch(layout, True, w, whole, 0), st), margin_of(layout, True, o, w, whole))
         m = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), zero, m)
         loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
+        loss = add(loss, target_term(layout, True, o, w, whole, cls))
     pull[0] = add(pull[0], some)
     return loss
 
@@ -364,39 +388,45 @@ cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept no
 # max(0, max_{j≠y} m_j)^power. The gradient goes to the lowest class that has the largest margin; in a row with NaN, to
 # the first NaN. The first walk finds the largest s_j − s_y of a wrong class and whether there is NaN; the second writes
 # zeros and finds the class.
-cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Walk *w, Py_ssize_t start, vec top,
-                                vec st, vec *bad) noexcept nogil:
+cdef inline vec distance(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, vec st) noexcept nogil:
+    """s_j − s_y of vector k; with margins of class pairs, plus the margin."""
+    cdef vec d = sub(fetch(layout, part, w, k, 0), st)
+    return add(d, margin_of(layout, part, o, w, k)) if o.general else d
+
+
+cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Options *o, const Walk *w, Py_ssize_t start,
+                                vec top, vec st, vec *bad) noexcept nogil:
     cdef vec d, low = vset(<real> -INFINITY), some = bad[0]
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        d = sub(fetch(layout, False, w, k, 0), st)
+        d = distance(layout, False, o, w, k, st)
         if careful:
             d = choose(ieq(cls, w.target), low, d)
             cls = next_classes(layout, cls)
         fetch_ahead(layout, grad, w, k)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     if careful and whole < stop:
-        d = sub(fetch(layout, True, w, whole, 0), st)
+        d = distance(layout, True, o, w, whole, st)
         d = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), low, d)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     bad[0] = some
     return top
 
 
-cdef inline void open_hinge_max(int layout, bint grad, const Walk *w, State *s) noexcept nogil:
+cdef inline void open_hinge_max(int layout, bint grad, const Options *o, const Walk *w, State *s) noexcept nogil:
     cdef vec top = vset(<real> -INFINITY), bad = vset(0)
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            top = block_hinge_max(layout, True, grad, w, start, top, s.target, &bad)
+            top = block_hinge_max(layout, True, grad, o, w, start, top, s.target, &bad)
         else:
-            top = block_hinge_max(layout, False, grad, w, start, top, s.target, &bad)
+            top = block_hinge_max(layout, False, grad, o, w, start, top, s.target, &bad)
     s.a, s.b = top, bad
 
 
 cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec zero = vset(0), m = add(s.a, vset(o.margin)), active, slope
+    cdef vec zero = vset(0), m = s.a if o.general else add(s.a, vset(o.margin)), active, slope
     m = choose(veq(s.b, zero), m, vset(<real> NAN))
     active = choose(vle(m, zero), zero, m)
     slope = choose(vlt(zero, m), vset(1), active) if o.power == 1 else mul(vset(2), active)
@@ -404,9 +434,10 @@ cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcep
     return active if o.power == 1 else mul(active, active)
 
 
-cdef inline mask is_top(const Options *o, vec x, vec st, vec top, mask bad) noexcept nogil:
-    """Lanes whose margin is `top`; where `bad`, lanes with NaN."""
-    cdef vec m = add(sub(x, st), vset(o.margin))
+cdef inline mask is_top(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, vec st, vec top,
+                        mask bad) noexcept nogil:
+    """Lanes of vector k whose margin is `top`; where `bad`, lanes with NaN."""
+    cdef vec m = add(sub(fetch(layout, part, w, k, 0), st), margin_of(layout, part, o, w, k))
     return mor(veq(m, top), mandnot(bad, veq(m, m)))
 
 
@@ -417,12 +448,12 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
     cdef lane_int least
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(whole):
-        wrong = mandnot(is_top(o, fetch(layout, False, w, k, 0), s.target, top, bad), ieq(cls, w.target))
+        wrong = mandnot(is_top(layout, False, o, w, k, s.target, top, bad), ieq(cls, w.target))
         found = imin(found, ichoose(wrong, cls, none))
         put(layout, False, w, k, zero)
         cls = next_classes(layout, cls)
     if whole < w.vectors:
-        wrong = mandnot(is_top(o, fetch(layout, True, w, whole, 0), s.target, top, bad), ieq(cls, w.target))
+        wrong = mandnot(is_top(layout, True, o, w, whole, s.target, top, bad), ieq(cls, w.target))
         found = imin(found, ichoose(wrong, cls, none))
         put(layout, True, w, whole, zero)
     if layout == ROWED:
@@ -517,7 +548,11 @@ cdef inline bint shifts(const Options *o) noexcept nogil:
 
 
 cdef inline bint has_target(const Options *o) noexcept nogil:
-    return o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX
+    return o.kind == SOFTMAX and not o.general or o.kind == HINGE or o.kind == HINGE_MAX
+
+
+cdef inline bint is_general_softmax(const Options *o) noexcept nogil:
+    return o.general and o.kind == SOFTMAX
 
 
 cdef inline bint keeps(const Options *o) noexcept nogil:
@@ -528,10 +563,14 @@ cdef inline bint keeps(const Options *o) noexcept nogil:
 cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *w, vec factor, State *s,
                            vec *last) noexcept nogil:
     """First walk over one row (ROWED) or LANES rows (LANED), whose maximum and target's score are in the State."""
-    if o.kind == SOFTMAX:
+    if is_general_softmax(o):
+        open_general(layout, grad, o, w, s, last)
+    elif o.kind == SOFTMAX:
         s.a = row_exps(layout, grad, w, s.m, &s.b, last)
+    elif o.kind == ARGMAX:
+        open_argmax(layout, w, s)
     elif o.kind == HINGE_MAX:
-        open_hinge_max(layout, grad, w, s)
+        open_hinge_max(layout, grad, o, w, s)
     elif o.kind == HINGE and o.power == 1:
         open_hinge(layout, grad, 1, o, w, factor, s)
     elif o.kind == HINGE:
@@ -544,13 +583,23 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
 
 cdef inline vec fold(const Options *o, const vec *lanes) noexcept nogil:
     """What LANES rows hold in their lanes (State's a), one row a lane (ROWED)."""
+    cdef real firsts[16]
+    cdef int i
+    if o.kind == ARGMAX:  # is the same in all lanes of a row
+        for i in range(LANES):
+            firsts[i] = first_lane(lanes[i])
+        return vload(firsts)
     return transposed_max(lanes, 1) if o.kind == HINGE_MAX else transposed_sum(lanes, 1)
 
 
 cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Losses of LANES rows; and in the State what the gradient needs, times `factor`."""
+    if is_general_softmax(o):
+        return settle_general(grad, o, s, factor)
     if o.kind == SOFTMAX:
         return settle_softmax(layout, grad, s, factor)
+    if o.kind == ARGMAX:
+        return s.a
     if o.kind == HINGE:
         return settle_hinge(o, s, factor)
     if o.kind == HINGE_MAX:
@@ -560,7 +609,9 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
 
 cdef inline void close_rows(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
     """Second walk: the gradient, complete."""
-    if keeps(o):
+    if is_general_softmax(o):
+        close_general(layout, o, w, s, last)
+    elif keeps(o):
         scale(layout, o.kind == SOFTMAX, w, last, s.a, s.b)
     elif o.kind == HINGE:
         put_at_target(layout, w, s.b)
@@ -571,17 +622,30 @@ cdef inline void close_rows(int layout, const Options *o, const Walk *w, const S
 
 
 cdef dict _KINDS = {
-    "softmax": SOFTMAX, "hinge": HINGE,
-    "transform softmax": PROBABILITIES, "transform log_softmax": LOG_PROBABILITIES, "transform logsumexp": LOG_SUM,
+    "softmax": SOFTMAX, "hinge": HINGE, "transform softmax": PROBABILITIES, "transform log_softmax": LOG_PROBABILITIES,
+    "transform logsumexp": LOG_SUM, "transform argmax": ARGMAX,
 }
 
 
-cdef int read_options(Options *o, row_loss, Py_ssize_t c) except -1:
-    kind, margin, power, over = row_loss
+cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
+    """Options of a row loss, as `row_options` and `general_options` of backends/cython.py give them."""
+    kind, margin, power, over, general = row_loss
+    cdef Matrix m
+    # Through double: a Python float is not given to `real`, which Cython takes for float in every module.
+    cdef double some = margin, smoothing, z_loss, softcap, temperature
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
     o.kind = HINGE_MAX if over == "max" else _KINDS[kind]
-    o.power, o.margin = power, margin
+    o.power, o.margin = power, <real> some
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
+    if general is not None:
+        smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy = general
+        o.general, o.z_loss, o.softcap = True, <real> z_loss, <real> softcap
+        o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
+        o.at_target = <real> (1 - smoothing + smoothing / c)
+        m = loan.matrix(class_weight, False)
+        o.class_weight = m.data
+        m = loan.matrix(pairs, False)
+        o.pairs = m.data
     return 0

@@ -12,17 +12,21 @@ cdef enum:
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
+    EXTRAS = 256  # rows of a batch, at most: where entropies begin behind log-sum-exps
     GROUP_ROWS = 32  # that are walked over together, at most,
     GROUP_BYTES = 24576  # and what they take
 
 cdef struct ScoresPass:
     Matrix scores, grad
     Indices targets
+    Matrix probabilities
     Options options
     const real *multiplier
     real scale
     real *row_loss
     Py_ssize_t row_loss_stride
+    real *z  # log-sum-exps, and entropies, where they are asked for; contiguous
+    real *entropy
     Py_ssize_t segment
     bint laned
     bint streams  # the gradient goes past the caches
@@ -104,14 +108,33 @@ cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, 
     return live
 
 
-cdef inline Walk walk_group(real *tile, Py_ssize_t c, const lane_int *y, int g) noexcept nogil:
+cdef inline const real *row_more(const Options *o, const Matrix *probabilities, Py_ssize_t row, Py_ssize_t c,
+                                 lane_int y) noexcept nogil:
+    """What the general form is given of a row beside its scores: margins of its target, or probabilities; or NULL."""
+    if o.pairs != NULL:
+        return o.pairs + y * c
+    return probabilities.data + row * probabilities.row_stride if probabilities.data != NULL else NULL
+
+
+cdef inline void load_more(const real **rows, Py_ssize_t c, real *tile) noexcept nogil:
+    """That of TILE rows as a transposed tile."""
+    cdef Py_ssize_t j, g, u, v
+    for u in range((c + LANES - 1) // LANES):
+        j = u * LANES
+        for v in range(TILE // LANES):
+            g = v * LANES
+            gather_rows(rows + g, j, min(<Py_ssize_t> LANES, c - j), tile + j * TILE + g)
+
+
+cdef inline Walk walk_group(real *tile, Py_ssize_t c, const lane_int *y, int g, const real *more) noexcept nogil:
     """The walk over group g of LANES rows: tiles hold TILE / LANES groups each."""
-    return walk_lanes(tile + g * LANES // TILE * c * TILE + g * LANES % TILE, c, iload(y + g * LANES))
+    cdef Py_ssize_t at = g * LANES // TILE * c * TILE + g * LANES % TILE
+    return walk_lanes(tile + at, c, iload(y + g * LANES), more + at if more != NULL else NULL)
 
 
-cdef inline void tile_losses_case(int kind, int power, bint grad, const Options *options, real *tile, int tiles,
-                                  Py_ssize_t c, const lane_int *y, const real *mult, real scale, bint all_live,
-                                  real *losses) noexcept nogil:
+cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, const Options *options, real *tile,
+                                  int tiles, Py_ssize_t c, const lane_int *y, const real *mult, real scale,
+                                  bint all_live, real *losses, const real *more, real *extras) noexcept nogil:
     # Each step is for all groups of rows before the next, so that none waits for another's result.
     cdef Options own = options[0]
     cdef const Options *o = &own
@@ -119,32 +142,45 @@ cdef inline void tile_losses_case(int kind, int power, bint grad, const Options 
     cdef vec target[128]
     cdef vec a[128]
     cdef vec b[128]
+    cdef State general_state[128]
     cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
     cdef Walk w
     cdef State s
     cdef int g, groups = tiles * (TILE // LANES)
     cdef Py_ssize_t k
-    own.kind, own.power = kind, power
+    own.kind, own.power, own.general = kind, power, general
     for g in range(groups):
-        w = walk_group(tile, c, y, g)
+        w = walk_group(tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
     for g in range(groups):
-        w = walk_group(tile, c, y, g)
+        w = walk_group(tile, c, y, g, more)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
+        if general:
+            general_state[g] = s
     for g in range(groups):
+        if general:
+            s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
             loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
         vstore(losses + g * LANES, loss)
         a[g], b[g] = s.a, s.b
+        if general:
+            general_state[g] = s
+            if extras != NULL:
+                dead = veq(vload(mult + g * LANES), zero)
+                vstore(extras + g * LANES, choose(dead, zero, s.more[0]))
+                vstore(extras + EXTRAS + g * LANES, choose(dead, zero, s.more[1]))
     if not grad:
         return
     for g in range(groups):
-        w = walk_group(tile, c, y, g)
+        w = walk_group(tile, c, y, g, more)
+        if general:
+            s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         close_rows(LANED, o, &w, &s, last)
         if not all_live:
@@ -154,47 +190,69 @@ cdef inline void tile_losses_case(int kind, int power, bint grad, const Options 
 
 
 cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssize_t c, const lane_int *y,
-                      const real *mult, real scale, bint all_live, real *losses) noexcept nogil:
+                      const real *mult, real scale, bint all_live, real *losses, const real *more,
+                      real *extras) noexcept nogil:
     """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0."""
-    if o.kind == SOFTMAX and grad:
-        tile_losses_case(SOFTMAX, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+    if o.kind == SOFTMAX and o.general and grad:
+        tile_losses_case(SOFTMAX, 1, True, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == SOFTMAX and o.general:
+        tile_losses_case(SOFTMAX, 1, True, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == HINGE and o.general:
+        tile_losses_case(HINGE, o.power, True, grad, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == HINGE_MAX and o.general:
+        tile_losses_case(HINGE_MAX, o.power, True, grad, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == SOFTMAX and grad:
+        tile_losses_case(SOFTMAX, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == SOFTMAX:
-        tile_losses_case(SOFTMAX, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(SOFTMAX, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE and o.power == 1 and grad:
-        tile_losses_case(HINGE, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE and o.power == 1:
-        tile_losses_case(HINGE, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE and grad:
-        tile_losses_case(HINGE, 2, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE, 2, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE:
-        tile_losses_case(HINGE, 2, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE, 2, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE_MAX and grad:
-        tile_losses_case(HINGE_MAX, o.power, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE_MAX, o.power, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == HINGE_MAX:
-        tile_losses_case(HINGE_MAX, o.power, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(HINGE_MAX, o.power, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == PROBABILITIES:
-        tile_losses_case(PROBABILITIES, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(PROBABILITIES, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == LOG_PROBABILITIES:
-        tile_losses_case(LOG_PROBABILITIES, 1, True, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(LOG_PROBABILITIES, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == ARGMAX:
+        tile_losses_case(ARGMAX, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     else:
-        tile_losses_case(LOG_SUM, 1, False, o, tile, tiles, c, y, mult, scale, all_live, losses)
+        tile_losses_case(LOG_SUM, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
 
 
 cdef inline Py_ssize_t batch_tiles(Py_ssize_t columns) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> BATCH, BATCH_BYTES // (columns * TILE * <Py_ssize_t> sizeof(real))))
 
 
+cdef inline void keep_extras(const ScoresPass *s, const real *extras, Py_ssize_t row, int n) noexcept nogil:
+    if s.z != NULL:
+        memcpy(s.z + row, extras, n * sizeof(real))
+    if s.entropy != NULL:
+        memcpy(s.entropy + row, extras + EXTRAS, n * sizeof(real))
+
+
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
     """Σ multiplier · ℓ of rows [start, stop), by batches of transposed tiles."""
     cdef Py_ssize_t row, first, next, c = s.scores.columns
-    cdef int n, i, live, tiles
+    cdef int n, i, r, live, tiles
     cdef bint grad = s.grad.raw != NULL
     cdef bint far = grad and s.grad.raw != s.scores.raw and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES
     cdef lane_int y[256]
     cdef real mult[256]
     cdef real losses[256]
+    cdef real extras[512]
+    cdef const real *rows[16]
+    cdef bint wants_extras = s.z != NULL or s.entropy != NULL, has_more = s.options.probabilities or s.options.pairs != NULL
     cdef double sums[16]
     cdef Py_ssize_t batch = TILE * batch_tiles(c)
+    cdef real *more = tile + batch * c if has_more else NULL
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     for first in range((stop - start + batch - 1) // batch):
@@ -207,7 +265,13 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
-        tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses)
+            if has_more:
+                for r in range(i * TILE, i * TILE + TILE):
+                    rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
+                load_more(rows, c, more + i * c * TILE)
+        tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses, more,
+                    extras if wants_extras else NULL)
+        keep_extras(s, extras, row, n)
         if grad:
             for i in range(tiles):
                 next = row + batch + i * TILE
@@ -230,9 +294,9 @@ cdef inline double fold_doubles(double *sums) noexcept nogil:
     return total
 
 
-cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresPass *s, Py_ssize_t start, int n,
-                                   Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
-                                   real *losses) noexcept nogil:
+cdef inline void group_losses_case(int kind, int power, bint general, bint grad, const ScoresPass *s, Py_ssize_t start,
+                                   int n, Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
+                                   real *losses, real *extras) noexcept nogil:
     """Row losses, and gradients, of n <= GROUP_ROWS rows that are contiguous; both 0 where the multiplier is 0.
 
     A walk is over all rows of the group before the next begins, so that no row waits for what is folded of it.
@@ -248,6 +312,10 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     cdef real target[32]
     cdef real a[32]
     cdef real b[32]
+    # The same for the general form.
+    cdef vec found[4][32]
+    cdef real coefficient[32]
+    cdef real mark[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
@@ -259,19 +327,22 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     # The next group's scores are asked for during the first walk; half of them with the stores, if those are many.
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef bint halves = s.streams and s.scores.row_stride == c
-    cdef int i
-    own.kind, own.power = kind, power
+    cdef const real *more = NULL
+    cdef int i, e
+    own.kind, own.power, own.general = kind, power, general
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = end
+        if general:
+            found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
     for i in range(n):
         if shifts(o):
-            w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0)
+            w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
             top[i] = row_max(&w)
-        if has_target(o):
+        if has_target(o) and mult[i] != 0:
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     if shifts(o):
         for v in range((n + LANES - 1) // LANES):
@@ -279,30 +350,51 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
             vstore(m + g, transposed_max(top + g, 1))
     for i in range(n):
         first[i] = second[i] = end
+        if general:
+            found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
         if mult[i] == 0:
             continue
+        if general:
+            more = row_more(o, &s.probabilities, start + i, c, y[i])
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
-                     kept_row(grad, dst + i * stride, scratch, c, i), c, y[i])
+                     kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
         w.ahead, w.ahead_step = next + (i * c // 2 if halves else i * s.scores.row_stride), LANES // 2 if halves else LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
+        if general:
+            for e in range(4):
+                found[e][i] = state.more[e]
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
         state.m, state.target, state.a = vload(m + g), vload(target + g), fold(o, first + g)
         state.b = transposed_sum(second + g, 1)
+        if general:
+            for e in range(4):
+                state.more[e] = transposed_sum(found[e] + g, 1)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(s.scale))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
+        if general:
+            vstore(coefficient + g, state.c)
+            vstore(mark + g, state.mark)
+            if extras != NULL:
+                vstore(extras + g, state.more[0])
+                vstore(extras + EXTRAS + g, state.more[1])
     for i in range(n):
         if mult[i] == 0:
             losses[i] = 0
+            if general and extras != NULL:
+                extras[i] = extras[EXTRAS + i] = 0
             if grad:
                 memset(dst + i * stride, 0, c * sizeof(stored))
         elif grad:
+            if general:
+                more = row_more(o, &s.probabilities, start + i, c, y[i])
+                state.c, state.mark = vset(coefficient[i]), vset(mark[i])
             w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
-                         kept_row(grad, dst + i * stride, scratch, c, i), c, y[i])
+                         kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             close_rows(ROWED, o, &w, &state, last[i])
     if grad and s.streams:
@@ -323,31 +415,41 @@ cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
 
 
 cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t ahead, const lane_int *y,
-                       const real *mult, real *scratch, real *losses) noexcept nogil:
+                       const real *mult, real *scratch, real *losses, real *extras) noexcept nogil:
     cdef const Options *o = &s.options
     cdef bint grad = s.grad.raw != NULL
-    if o.kind == SOFTMAX and grad:
-        group_losses_case(SOFTMAX, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+    if o.kind == SOFTMAX and o.general and grad:
+        group_losses_case(SOFTMAX, 1, True, True, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == SOFTMAX and o.general:
+        group_losses_case(SOFTMAX, 1, True, False, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == HINGE and o.general:
+        group_losses_case(HINGE, o.power, True, grad, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == HINGE_MAX and o.general:
+        group_losses_case(HINGE_MAX, o.power, True, grad, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == SOFTMAX and grad:
+        group_losses_case(SOFTMAX, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == SOFTMAX:
-        group_losses_case(SOFTMAX, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(SOFTMAX, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE and o.power == 1 and grad:
-        group_losses_case(HINGE, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE and o.power == 1:
-        group_losses_case(HINGE, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE and grad:
-        group_losses_case(HINGE, 2, True, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE, 2, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE:
-        group_losses_case(HINGE, 2, False, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE, 2, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE_MAX and grad:
-        group_losses_case(HINGE_MAX, o.power, True, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE_MAX, o.power, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == HINGE_MAX:
-        group_losses_case(HINGE_MAX, o.power, False, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(HINGE_MAX, o.power, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == PROBABILITIES:
-        group_losses_case(PROBABILITIES, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(PROBABILITIES, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == LOG_PROBABILITIES:
-        group_losses_case(LOG_PROBABILITIES, 1, True, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(LOG_PROBABILITIES, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == ARGMAX:
+        group_losses_case(ARGMAX, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
     else:
-        group_losses_case(LOG_SUM, 1, False, s, start, n, ahead, y, mult, scratch, losses)
+        group_losses_case(LOG_SUM, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
 
 
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -357,6 +459,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef lane_int y[32]
     cdef real mult[32]
     cdef real losses[32]
+    cdef real extras[512]
     cdef double sums[16]
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
@@ -366,7 +469,8 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         n = <int> min(group, stop - row)
         tile_multipliers(s.multiplier, row, n, GROUP_ROWS, mult)
         convert(&s.targets, row, n, y)
-        group_losses(s, row, n, group, y, mult, scratch, losses)
+        group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
+        keep_extras(s, extras, row, n)
         for i in range(n, GROUP_ROWS):
             losses[i] = 0
         if s.row_loss != NULL:
@@ -417,7 +521,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
-        s.scratch_size = batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
+        s.scratch_size = 2 * batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL):
         s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
     if s.scratch_size:
@@ -434,29 +538,52 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     return total
 
 
-def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads):
-    """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`."""
+cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabilities, Options *o) except -1:
+    """Class indices, or probabilities of the classes of each row."""
+    o.probabilities = targets is not None and targets.ndim == 2
+    indices[0] = loan.indices(None if o.probabilities else targets)
+    probabilities[0] = loan.matrix(targets if o.probabilities else None, False)
+    if o.probabilities and (probabilities.column_stride != 1 or not o.general):
+        raise ValueError("probabilities are for the general form, and contiguous in each row")
+    return 0
+
+
+def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads, z=None, entropy=None):
+    """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`.
+
+    In the general form also log-sum-exps and entropies, into `z` and `entropy`, contiguous.
+    """
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
-    s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(grad, True), loan.indices(targets)
+    s.scores, s.grad = loan.scores(scores, False), loan.scores(grad, True)
     m = loan.matrix(multiplier, False)
     s.multiplier = m.data
     m = loan.matrix(losses, True)
     s.row_loss, s.row_loss_stride, s.scale = m.data, m.column_stride, <real> scale
-    read_options(&s.options, row_loss, s.scores.columns)
+    s.z = s.entropy = NULL
+    if z is not None:
+        m = loan.matrix(z, True)
+        s.z = m.data
+    if entropy is not None:
+        m = loan.matrix(entropy, True)
+        s.entropy = m.data
+    read_options(&s.options, row_loss, loan, s.scores.columns)
+    read_targets(loan, targets, &s.targets, &s.probabilities, &s.options)
     return run_scores(&s, n_threads)
 
 
 def transform(kind, scores, out, int n_threads):
-    """softmax, log_softmax (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
+    """softmax, log_softmax (out like scores), logsumexp or argmax (out a vector of `real`, whose bits are the classes that
+    argmax finds) of the rows of `scores`."""
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(None, False), loan.indices(None)
-    s.multiplier, s.scale, s.row_loss, s.row_loss_stride = NULL, 1, NULL, 0
-    read_options(&s.options, ("transform " + kind, 0, 1, ""), s.scores.columns)
-    if s.options.kind == LOG_SUM:
+    s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = NULL, 1, NULL, 0, NULL, NULL
+    s.probabilities = loan.matrix(None, False)
+    read_options(&s.options, ("transform " + kind, 0, 1, "", None), loan, s.scores.columns)
+    if s.options.kind == LOG_SUM or s.options.kind == ARGMAX:
         m = loan.matrix(out, True)
         s.row_loss, s.row_loss_stride = m.data, m.column_stride
     else:

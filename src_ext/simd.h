@@ -361,6 +361,7 @@ FL_INLINE vec zip_high(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_HIGH); }
 
 FL_INLINE real first_lane(vec v) { return v[0]; }
 FL_INLINE lane_int ifirst(ivec v) { return v[0]; }
+FL_INLINE vec ivec_bits(ivec v) { return (vec)v; }
 #ifdef FL_MASK_REGISTERS
 #define FL_INTEGER(name) FL_PASTE(FL_PASTE(_mm512_, name), FL_PASTE(_epi, FASTLOSS_BITS_))
 #if FASTLOSS_BITS == 32
@@ -570,6 +571,17 @@ FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows,
         if (k < rows) sstore_part(to + k * row_stride, r[k], n);
 }
 
+/* The same of rows that are anywhere: `columns` from `first` on of LANES rows of numbers to compute in; NULL: zeros. */
+FL_INLINE void gather_rows(const real *const *rows, ptrdiff_t first, ptrdiff_t columns, real *to) {
+    vec r[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = rows[k] ? vload_part(rows[k] + first, columns, 0) : vset(0);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++)
+        if (k < columns) vstore(to + k * TILE, r[k]);
+}
+
 /* ---- exp and log ----
  * x = n log 2 + r, with n a multiple of a step of 1 / FL_STEPS and r at most half a step times log 2. FL_LN2_HIGH has so few
  * bits that its products with n are exact: r is x - n log 2 rounded once.
@@ -658,6 +670,33 @@ FL_INLINE vec vexp(vec x, vec from) {
     ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
     return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), q * (vec)scale);
 #endif
+}
+
+/* tanh x, and its derivative 1 - tanh^2. Near 0 an odd polynomial, whose coefficients interpolate (tanh(x) / x - 1) / x^2 at
+ * Chebyshev points of x^2 (1.3e-9 in float, 1.1e-17 in double); beyond, by exp(-2 |x|). */
+FL_INLINE vec vtanh(vec x, vec *slope) {
+    vec size = choose(vlt(x, vset(0)), vset(0) - x, x), e = vexp(vset(-2) * size, vset(0)), one = vset(1), z = x * x;
+    vec far = (one - e) / (one + e);
+#if FASTLOSS_BITS == 32
+    vec q = vset(-0x1.c7033cp-8f);
+    q = q * z + vset(0x1.5fc692p-6f);
+    q = q * z + vset(-0x1.b9d2aep-5f);
+    q = q * z + vset(0x1.11108p-3f);
+    q = q * z + vset(-0x1.555554p-2f);
+#else
+    vec q = vset(0x1.f2ddeb9a07da7p-15);
+    q = q * z + vset(-0x1.cf9f3fe656023p-13);
+    q = q * z + vset(0x1.32b0b92ad1a40p-11);
+    q = q * z + vset(-0x1.7d68abe445c4bp-10);
+    q = q * z + vset(0x1.d6d0a485132ebp-9);
+    q = q * z + vset(-0x1.226e27ed0ac68p-7);
+    q = q * z + vset(0x1.664f484114832p-6);
+    q = q * z + vset(-0x1.ba1ba1b9783d6p-5);
+    q = q * z + vset(0x1.1111111110c21p-3);
+    q = q * z + vset(-0x1.5555555555555p-2);
+#endif
+    *slope = vset(4) * e / ((one + e) * (one + e));
+    return choose(vlt(size, vset((real)0.5)), q * z * x + x, choose(vlt(x, vset(0)), vset(0) - far, far));
 }
 
 /* *rest is what the sum a + b, as rounded, lacks (2Sum: no assumption on which is larger). */

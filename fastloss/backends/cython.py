@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastloss import blocks
-from fastloss._checks import FLOAT32, Array
+from fastloss._checks import FLOAT32, Array, compute_dtype
 from fastloss._kernels import cpu
 from fastloss.backends import Backend, BackendError
 
@@ -55,7 +55,7 @@ def load(level: str) -> CythonBackend:
     raise ImportError("; ".join(f"{level}: {reason}" for level, reason in reasons.items()))
 
 
-SOFTMAX = "softmax", 0.0, 1, ""
+SOFTMAX = "softmax", 0.0, 1, "", None
 
 
 def bits(array: Any) -> Any:
@@ -63,9 +63,24 @@ def bits(array: Any) -> Any:
     return array if array is None or array.itemsize != 2 else array.view(np.uint16)
 
 
-def row_options(loss: Any) -> tuple[str, float, int, str]:
-    """What the kernels know of a loss: kind, margin, power, over."""
-    return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over)
+def row_options(loss: Any) -> tuple[Any, ...]:
+    """What the kernels know of a plain loss: kind, margin, power, over; and None for the options of the general form."""
+    return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over, None)
+
+
+def general_options(loss: Any, probabilities: bool, dtype: np.dtype[Any], entropy: bool = False) -> tuple[Any, ...]:
+    """The same for the general form, in the compute type `dtype`."""
+    if loss.kind == "softmax":
+        weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
+        softcap = -1.0 if loss.softcap is None else loss.softcap
+        return *SOFTMAX[:4], (loss.label_smoothing, loss.z_loss, softcap, loss.temperature, weight, None, False, entropy)
+    pairs = loss.converted("pair_margins", dtype)
+    return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False)
+
+
+def class_targets(targets: Array, dtype: np.dtype[Any]) -> Array:
+    """Class indices as they are; probabilities in the compute type, each row contiguous."""
+    return targets if targets.ndim == 1 else np.require(targets, dtype, "CA")
 
 
 class _Kernels(dict[np.dtype[Any], Any]):
@@ -95,11 +110,7 @@ class CythonBackend(Backend):
         return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        if verb == "hvp":
-            return "Hessian products are not compiled yet"
-        if needs:
-            return f"not compiled yet: {', '.join(needs)}"
-        return None
+        return "Hessian products are not compiled yet" if verb == "hvp" else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.kind != "u" and self._kernels[dtype] is not None
@@ -109,10 +120,36 @@ class CythonBackend(Backend):
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
     ) -> float:  # fmt: skip
         kernels = self._kernels[scores.dtype]
+        if extras or loss.general or targets.ndim == 2:
+            return self._general_rows(
+                kernels, loss, scores, targets, multiplier, scale, grad, row_loss, extras, n_threads
+            )
         if scores.itemsize == 2:
             scores, grad = bits(scores), bits(grad)
         value: float = kernels.score_rows(
             row_options(loss), scores, targets, multiplier, scale, grad, row_loss, n_threads
+        )
+        return value
+
+    def _general_rows(
+        self, kernels: Any, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+    ) -> float:  # fmt: skip
+        """`score_rows` with all that a plain call has not."""
+        dtype = compute_dtype(scores.dtype, "scores")
+        scores, grad = bits(scores), bits(grad)
+        if "argmax" in extras:  # before the gradient, which may be written to the scores
+            found = np.empty(len(scores), np.int64 if dtype == np.float64 else np.int32)
+            kernels.transform("argmax", scores, found.view(dtype), n_threads)
+            extras["argmax"][...] = found if multiplier is None else np.where(multiplier == 0, 0, found)
+        z, entropy = extras.get("lse"), extras.get("entropy")
+        if loss.general or targets.ndim == 2 or z is not None or entropy is not None:
+            options = general_options(loss, targets.ndim == 2, dtype, entropy is not None)
+            targets = class_targets(targets, dtype)
+        else:
+            options = row_options(loss)
+        value: float = kernels.score_rows(
+            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy
         )
         return value
 
@@ -133,8 +170,12 @@ class CythonBackend(Backend):
                 self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows,
                 n_threads,
             )  # fmt: skip
+        if loss.general or targets.ndim == 2:
+            options, targets = general_options(loss, targets.ndim == 2, W.dtype), class_targets(targets, W.dtype)
+        else:
+            options = row_options(loss)
         value: float = kernels.linear_rows(
-            row_options(loss), bits(X), rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+            options, bits(X), rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )
         return value
 
