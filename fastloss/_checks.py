@@ -72,7 +72,7 @@ def scores(value: object) -> Array:
 
 
 def targets(value: object, n_rows: int, n_classes: int) -> Array:
-    """Class indices `(N,)` of an integer type, whose range the driver checks, or class probabilities `(N, C)`."""
+    """Class indices `(N,)` of an integer type, or class probabilities `(N, C)`; the driver checks the numbers."""
     array = as_array(value, "targets")
     dtype = array.dtype
     if dtype.kind in "iu" and array.shape == (n_rows,) and dtype.isnative:
@@ -83,7 +83,6 @@ def targets(value: object, n_rows: int, n_classes: int) -> Array:
             raise ValueError(
                 f"targets has shape {array.shape}; class probabilities must have the scores' shape {wanted}"
             )
-        finite_nonnegative(array, "targets")
         return array
     if array.shape != (n_rows,):
         raise ValueError(f"targets has shape {array.shape}; it must be ({n_rows},), a class for each row")
@@ -117,11 +116,21 @@ def raise_bad_row(rows: Array, position: int, n_rows: int) -> None:
 
 def finite_nonnegative(array: Array, name: str) -> None:
     """Raise unless every entry is finite and not negative, naming the first that is not."""
+    position = first_unfit(array)
+    if position >= 0:
+        raise_unfit(array, position, name)
+
+
+def first_unfit(array: Array) -> int:
+    """The flat position of the first entry that is not finite, or negative; −1 if there is none."""
     good = np.isfinite(array) & (array >= 0)
-    if not good.all():
-        where = tuple(int(k) for k in np.unravel_index(int(np.argmin(good)), array.shape))
-        at = ", ".join(map(str, where))
-        raise ValueError(f"{name}[{at}] is {array[where]}; {name} must be finite and not negative")
+    return -1 if good.all() else int(np.argmin(good))
+
+
+def raise_unfit(array: Array, position: int, name: str) -> None:
+    where = tuple(int(k) for k in np.unravel_index(position, array.shape))
+    at = ", ".join(map(str, where))
+    raise ValueError(f"{name}[{at}] is {array[where]}; {name} must be finite and not negative")
 
 
 def vector(value: object, name: str, size: int, of: str) -> Array:

@@ -17,11 +17,16 @@ from fastloss._checks import Array
 
 
 def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int, n_threads: int = 1) -> None:
-    """Raise if a class index is outside [0, C) and not ignored: a pass of its own, before all else."""
+    """Raise if a class index is outside [0, C) and not ignored, or a probability is not finite, or negative: a pass of
+    its own, before all else."""
     if targets.ndim == 1:
         position = backend.first_outside(targets, n_classes, loss.ignore_index, n_threads)
         if position >= 0:
             checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
+        return
+    position = backend.first_unfit(targets, n_threads)
+    if position >= 0:
+        checks.raise_unfit(targets, position, "targets")
 
 
 class Weights(NamedTuple):
@@ -34,9 +39,13 @@ class Weights(NamedTuple):
     denominator: Array | None = None
     #: Weights too large or small for the compute type are given in this unit, a power of two.
     unit: float = 1.0
+    #: Σ of what a mean divides by, over all rows, where that is known.
+    whole: float | None = None
 
     def total(self, n: int, rows: Array | None = None) -> float:
         """Σ w over all n rows, or those picked, in the unit."""
+        if rows is None and self.whole is not None:
+            return self.whole
         weights = self.multiplier if self.denominator is None else self.denominator
         if weights is None:
             return float(n if rows is None else len(rows))
@@ -72,28 +81,28 @@ class Weights(NamedTuple):
 UNWEIGHTED = Weights()  # made once: a tuple with names costs as much as a call of the kernels
 
 
-def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> Weights:
+def fold(
+    loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any], backend: backends.Backend,
+    n_threads: int = 1,
+) -> Weights:  # fmt: skip
     """Sample weights, class weights of index targets and `ignore_index`, as row multipliers."""
-    by_class = targets.ndim == 1 and not (loss.class_weight is None and loss.ignore_index is None)
-    if sample_weight is None and not by_class:
+    weight, ignored = (loss.class_weight, loss.ignore_index) if targets.ndim == 1 else (None, None)
+    if sample_weight is None and weight is None and ignored is None:
         return UNWEIGHTED
-    multiplier = np.ones(len(targets)) if sample_weight is None else sample_weight
-    denominator = None
-    if by_class and loss.ignore_index is not None:
-        multiplier = np.where(targets == loss.ignore_index, 0.0, multiplier)
-    if by_class and loss.class_weight is not None:
-        weighted = multiplier * loss.class_weight[np.where(multiplier == 0, 0, targets)]
-        if loss.weighs_inside(probabilities=False):
-            denominator = weighted
-        else:
-            multiplier = weighted
-    if denominator is not None and not denominator.any():
-        multiplier = np.zeros(len(targets))  # a mean over no weight has no gradient, whatever the scores
-    top, unit = float(multiplier.max(initial=0)), 1.0
+    inside = weight is not None and loss.weighs_inside(probabilities=False)
+    outside = None if inside else weight
+    multiplier, top, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
+    unit = 1.0
     if top > 0 and not 1e-10 < top < 1e10:
         unit = 2.0 ** math.frexp(top)[1]
-        multiplier, denominator = multiplier / unit, None if denominator is None else denominator / unit
-    return Weights(multiplier.astype(dtype), denominator, unit)
+        sample_weight = (np.ones(len(targets)) if sample_weight is None else sample_weight) / unit
+        multiplier, _, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
+    if not inside:
+        return Weights(multiplier, None, unit, total)
+    denominator, top, total = backend.weigh(targets, weight, ignored, sample_weight, checks.FLOAT64, n_threads)
+    if top == 0:
+        multiplier = np.zeros(len(targets), dtype)  # a mean over no weight has no gradient, whatever the scores
+    return Weights(multiplier, denominator, unit, total)
 
 
 def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -148,7 +157,7 @@ def scores_call(
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
     check_range(backend, loss, y, c, workers)
 
-    weights = fold(loss, y, weight, dtype)
+    weights = fold(loss, y, weight, dtype, backend, workers)
     multiplier, total = weights.multiplier, weights.total(n)
     work = s if s.dtype == dtype or backend.reads(s.dtype) else s.astype(dtype)
     direct = work is s or result_dtype == dtype  # the gradient is computed in the type that it is wanted in

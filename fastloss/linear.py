@@ -108,6 +108,7 @@ class LinearObjective:
         self.targets.flags.writeable = False
         if self.targets.ndim == 2:
             loss.check_probabilities()
+            checks.finite_nonnegative(y, "targets")
         self._needs = driver.needs(loss, self.targets, ())
         self._checked_for = 0
         weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")
@@ -146,8 +147,9 @@ class LinearObjective:
                 raise ValueError(
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
                 )
-            driver.check_range(self.choose_backend("gradient"), self.loss, self.targets, n_classes)
-            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
+            backend = self.choose_backend("gradient")
+            driver.check_range(backend, self.loss, self.targets, n_classes)
+            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype, backend)
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
@@ -422,9 +424,9 @@ def linear_value_and_grad(
     workers = threads.resolve(n_threads)
     dtype = checks.compute_dtype(features.dtype, "X")
     chosen = backends.choose(backend, "gradient", loss, dtype, driver.needs(loss, y, ()))
-    driver.check_range(chosen, loss, y, c)
+    driver.check_range(chosen, loss, y, c, workers)
 
-    folded = driver.fold(loss, y, weight, dtype)
+    folded = driver.fold(loss, y, weight, dtype, chosen, workers)
     multiplier, total = folded.multiplier, folded.total(n)
     like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}

@@ -58,9 +58,12 @@ cdef extern from "simd.h" nogil:
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
     vec add_unless(mask, vec, vec) noexcept
+    vec vabs(vec) noexcept
+    vec with_sign(vec, vec) noexcept
+    vec add_where(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    const real FL_NEAR, RAISED, RAISED_BITS
+    const real FL_NEAR, RAISED, RAISED_BITS, FAR_TANH
     vec nearest_steps(vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
@@ -159,6 +162,7 @@ cdef enum:
     THREAD_PRODUCTS = 1 << 18  # multiplications for each thread, at least
     ROW_PRODUCTS = 512
     THREAD_CHECKS = 32768  # indices for each thread, at least
+    THREAD_WEIGHTS = 8192  # row multipliers for each thread, at least
 
 OPENMP = bool(FASTLOSS_OPENMP)
 VECTOR_BYTES = LANES * sizeof(real)
@@ -411,17 +415,24 @@ cdef void check_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     p.found[k] = outside(&part, p.stop, p.ignores, p.ignored)
 
 
+cdef int ignored_in(Indices *indices, ignored, bint *ignores, int64_t *value) except -1:
+    """`ignored` (None: nothing is) as the kernels compare with it."""
+    ignores[0], value[0] = ignored is not None, 0
+    if ignores[0]:
+        if (0 <= ignored < 1 << 64) if indices.kind == c"Q" else (-(1 << 63) <= ignored < 1 << 63):
+            value[0] = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
+        else:
+            ignores[0] = False  # no index of this type can be it
+    return 0
+
+
 def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
     """The position of the first index outside [0, stop) that is not `ignored` (None: no such exception), or -1."""
     cdef _Loan loan = _Loan()
     cdef CheckPass p
     cdef Py_ssize_t k, segments
-    p.indices, p.stop, p.ignores, p.ignored = loan.indices(indices), <uint64_t> stop, ignored is not None, 0
-    if p.ignores:
-        if (0 <= ignored < 1 << 64) if p.indices.kind == c"Q" else (-(1 << 63) <= ignored < 1 << 63):
-            p.ignored = <int64_t> <uint64_t> (ignored & ((1 << 64) - 1))
-        else:
-            p.ignores = False  # no index of this type can be it
+    p.indices, p.stop = loan.indices(indices), <uint64_t> stop
+    ignored_in(&p.indices, ignored, &p.ignores, &p.ignored)
     if p.indices.size <= SEGMENT_WORK:
         return outside(&p.indices, p.stop, p.ignores, p.ignored)
     p.segment = max((p.indices.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
@@ -433,6 +444,116 @@ def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
         if p.found[k] >= 0:
             return k * p.segment + p.found[k]
     return -1
+
+
+cdef struct UnfitPass:
+    const real *numbers
+    Py_ssize_t size, segment
+    Py_ssize_t found[SEGMENTS]
+
+
+cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef UnfitPass *p = <UnfitPass *> job
+    cdef Py_ssize_t start, last, i, stop = min(p.size, (k + 1) * p.segment)
+    cdef bint bad
+    p.found[k] = -1
+    for start in range(k * p.segment, stop, 1024):  # by blocks, as in `outside_typed`
+        last, bad = min(stop, start + 1024), False
+        for i in range(start, last):
+            bad |= not (0 <= p.numbers[i]) or not (p.numbers[i] < INFINITY)
+        if bad:
+            for i in range(start, last):
+                if not 0 <= p.numbers[i] < INFINITY:
+                    p.found[k] = i
+                    return
+
+
+def first_unfit(numbers, int n_threads):
+    """The position of the first of some numbers, contiguous, that is not finite, or negative; or -1."""
+    cdef _Loan loan = _Loan()
+    cdef UnfitPass p
+    cdef Matrix m = loan.matrix(numbers, False)
+    cdef Py_ssize_t k, segments
+    p.numbers, p.size = m.data, m.columns
+    p.segment = max((p.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
+    segments = (p.size + p.segment - 1) // p.segment
+    with nogil:
+        share(unfit_segment, &p, segments, useful_threads(n_threads, p.size, p.segment, <double> p.size, THREAD_WORK))
+    for k in range(segments):
+        if p.found[k] >= 0:
+            return p.found[k]
+    return -1
+
+
+# --- row multipliers -----------------------------------------------------------------------------------------------
+cdef struct WeighPass:
+    Indices targets
+    const double *class_weight
+    const double *sample_weight
+    Py_ssize_t class_step, sample_step
+    bint ignores
+    int64_t ignored
+    real *to
+    Py_ssize_t segment
+    double total[SEGMENTS]
+    double top[SEGMENTS]
+
+
+cdef inline void weigh_typed(integer *p, WeighPass *w, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t i, start = k * w.segment, stop = min(w.targets.size, start + w.segment)
+    cdef int64_t y
+    cdef double weight, total = 0, top = 0
+    for i in range(start, stop):
+        weight = w.sample_weight[i * w.sample_step] if w.sample_weight != NULL else 1
+        y = <int64_t> (<integer *> (<char *> p + i * w.targets.stride))[0]
+        if w.ignores and y == w.ignored:
+            weight = 0
+        elif w.class_weight != NULL:
+            weight = weight * w.class_weight[y * w.class_step] if weight != 0 else 0
+        w.to[i] = <real> weight
+        total += w.to[i]
+        top = max(top, weight)
+    w.total[k], w.top[k] = total, top
+
+
+cdef void weigh_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef WeighPass *w = <WeighPass *> job
+    cdef char kind = w.targets.kind
+    cdef char *p = w.targets.data
+    if kind == c"q": weigh_typed(<int64_t *> p, w, k)
+    elif kind == c"i": weigh_typed(<int32_t *> p, w, k)
+    elif kind == c"h": weigh_typed(<int16_t *> p, w, k)
+    elif kind == c"b": weigh_typed(<int8_t *> p, w, k)
+    elif kind == c"Q": weigh_typed(<uint64_t *> p, w, k)
+    elif kind == c"I": weigh_typed(<uint32_t *> p, w, k)
+    elif kind == c"H": weigh_typed(<uint16_t *> p, w, k)
+    else: weigh_typed(<uint8_t *> p, w, k)
+
+
+def weigh(targets, class_weight, ignored, sample_weight, multiplier, int n_threads):
+    """Into `multiplier`: sample weight times the weight of the target's class (float64 both, or None), 0 where the target is
+    `ignored`. Returns the largest before it was rounded, and the sum of the rounded."""
+    cdef _Loan loan = _Loan()
+    cdef WeighPass w
+    cdef Matrix m
+    cdef Py_ssize_t k, segments
+    cdef double top = 0, total = 0
+    w.targets = loan.indices(targets)
+    ignored_in(&w.targets, ignored, &w.ignores, &w.ignored)
+    m = loan.numbers(class_weight, False, sizeof(double), c"d")
+    w.class_weight, w.class_step = <const double *> <void *> m.raw, m.column_stride
+    m = loan.numbers(sample_weight, False, sizeof(double), c"d")
+    w.sample_weight, w.sample_step = <const double *> <void *> m.raw, m.column_stride
+    m = loan.matrix(multiplier, True)
+    w.to = m.data
+    w.segment = max((w.targets.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
+    segments = (w.targets.size + w.segment - 1) // w.segment
+    with nogil:
+        share(weigh_segment, &w, segments,
+              useful_threads(n_threads, w.targets.size, w.segment, <double> w.targets.size, THREAD_WEIGHTS))
+    for k in range(segments):
+        top, total = max(top, w.top[k]), total + w.total[k]
+    return top, total
 
 
 include "losses.pxi"

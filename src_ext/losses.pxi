@@ -36,9 +36,10 @@ cdef struct Options:
     real per_class  # 1, or 1 / C for over="mean"
     # What the general form reads too (general.pxi).
     bint general
+    Py_ssize_t classes
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     real z_loss
-    real softcap  # negative: none
+    real softcap, per_softcap  # negative: none; and 1 / it
     real per_temperature
     const real *class_weight  # NULL: all 1
     bint probabilities  # u comes with the rows
@@ -59,12 +60,13 @@ cdef struct Walk:
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
+    Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
-    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more = NULL, 0, 0, 0, more
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = NULL, 0, 0, 0, more, 0
     return w
 
 
@@ -73,7 +75,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.ahead, w.ahead_step, w.dst_ahead, w.more = src, 0, 0, more
+    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = src, 0, 0, more, 0
     return w
 
 
@@ -336,10 +338,8 @@ cdef inline vec hinge_step(int layout, bint part, bint grad, int power, const Wa
 
 
 cdef inline vec target_term(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, ivec cls) noexcept nogil:
-    """max(0, Δ)^power in the target's lane, if the target counts."""
+    """max(0, Δ)^power in the target's lane."""
     cdef vec zero = vset(0), m
-    if not o.general or not o.counts_target:
-        return zero
     m = vmax(zero, margin_of(layout, part, o, w, k))
     return choose(ieq(cls, w.target), m if o.power == 1 else mul(m, m), zero)
 
@@ -356,13 +356,15 @@ cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, cons
         fetch_ahead(layout, grad, w, k)
         loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
         if careful:
-            loss = add(loss, target_term(layout, False, o, w, k, cls))
+            if o.general and o.counts_target:
+                loss = add(loss, target_term(layout, False, o, w, k, cls))
             cls = next_classes(layout, cls)
     if careful and whole < stop:
         m = add(sub(fetch(layout, True, w, whole, 0), st), margin_of(layout, True, o, w, whole))
         m = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), zero, m)
         loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
-        loss = add(loss, target_term(layout, True, o, w, whole, cls))
+        if o.general and o.counts_target:
+            loss = add(loss, target_term(layout, True, o, w, whole, cls))
     pull[0] = add(pull[0], some)
     return loss
 
@@ -548,7 +550,7 @@ cdef inline bint shifts(const Options *o) noexcept nogil:
 
 
 cdef inline bint has_target(const Options *o) noexcept nogil:
-    return o.kind == SOFTMAX and not o.general or o.kind == HINGE or o.kind == HINGE_MAX
+    return (o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX) and not (o.general and o.probabilities)
 
 
 cdef inline bint is_general_softmax(const Options *o) noexcept nogil:
@@ -641,7 +643,8 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
         smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy = general
-        o.general, o.z_loss, o.softcap = True, <real> z_loss, <real> softcap
+        o.general, o.classes, o.z_loss, o.softcap = True, c, <real> z_loss, <real> softcap
+        o.per_softcap = <real> (1 / softcap)
         o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
         o.at_target = <real> (1 - smoothing + smoothing / c)
         m = loan.matrix(class_weight, False)

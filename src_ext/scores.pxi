@@ -342,7 +342,7 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
             top[i] = row_max(&w)
-        if has_target(o) and mult[i] != 0:
+        if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     if shifts(o):
         for v in range((n + LANES - 1) // LANES):
@@ -360,6 +360,8 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
                      kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
         w.ahead, w.ahead_step = next + (i * c // 2 if halves else i * s.scores.row_stride), LANES // 2 if halves else LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
+        if general:
+            w.more_ahead = ahead * s.probabilities.row_stride
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
@@ -469,6 +471,9 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         n = <int> min(group, stop - row)
         tile_multipliers(s.multiplier, row, n, GROUP_ROWS, mult)
         convert(&s.targets, row, n, y)
+        if s.multiplier != NULL:
+            for i in range(n):
+                y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
         keep_extras(s, extras, row, n)
         for i in range(n, GROUP_ROWS):
@@ -539,12 +544,12 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
 
 
 cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabilities, Options *o) except -1:
-    """Class indices, or probabilities of the classes of each row."""
-    o.probabilities = targets is not None and targets.ndim == 2
+    """Class indices; in the general form also probabilities of the classes of each row."""
+    o.probabilities = o.general and targets.ndim == 2
     indices[0] = loan.indices(None if o.probabilities else targets)
     probabilities[0] = loan.matrix(targets if o.probabilities else None, False)
-    if o.probabilities and (probabilities.column_stride != 1 or not o.general):
-        raise ValueError("probabilities are for the general form, and contiguous in each row")
+    if o.probabilities and probabilities.column_stride != 1:
+        raise ValueError("probabilities must be contiguous in each row")
     return 0
 
 

@@ -90,6 +90,7 @@ typedef int64_t lane_int;
 #endif
 
 #define RAISED ((real)(1ull << (RAISED_BITS - 1)) * 2) /* 2^RAISED_BITS */
+#define FAR_TANH ((real)0x1p62)
 #define LANES ((int)(VBYTES / sizeof(real)))
 #define TILE 16 /* rows handled together, a multiple of LANES */
 #define ROWS 4  /* rows whose products share the loads of W */
@@ -192,12 +193,26 @@ FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
 #endif
 #endif
 
+/* |v|; and |v| with the sign of another. */
+FL_INLINE ivec sign_bits(void) { return (ivec)vset(-(real)0.0); }
+FL_INLINE vec vabs(vec v) { return (vec)((ivec)v & ~sign_bits()); }
+FL_INLINE vec with_sign(vec size, vec v) { return (vec)((ivec)size | ((ivec)v & sign_bits())); }
+
 /* a + b, but a where m. */
 FL_INLINE vec add_unless(mask m, vec a, vec b) {
 #ifdef FL_MASK_REGISTERS
     return VOP(mask_add)(a, (mask)~m, a, b);
 #else
     return a + choose(m, vset(0), b);
+#endif
+}
+
+/* a + b where m, else a. */
+FL_INLINE vec add_where(mask m, vec a, vec b) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(mask_add)(a, m, a, b);
+#else
+    return a + choose(m, b, vset(0));
 #endif
 }
 
@@ -574,6 +589,11 @@ FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows,
 /* The same of rows that are anywhere: `columns` from `first` on of LANES rows of numbers to compute in; NULL: zeros. */
 FL_INLINE void gather_rows(const real *const *rows, ptrdiff_t first, ptrdiff_t columns, real *to) {
     vec r[LANES];
+    if (columns <= 4) { /* a transpose would move mostly nothing */
+        for (int k = 0; k < LANES; k++)
+            for (ptrdiff_t j = 0; j < columns; j++) to[j * TILE + k] = rows[k] ? rows[k][first + j] : 0;
+        return;
+    }
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++) r[k] = rows[k] ? vload_part(rows[k] + first, columns, 0) : vset(0);
     transpose(r);
@@ -672,11 +692,25 @@ FL_INLINE vec vexp(vec x, vec from) {
 #endif
 }
 
-/* tanh x, and its derivative 1 - tanh^2. Near 0 an odd polynomial, whose coefficients interpolate (tanh(x) / x - 1) / x^2 at
- * Chebyshev points of x^2 (1.3e-9 in float, 1.1e-17 in double); beyond, by exp(-2 |x|). */
-FL_INLINE vec vtanh(vec x, vec *slope) {
-    vec size = choose(vlt(x, vset(0)), vset(0) - x, x), e = vexp(vset(-2) * size, vset(0)), one = vset(1), z = x * x;
-    vec far = (one - e) / (one + e);
+/* 1 / v, for v in [1, 2]; to a unit in the last place. */
+FL_INLINE vec reciprocal(vec v) {
+#ifdef FL_MASK_REGISTERS
+    vec r = VOP(rcp14)(v);
+    r = r * (vset(2) - v * r);
+#if FASTLOSS_BITS == 64
+    r = r * (vset(2) - v * r);
+#endif
+    return r;
+#else
+    return vset(1) / v;
+#endif
+}
+
+/* tanh x, and 1 - |tanh x| in full. Near 0 an odd polynomial, whose coefficients interpolate (tanh(x) / x - 1) / x^2 at
+ * Chebyshev points of x^2 (1.3e-9 in float, 1.1e-17 in double); from 1/2 on by exp(-2 |x|). */
+FL_INLINE vec vtanh(vec x, vec *short_of_one) {
+    vec size = vabs(x), e = vexp(vset(-2) * size, vset(0)), one = vset(1), z = x * x;
+    vec r = reciprocal(one + e), far = (one - e) * r;
 #if FASTLOSS_BITS == 32
     vec q = vset(-0x1.c7033cp-8f);
     q = q * z + vset(0x1.5fc692p-6f);
@@ -695,8 +729,8 @@ FL_INLINE vec vtanh(vec x, vec *slope) {
     q = q * z + vset(0x1.1111111110c21p-3);
     q = q * z + vset(-0x1.5555555555555p-2);
 #endif
-    *slope = vset(4) * e / ((one + e) * (one + e));
-    return choose(vlt(size, vset((real)0.5)), q * z * x + x, choose(vlt(x, vset(0)), vset(0) - far, far));
+    *short_of_one = vset(2) * e * r;
+    return choose(vlt(size, vset((real)0.5)), q * z * x + x, with_sign(far, x));
 }
 
 /* *rest is what the sum a + b, as rounded, lacks (2Sum: no assumption on which is larger). */

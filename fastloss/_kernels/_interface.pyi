@@ -1,4 +1,6 @@
 # What every kernel module offers; src_ext/kernels.pyx says what the arguments are. (A stub alone: no such module.)
+from typing import Any
+
 from fastloss._checks import Array
 
 __test__: dict[str, str]
@@ -8,8 +10,17 @@ VECTOR_BYTES: int
 CONTROLS: tuple[str, ...]
 
 def first_outside(indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int: ...
+def first_unfit(numbers: Array, n_threads: int) -> int: ...
+def weigh(
+    targets: Array,
+    class_weight: Array | None,
+    ignored: int | None,
+    sample_weight: Array | None,
+    multiplier: Array,
+    n_threads: int,
+) -> tuple[float, float]: ...
 def score_rows(
-    row_loss: tuple[str, float, int, str],
+    row_loss: tuple[Any, ...],
     scores: Array,
     targets: Array,
     multiplier: Array | None,
@@ -17,11 +28,14 @@ def score_rows(
     grad: Array | None,
     losses: Array | None,
     n_threads: int,
+    z: Array | None = None,
+    entropy: Array | None = None,
 ) -> float: ...
 def linear_rows(
-    row_loss: tuple[str, float, int, str],
+    row_loss: tuple[Any, ...],
     X: Array,
     rows: Array | None,
+    centre: Array | None,
     W: Array,
     b: Array | None,
     targets: Array,

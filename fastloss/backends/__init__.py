@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastloss import _checks as checks
 from fastloss._checks import Array
 
 
@@ -64,6 +65,28 @@ class Backend:
         if ignored is not None:
             bad &= indices != ignored
         return int(bad.argmax()) if bad.any() else -1
+
+    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
+        """The flat position of the first number that is not finite, or negative; −1 if there is none."""
+        return checks.first_unfit(numbers)
+
+    def weigh(
+        self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
+        dtype: np.dtype[Any], n_threads: int = 1,
+    ) -> tuple[Array, float, float]:  # fmt: skip
+        """What each row counts: sample weight times class weight (both float64), 0 if the target is `ignored`.
+
+        Returns that in `dtype`, the largest before it was rounded, and the sum of the rounded. targets are checked;
+        they are class indices if either of the first two options is given.
+        """
+        weight = np.ones(len(targets)) if sample_weight is None else sample_weight
+        if ignored is not None:
+            weight = np.where(targets == ignored, 0.0, weight)
+        if class_weight is not None:
+            weight = weight * class_weight[np.where(weight == 0, 0, targets)]
+        with np.errstate(over="ignore"):  # then the largest says so
+            rounded = weight.astype(dtype)
+        return rounded, float(weight.max(initial=0)), float(rounded.sum(dtype=np.float64))
 
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,

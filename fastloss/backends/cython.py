@@ -64,7 +64,7 @@ def bits(array: Any) -> Any:
 
 
 def row_options(loss: Any) -> tuple[Any, ...]:
-    """What the kernels know of a plain loss: kind, margin, power, over; and None for the options of the general form."""
+    """What the kernels know of a plain loss: kind, margin, power, over; None for the options of the general form."""
     return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over, None)
 
 
@@ -73,14 +73,15 @@ def general_options(loss: Any, probabilities: bool, dtype: np.dtype[Any], entrop
     if loss.kind == "softmax":
         weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
         softcap = -1.0 if loss.softcap is None else loss.softcap
-        return *SOFTMAX[:4], (loss.label_smoothing, loss.z_loss, softcap, loss.temperature, weight, None, False, entropy)
+        numbers = loss.label_smoothing, loss.z_loss, softcap, loss.temperature
+        return *SOFTMAX[:4], (*numbers, weight, None, False, entropy)
     pairs = loss.converted("pair_margins", dtype)
     return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False)
 
 
 def class_targets(targets: Array, dtype: np.dtype[Any]) -> Array:
     """Class indices as they are; probabilities in the compute type, each row contiguous."""
-    return targets if targets.ndim == 1 else np.require(targets, dtype, "CA")
+    return targets if targets.ndim == 1 else np.require(targets, dtype, ["C", "A"])
 
 
 class _Kernels(dict[np.dtype[Any], Any]):
@@ -114,6 +115,23 @@ class CythonBackend(Backend):
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.kind != "u" and self._kernels[dtype] is not None
+
+    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
+        kernels = self._kernels[numbers.dtype] if numbers.dtype.kind == "f" and numbers.itemsize > 2 else None
+        if kernels is None or not (numbers.flags.c_contiguous and numbers.flags.aligned):
+            return super().first_unfit(numbers)
+        position: int = kernels.first_unfit(numbers.reshape(-1), n_threads)
+        return position
+
+    def weigh(
+        self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
+        dtype: np.dtype[Any], n_threads: int = 1,
+    ) -> tuple[Array, float, float]:  # fmt: skip
+        if class_weight is None and ignored is None:
+            return super().weigh(targets, None, None, sample_weight, dtype)
+        multiplier = np.empty(len(targets), dtype)
+        top, total = self._kernels[dtype].weigh(targets, class_weight, ignored, sample_weight, multiplier, n_threads)
+        return multiplier, top, total
 
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
