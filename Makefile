@@ -47,7 +47,7 @@ bench: $(VENV)/bench ## time the kernels beside their peers (those installed: se
 lint: $(VENV)/test ## ruff, mypy, and stubtest on the compiled modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest --concise fastloss._kernels.cpu $$($(BIN)/python -c "$$list_kernels")
+	$(BIN)/python -m mypy.stubtest --concise fastloss._kernels.cpu fastloss._kernels.gate $$($(BIN)/python -c "$$list_kernels")
 
 peers: $(VENV)/peers ## install PyTorch and JAX, for the parity tests and for make bench
 

@@ -520,6 +520,9 @@ S, Y, X, W = (np.zeros(shape, kind) for shape, kind in (((4, 5), "f4"), (4, "i4"
         (lambda: fast.softmax_cross_entropy_with_integer_labels(S[:, :0], Y), ValueError, "at least one class"),
         (lambda: fast.softmax_cross_entropy(S, S[:, :3]), ValueError, r"labels has shape \(4, 3\)"),
         (lambda: fast.softmax_cross_entropy(S.astype(int), S), TypeError, "logits has dtype"),
+        (lambda: fast.softmax_cross_entropy(jnp.zeros((2, 3), "float8_e5m2"), S), TypeError, "floats of 16 to 64 bits"),
+        (lambda: fast.multiclass_hinge_loss(S[0, 0], Y[0]), ValueError, r"scores has shape \(\)"),
+        (lambda: fast.multiclass_hinge_loss(S > 0, Y), TypeError, "scores has dtype bool"),
         (lambda: fast.multiclass_hinge_loss(S, Y, over="all"), ValueError, "over is 'all'"),
         (lambda: fast.multiclass_hinge_loss(S, S), TypeError, "labels has dtype float32"),
         (lambda: fast.linear_cross_entropy(X, W.T, Y), ValueError, r"weight has shape \(3, 5\)"),
@@ -535,6 +538,37 @@ S, Y, X, W = (np.zeros(shape, kind) for shape, kind in (((4, 5), "f4"), (4, "i4"
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_process_ends_with_calls_under_way():
+    """Once it hung: XLA's thread asked for the lock of an interpreter that was at its end."""
+    code = """
+import jax, jax.numpy as jnp
+from fastloss.adapters import jax as fast
+f = jax.jit(jax.grad(lambda s, y: fast.softmax_cross_entropy_with_integer_labels(s @ s.T @ s, y).mean()))
+s = jnp.ones((500, 500))
+for _ in range(20):
+    s = f(s, jnp.zeros(500, int))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_call_after_the_end_is_an_error():
+    code = """
+import atexit, sys
+import jax, jax.numpy as jnp
+def late():
+    try:
+        print(jax.block_until_ready(fast.multiclass_hinge_loss(jnp.ones((2, 3)), jnp.zeros(2, int))))
+    except Exception as error:
+        print(error)
+atexit.register(late)
+from fastloss.adapters import jax as fast
+late()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "the Python interpreter has ended" in done.stdout, done.stdout + done.stderr
 
 
 def test_without_jax_the_error_names_the_extra():

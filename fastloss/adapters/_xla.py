@@ -7,9 +7,12 @@ array is made while XLA waits for the call, and an error of the function reaches
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import math
 import mmap
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastloss._checks import Array
+from fastloss._kernels import gate
 
 METADATA = 1  # the extension by which XLA asks a handler for its version
 MAJOR, MINOR = 0, 1
@@ -47,6 +51,7 @@ def _structure(**members: Any) -> Any:
 _pointer: Any = ctypes.POINTER
 _INT, _INT64, _ADDRESS = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _Error = _structure(message=ctypes.c_char_p, code=_INT)
+_ENDED = _Error(ctypes.sizeof(_Error), None, b"the Python interpreter has ended", 1)  # 1: cancelled
 _Version = _structure(major=_INT, minor=_INT)
 _Api = _structure(version=_Version, internal=_ADDRESS, make_error=ctypes.CFUNCTYPE(_ADDRESS, _pointer(_Error)))
 _Buffer = _structure(dtype=_INT, data=_ADDRESS, rank=_INT64, dims=_pointer(_INT64))
@@ -96,44 +101,56 @@ def _error(call: Any, error: BaseException) -> Any:
     return call.api.contents.make_error(ctypes.byref(made))
 
 
-def handler(function: Callable[[str, list[Array], list[Array]], None]) -> Any:
-    """A handler, as a C function, for calls of one string attribute: `function(attribute, inputs, outputs)`.
+_known: list[Any] = []  # XLA's functions, from the first call
 
-    The function writes the outputs. It runs on a thread of XLA's and must not use JAX.
-    """
 
-    def handle(pointer: Any) -> Any:
-        call = pointer.contents
-        next_extension = call.extension
-        while next_extension:
-            extension = _Extension.from_address(next_extension)
-            if extension.type == METADATA:
-                asked = extension.metadata.contents
-                # All that is used has been there from the first version on: what XLA has, if of this major version.
-                known = call.api.contents.version if call.api else None
-                minor = known.minor if known is not None and known.major == MAJOR else MINOR
-                asked.version.major, asked.version.minor, asked.traits = MAJOR, minor, 0
-                return None
-            next_extension = extension.next
-        try:
-            attributes = call.attributes
-            if attributes.size != 1 or attributes.types[0] != STRING:
-                raise RuntimeError(f"XLA handed over {attributes.size} attributes, not one string")
-            text = attributes.items[0].contents
-            inputs = [_array(call.inputs.items[k].contents) for k in range(call.inputs.size)]
-            for array in inputs:
-                array.flags.writeable = False
-            outputs = [_in_large_pages(_array(call.outputs.items[k].contents)) for k in range(call.outputs.size)]
-            function(ctypes.string_at(text.start, text.size).decode(), inputs, outputs)
-        except BaseException as error:  # none may pass through C
-            return _error(call, error)
-        return None
+def _serve(function: Callable[[str, list[Array], list[Array]], None], pointer: Any) -> Any:
+    """One call of XLA's: None, or an error."""
+    call = pointer.contents
+    if not _known and call.api:  # some versions do not give it when they ask for metadata
+        _known.append(call.api.contents)
+    next_extension = call.extension
+    while next_extension:
+        extension = _Extension.from_address(next_extension)
+        if extension.type == METADATA:
+            asked = extension.metadata.contents
+            # All that is used has been there from the first version on: what XLA has, if of this major version.
+            version = call.api.contents.version if call.api else None
+            minor = version.minor if version is not None and version.major == MAJOR else MINOR
+            asked.version.major, asked.version.minor, asked.traits = MAJOR, minor, 0
+            return None
+        next_extension = extension.next
+    try:
+        attributes = call.attributes
+        if attributes.size != 1 or attributes.types[0] != STRING:
+            raise RuntimeError(f"XLA handed over {attributes.size} attributes, not one string")
+        text = attributes.items[0].contents
+        inputs = [_array(call.inputs.items[k].contents) for k in range(call.inputs.size)]
+        for array in inputs:
+            array.flags.writeable = False
+        outputs = [_in_large_pages(_array(call.outputs.items[k].contents)) for k in range(call.outputs.size)]
+        function(ctypes.string_at(text.start, text.size).decode(), inputs, outputs)
+    except BaseException as error:  # none may pass through C
+        return _error(call, error)
+    return None
 
-    return ctypes.CFUNCTYPE(ctypes.c_void_p, _pointer(_Call))(handle)
+
+def _close() -> None:
+    """Before the interpreter ends: what XLA still has under way gets an error in place of a call of Python."""
+    if _known:
+        gate.close(ctypes.cast(_known[0].make_error, _ADDRESS).value or 0, ctypes.addressof(_ENDED))
+    while gate.is_inside():
+        time.sleep(0.001)  # lets go of the interpreter, for those inside
 
 
 def register(jax_ffi: Any, name: str, function: Callable[[str, list[Array], list[Array]], None]) -> Any:
-    """Let XLA call a function on the CPU by this name. What is returned must live as long as the process."""
-    made = handler(function)
-    jax_ffi.register_ffi_target(name, jax_ffi.pycapsule(ctypes.cast(made, _ADDRESS).value), platform="cpu")
-    return made
+    """Let XLA call `function(attribute, inputs, outputs)` on the CPU by this name, with one string attribute.
+
+    The function writes the outputs. It runs on a thread of XLA's and must not use JAX. To be called once; what is
+    returned must live as long as the process.
+    """
+    served = ctypes.CFUNCTYPE(_ADDRESS, _pointer(_Call))(functools.partial(_serve, function))
+    address = gate.guard(ctypes.cast(served, _ADDRESS).value or 0)
+    jax_ffi.register_ffi_target(name, jax_ffi.pycapsule(address), platform="cpu")
+    atexit.register(_close)
+    return served

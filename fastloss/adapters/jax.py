@@ -292,8 +292,8 @@ _linear_loss.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 # --- arguments -----------------------------------------------------------------------------------------------------
 def _floats(value: Any, name: str) -> Any:
     array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} has dtype {array.dtype}; it must hold floats")
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+        raise TypeError(f"{name} has dtype {array.dtype}; it must hold floats of 16 to 64 bits")
     return array
 
 
@@ -478,8 +478,9 @@ def multiclass_hinge_loss(scores: Any, labels: Any, *, margin: float = 1.0, powe
     """
     loss = fl.Hinge(margin=margin, power=power, over=over)
     array = jnp.asarray(scores)
-    if array.ndim == 0 or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"scores has shape {array.shape} and dtype {array.dtype}; it must be real numbers (..., C)")
+    array = array if jnp.issubdtype(array.dtype, jnp.integer) else _floats(array, "scores")
+    if array.ndim == 0:
+        raise ValueError("scores has shape (); it must be (..., C)")
     array = array.astype(jnp.promote_types(array.dtype, jnp.zeros(()).dtype))
     targets = _labels(labels, array.shape[:-1], "scores")
     batch = jnp.broadcast_shapes(targets.shape, array.shape[:-1])
