@@ -7,7 +7,7 @@
 (2.9, [[-1.0, 1.0, 0.0]])
 """
 
-from fastloss.backends import BackendError, BackendWarning, list_backends, use_backend
+from fastloss.backends import BackendError, BackendWarning, Stats, list_backends, use_backend
 from fastloss.linear import LinearObjective, linear_value_and_grad
 from fastloss.losses import Hinge, Loss, Softmax, log_softmax, logsumexp, softmax
 from fastloss.penalties import L1, L2, ElasticNet, MaxNorm, Penalty
@@ -27,6 +27,7 @@ __all__ = [
     "MaxNorm",
     "Penalty",
     "Softmax",
+    "Stats",
     "get_num_threads",
     "linear_value_and_grad",
     "list_backends",

@@ -195,6 +195,109 @@ def scores_call(
     return weights.reduce(value, reduction, total), grad, extras
 
 
+class _Shard(NamedTuple):
+    """What the calls with a shard of the classes have in common."""
+
+    backend: backends.Backend
+    scores: Array
+    targets: Array
+    offset: int
+
+
+def _shard(loss: Any, scores: object, targets: object, offset: object, backend_name: str | None) -> _Shard:
+    loss.check_shards()
+    s = checks.matrix(scores, "scores", "(N, C): a row of scores for each of N examples, for a shard of the classes")
+    start = checks.integer(offset, "offset", low=0)
+    known = None if loss.class_weight is None else len(loss.class_weight)
+    if known is not None and start + s.shape[1] > known:
+        raise ValueError(
+            f"scores have classes {start} to {start + s.shape[1] - 1}, but class_weight has {known}: it must be (C,), "
+            "for the classes of all shards"
+        )
+    y = shard_targets(targets, len(s))
+    dtype = checks.compute_dtype(s.dtype, "scores")
+    return _Shard(backends.choose(backend_name, "stats", loss, dtype, loss.general), s, y, start)
+
+
+def shard_targets(targets: object, n: int) -> Array:
+    array = checks.as_array(targets, "targets")
+    if array.ndim != 1:
+        raise ValueError(
+            f"targets has shape {array.shape}; with shards of the classes it must be ({n},), class indices"
+        )
+    return checks.targets(array, n, 0)
+
+
+def stats_call(loss: Any, scores: object, targets: object, offset: object, backend_name: str | None) -> backends.Stats:
+    """What a shard of the classes tells about its rows."""
+    shard = _shard(loss, scores, targets, offset, backend_name)
+    return shard.backend.stats_rows(loss, shard.scores, shard.targets, shard.offset)
+
+
+def check_stats(loss: Any, stats: object, targets: Array) -> backends.Stats:
+    """Raise unless the stats are of all classes: each target that counts is in one shard."""
+    if not isinstance(stats, backends.Stats):
+        raise TypeError(f"stats is {type(stats).__name__}; it must be what fastloss.Stats.merge gives")
+    arrays = backends.Stats(*(np.asarray(array) for array in stats))
+    for name, array in arrays._asdict().items():
+        if array.shape != targets.shape:
+            raise ValueError(f"stats.{name} has shape {array.shape}; it must be {targets.shape}, as targets")
+    bad = arrays.found != 1
+    if loss.ignore_index is not None:
+        bad &= targets != loss.ignore_index
+    if bad.any():
+        k = int(bad.argmax())
+        where = "none of the shards that are merged" if arrays.found[k] == 0 else "several shards, which overlap"
+        raise ValueError(f"targets[{k}] is {targets[k]}, a class of {where}")
+    return arrays
+
+
+def stats_value_call(loss: Any, stats: object, targets: object, sample_weight: object, reduction: str) -> Any:
+    """The loss, from the stats of all classes."""
+    loss.check_shards()
+    checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    y = checks.as_array(targets, "targets")
+    y = shard_targets(y, len(y) if y.ndim else 0)
+    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", len(y), "target")
+    whole = check_stats(loss, stats, y)
+    backend = backends.choose(None, "gradient", loss, checks.FLOAT64, ())
+    weights = fold(loss, y, weight, checks.FLOAT64, backend)
+    row_loss, multiplier = loss.rows_from_stats(whole), weights.multiplier
+    if multiplier is not None:
+        row_loss[multiplier == 0] = 0
+    if reduction == "none":
+        return weights.row_values(row_loss)
+    value = float((row_loss if multiplier is None else row_loss * multiplier).sum())
+    return weights.reduce(value, reduction, weights.total(len(y)))
+
+
+def stats_gradient_call(
+    loss: Any, scores: object, targets: object, stats: object, offset: object, out: Array | None,
+    sample_weight: object, reduction: str, upstream: object, backend_name: str | None,
+) -> Array:  # fmt: skip
+    """The gradient for a shard of the classes, from the stats of all."""
+    checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    backend, s, y, start = _shard(loss, scores, targets, offset, backend_name)
+    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", len(y), "row of scores")
+    factor = 1.0 if upstream is None else check_upstream(upstream, reduction, len(y))
+    result_dtype = s.dtype if s.dtype.kind not in "iub" else checks.FLOAT64
+    whole = check_stats(loss, stats, y)
+    if out is None:
+        out = np.empty(s.shape, result_dtype)
+    else:
+        checks.out(out, "out", s.shape, result_dtype)
+        inputs = {"scores": s, "targets": y, "sample_weight": sample_weight, "upstream": upstream}
+        checks.apart(out, "out", inputs, in_place="scores")
+    weights = fold(loss, y, weight, checks.FLOAT64, backend)
+    multiplier, scale = weights.multiplier, weights.scale(reduction, weights.total(len(y)))
+    if isinstance(factor, np.ndarray):
+        multiplier = factor if multiplier is None else factor * multiplier
+    else:
+        scale *= factor
+    backend.stats_gradient_rows(loss, s, y, start, whole, multiplier, scale, out)
+    return out
+
+
 def transform_call(
     kind: str, scores: object, out: Array | None, backend_name: str | None, n_threads: int | None
 ) -> Array:

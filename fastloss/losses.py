@@ -10,6 +10,7 @@ import numpy as np
 from fastloss import _checks as checks
 from fastloss import driver
 from fastloss._checks import Array
+from fastloss.backends import Stats, reference
 
 
 def _frozen_array(value: object) -> Array:
@@ -82,6 +83,16 @@ class Loss:
     def check_probabilities(self) -> None:
         """Raise unless the targets may be class probabilities."""
         raise ValueError(f"targets are class probabilities; {type(self).__name__} takes class indices (N,)")
+
+    def check_shards(self) -> None:
+        """Raise unless the class axis may be split in shards."""
+        raise ValueError(
+            f"{type(self).__name__} has no stats: every class is compared with the target's score, which one shard has"
+        )
+
+    def rows_from_stats(self, stats: Stats) -> Array:
+        """The row losses from the stats of all classes."""
+        raise NotImplementedError
 
     def weighs_inside(self, probabilities: bool) -> bool:
         """Whether class weights are part of the row loss itself, not one multiplier for each row."""
@@ -184,6 +195,98 @@ class Loss:
         )
         return (value, grad, extras) if outputs else (value, grad)
 
+    def stats(self, scores: object, targets: object, *, offset: int = 0, backend: str | None = None) -> Stats:
+        """What the scores of some of the classes tell about each row, where the class axis is split in shards.
+
+        Merge the stats of all shards, then ask for the value and, with each shard's scores again, for its gradient.
+
+        Parameters
+        ----------
+        scores : array (N, any number of classes)
+            The scores of the shard.
+        targets : array (N,) of any integer type
+            Class indices among all classes; most are in other shards.
+        offset : int
+            The index of the shard's first class.
+        backend
+            As in `value`.
+
+        Returns
+        -------
+        Stats
+
+        Raises
+        ------
+        ValueError, TypeError
+            For arguments that do not fit, and for losses and options that cannot be split.
+
+        Examples
+        --------
+        >>> import numpy as np, fastloss as fl
+        >>> scores, targets, loss = np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([3]), fl.Softmax()
+        >>> left, right = scores[:, :2], scores[:, 2:]
+        >>> with fl.use_backend("reference"):
+        ...     stats = loss.stats(left, targets).merge(loss.stats(right, targets, offset=2))
+        ...     loss.gradient_from_stats(right, targets, stats, offset=2).round(4).tolist()
+        [[0.2369, -0.3561]]
+        """
+        return driver.stats_call(self, scores, targets, offset, backend)
+
+    def value_from_stats(
+        self, stats: Stats, targets: object, *, sample_weight: object = None, reduction: str = "mean"
+    ) -> Any:
+        """The loss, from the stats of all classes; see `stats`. Weights and reductions are those of `value`.
+
+        Returns
+        -------
+        value : float, or array (N,) of float64 for `reduction="none"`
+
+        Raises
+        ------
+        ValueError
+            If a target's class is in none of the merged shards, or in several.
+        """
+        return driver.stats_value_call(self, stats, targets, sample_weight, reduction)
+
+    def gradient_from_stats(
+        self,
+        scores: object,
+        targets: object,
+        stats: Stats,
+        *,
+        offset: int = 0,
+        out: Array | None = None,
+        sample_weight: object = None,
+        reduction: str = "mean",
+        upstream: object = None,
+        backend: str | None = None,
+    ) -> Array:
+        """The gradient with respect to a shard's scores, from the stats of all classes; see `stats`.
+
+        Parameters
+        ----------
+        scores, targets, offset
+            As they were given to `stats`.
+        stats : Stats
+            Of all shards, merged.
+        out : array like scores, optional
+            Receives the gradient; `out=scores` works in place.
+        sample_weight, reduction, upstream, backend
+            As in `value_and_grad`.
+
+        Returns
+        -------
+        array like scores, of their dtype (float64 for integers)
+
+        Raises
+        ------
+        ValueError
+            If a target's class is in none of the merged shards, or in several.
+        """
+        return driver.stats_gradient_call(
+            self, scores, targets, stats, offset, out, sample_weight, reduction, upstream, backend
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Softmax(Loss):
@@ -239,6 +342,14 @@ class Softmax(Loss):
         for name in used:
             if used[name]:
                 raise ValueError(f"{name} has no meaning for targets that are class probabilities")
+
+    def check_shards(self) -> None:
+        if self.label_smoothing > 0:
+            raise ValueError("label_smoothing has no stats: it takes the scores of all classes; use 0 with shards")
+
+    def rows_from_stats(self, stats: Stats) -> Array:
+        with np.errstate(all="ignore"):
+            return reference.softmax_stats_rows(self, stats)[0]
 
     def weighs_inside(self, probabilities: bool) -> bool:
         return probabilities or self.label_smoothing > 0

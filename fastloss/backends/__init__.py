@@ -29,6 +29,52 @@ class BackendWarning(UserWarning):
     """The automatic choice passed over a faster backend; the message says why."""
 
 
+class Stats(NamedTuple):
+    """What a shard of the classes tells about its rows: all that the softmax loss and gradient need of the others.
+
+    Shards of the class axis are merged in any order, by `merge`; the arrays may travel between processes in any way.
+    They are float64, whatever the scores are, so that what merges round off does not show in a float32 result.
+
+    Attributes
+    ----------
+    maximum : array (N,)
+        The largest score; −inf where there is none. Scores here are those after softcap and temperature.
+    rest : array (N,)
+        Σ exp(s_j − maximum) over all but one class that has the maximum; NaN where a score is NaN or +inf.
+    target : array (N,)
+        The target's score, 0 where the target is in none of the shards.
+    found : array (N,) of integers
+        How many of the shards have the target: 1 once all are merged.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> scores, targets, loss = np.array([[3.2, 5.1, -1.7]]), np.array([0]), fl.Softmax()
+    >>> with fl.use_backend("reference"):
+    ...     left, right = loss.stats(scores[:, :2], targets), loss.stats(scores[:, 2:], targets, offset=2)
+    >>> merged = left.merge(right)
+    >>> round(loss.value_from_stats(merged, targets), 2), round(loss.value(scores, targets), 2)
+    (2.04, 2.04)
+    """
+
+    maximum: Array
+    rest: Array
+    target: Array
+    found: Array
+
+    def merge(self, other: Stats) -> Stats:
+        """The stats of the classes of both, which must not overlap. Associative and commutative, up to rounding."""
+        with np.errstate(all="ignore"):
+            maximum = np.maximum(self.maximum, other.maximum)
+            # Σ exp(s − maximum) over all of a side. A side without finite scores has nothing, and −inf − −inf is NaN.
+            own, others = (
+                np.where(side.maximum == -np.inf, 0, (1 + side.rest) * np.exp(side.maximum - maximum))
+                for side in (self, other)
+            )
+            rest = np.where(self.maximum >= other.maximum, self.rest + others, other.rest + own)
+        return Stats(maximum, rest, self.target + other.target, self.found + other.found)
+
+
 class Backend:
     """What a backend can do. The driver has checked all arguments; arrays are NumPy's, native, of the compute dtype
     (float32 or float64) where nothing else is said, of any strides. Scores, and what is like them, may be of another
@@ -50,8 +96,8 @@ class Backend:
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
         """Why this backend cannot serve a call; None if it can.
 
-        verb is "gradient" (value and gradient), "hvp" or "transform" (then `loss` is its name); needs names
-        the options, kinds of targets and extra outputs that are beyond a plain call.
+        verb is "gradient" (value and gradient), "hvp", "stats" (and the gradient from them) or "transform" (then `loss`
+        is its name); needs names the options, kinds of targets and extra outputs that are beyond a plain call.
         """
         raise NotImplementedError
 
@@ -110,6 +156,17 @@ class Backend:
 
     def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
         """multiplier · (Hessian of ℓ) · direction, for each row."""
+        raise NotImplementedError
+
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
+        """The stats of the classes `offset`, `offset + 1`, … whose scores (N, any number of classes) are given."""
+        raise NotImplementedError
+
+    def stats_gradient_rows(
+        self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
+        scale: float, grad: Array,
+    ) -> None:  # fmt: skip
+        """The gradient for those classes, given the stats of all, into `grad` (which may be `scores`)."""
         raise NotImplementedError
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:

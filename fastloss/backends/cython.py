@@ -111,7 +111,8 @@ class CythonBackend(Backend):
         return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        return "Hessian products are not compiled yet" if verb == "hvp" else None
+        missing = {"hvp": "Hessian products", "stats": "stats of shards of the classes"}.get(verb)
+        return f"{missing} are not compiled yet" if missing else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.kind != "u" and self._kernels[dtype] is not None

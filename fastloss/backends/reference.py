@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastloss._checks import Array
-from fastloss.backends import Backend
+from fastloss.backends import Backend, Stats
 
 
 # --- softmax -------------------------------------------------------------------------------------------------------
@@ -106,6 +106,56 @@ def softmax_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array
     entropy = np.where(p == 0, 0, p * negative_log).sum(axis=1)
     entropy[bad] = np.nan
     return row_loss, gradient, {"lse": z, "argmax": scores.argmax(axis=1), "entropy": entropy}
+
+
+def in_shard(targets: Array, offset: int, n_classes: int) -> tuple[Array, Array]:
+    """The rows whose target is one of a shard's classes, and the target's column there."""
+    column = targets.astype(np.int64) - offset
+    rows = np.flatnonzero((column >= 0) & (column < n_classes))
+    return rows, column[rows]
+
+
+def softmax_stats(loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
+    """Maximum, sum of the exponentials but for a maximum, and target of a shard of the classes; see `Stats`."""
+    n, c = scores.shape
+    s, _ = map_scores(loss, scores.astype(np.float64))
+    maximum = s.max(axis=1, initial=-np.inf)
+    exps = np.exp(s - maximum[:, None])
+    bad = np.isnan(exps).any(axis=1)
+    if c:
+        np.put_along_axis(exps, s.argmax(axis=1)[:, None], 0, axis=1)
+    rest = np.where(maximum == -np.inf, 0, np.where(bad, np.nan, exps.sum(axis=1)))
+    rows, columns = in_shard(targets, offset, c)
+    target, found = np.zeros(n), np.zeros(n, np.int64)
+    target[rows], found[rows] = s[rows, columns], 1
+    return Stats(maximum, rest, target, found)
+
+
+def softmax_stats_rows(loss: Any, stats: Stats) -> tuple[Array, Array]:
+    """The row losses log(1 + rest) + (m − s_y) + λ z² and z = log Σ exp(s), given the stats of all classes."""
+    log = np.log1p(stats.rest)
+    z = stats.maximum + log
+    row_loss = log + (stats.maximum - stats.target)
+    return (row_loss + loss.z_loss * z * z if loss.z_loss else row_loss), z
+
+
+def softmax_stats_gradient(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> Array:
+    """(1 + 2 λ z) p − e_y for a shard of the classes, given the stats of all.
+
+    The target's entry is −Σ of the others' exponentials, rest + (1 − exp(s_y − m)), over the sum of all.
+    """
+    s, slope = map_scores(loss, scores.astype(np.float64))
+    shifted = s - stats.maximum[:, None]
+    total = 1 + stats.rest
+    p = np.exp(shifted) / total[:, None]
+    gradient: Array = p.copy()
+    rows, columns = in_shard(targets, offset, scores.shape[1])
+    gradient[rows, columns] = (np.expm1(shifted[rows, columns]) - stats.rest[rows]) / total[rows]
+    if loss.z_loss:
+        gradient += 2 * loss.z_loss * softmax_stats_rows(loss, stats)[1][:, None] * p
+    gradient *= slope
+    gradient[np.isnan(total)] = np.nan
+    return gradient
 
 
 def softmax_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Array:
@@ -284,6 +334,21 @@ class ReferenceBackend(Backend):
             curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
         product[live] = curve if multiplier is None else curve * multiplier[live, None]
         return product
+
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
+        with np.errstate(all="ignore"):
+            return softmax_stats(loss, scores, targets, offset)
+
+    def stats_gradient_rows(
+        self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
+        scale: float, grad: Array,
+    ) -> None:  # fmt: skip
+        live = live_rows(multiplier)
+        kept = Stats(*(array[live] for array in stats))
+        with np.errstate(all="ignore"):
+            gradient = softmax_stats_gradient(loss, scores[live], targets[live], offset, kept)
+            grad[...] = 0
+            grad[live] = scale * gradient if multiplier is None else scale * gradient * multiplier[live, None]
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
         with np.errstate(all="ignore"):

@@ -1,0 +1,207 @@
+"""A class axis split in shards: the stats of any split, merged in any order, give what the whole gives."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastloss as fl
+from tests.conftest import same_bits
+
+# Stats may be the reference's alone.
+pytestmark = pytest.mark.filterwarnings("ignore::fastloss.BackendWarning")
+
+LOSSES = {
+    "plain": fl.Softmax(),
+    "ignoring": fl.Softmax(ignore_index=3),
+    "class weights": fl.Softmax(class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 4, 0.25]),
+    "z-loss": fl.Softmax(z_loss=0.1),
+    "softcap": fl.Softmax(softcap=4.0, temperature=0.5),
+}
+CALLS = {
+    "mean": {},
+    "sum, weighted": {"reduction": "sum", "sample_weight": np.arange(12) % 4},
+    "mean, scaled": {"upstream": -2.0, "sample_weight": 1e-30 * (1 + np.arange(12))},
+    "rows": {"reduction": "none", "upstream": np.linspace(-1, 1, 12).round(2)},
+}
+
+
+def shards_of(scores, cuts):
+    """(offset, scores) of each shard; `cuts` are where the class axis is cut, equal ones make empty shards."""
+    edges = [0, *sorted(cuts), scores.shape[1]]
+    return [(a, scores[:, a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def merged(parts, rng):
+    """Merge in a random order: any two at a time."""
+    parts = list(parts)
+    while len(parts) > 1:
+        a, b = (parts.pop(int(rng.integers(len(parts)))) for _ in range(2))
+        parts.append(a.merge(b))
+    return parts[0]
+
+
+def split(loss, scores, targets, cuts, rng, **call):
+    """Value and gradient by way of stats."""
+    shards = shards_of(scores, cuts)
+    stats = merged([loss.stats(part, targets, offset=offset) for offset, part in shards], rng)
+    value_call = {name: given for name, given in call.items() if name != "upstream"}
+    grads = [loss.gradient_from_stats(part, targets, stats, offset=offset, **call) for offset, part in shards]
+    return loss.value_from_stats(stats, targets, **value_call), np.concatenate(grads, axis=1)
+
+
+def whole(loss, scores, targets, **call):
+    """The same unsplit, computed in float64."""
+    return loss.value_and_grad(scores.astype(np.float64), targets, backend="reference", **call)
+
+
+def assert_same(found, wanted, dtype=np.float64):
+    (value, grad), (wanted_value, wanted_grad) = found, wanted
+    assert grad.dtype == dtype
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-15 * 8)
+    info = np.finfo(dtype)
+    largest = np.nan_to_num(np.abs(wanted_grad)).max(axis=1, keepdims=True)
+    units = (grad - wanted_grad) / (float(info.eps) * np.maximum(largest, float(info.smallest_normal)))
+    np.testing.assert_array_equal(np.isnan(grad), np.isnan(wanted_grad))
+    assert np.nan_to_num(np.abs(units)).max(initial=0) <= 8
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    cuts=st.lists(st.integers(0, 10), max_size=6),
+    scale=st.sampled_from([0.1, 3.0, 100.0]),
+    dtype=st.sampled_from([np.float64, np.float32, np.float16]),
+)
+def test_any_split_gives_the_unsplit_result(loss, call, seed, cuts, scale, dtype):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(scale=scale, size=(12, 10)).astype(dtype)
+    targets = rng.integers(0, 10, 12)
+    assert_same(split(loss, scores, targets, cuts, rng, **call), whole(loss, scores, targets, **call), dtype)
+
+
+AWKWARD = np.array(
+    [
+        [np.nan, 0, 1, 2],
+        [np.inf, 0, 1, 2],
+        [0, 1, np.inf, np.inf],
+        [-np.inf, 0, -np.inf, 2],
+        [-np.inf, -np.inf, -np.inf, -np.inf],
+        [0, -np.inf, -np.inf, -np.inf],
+        [-np.inf, -np.inf, np.nan, -np.inf],
+        [1e4, 1e4 - 20, -1e4, 1e4],
+        [1e300, -1e300, 0, 1e300],
+        [5, 5, 5, 5],
+        [30, 10, 5, 0],
+        [-800, 0, 0, -800],
+    ]
+)
+
+
+@pytest.mark.parametrize("cuts", [[], [0], [1], [2], [1, 2], [1, 2, 3], [0, 2, 2, 4], [3]], ids=str)
+@pytest.mark.parametrize("target", range(4))
+def test_infinite_and_nan_scores_as_in_the_contract(cuts, target):
+    targets = np.full(len(AWKWARD), target)
+    for seed in range(3):
+        found = split(fl.Softmax(), AWKWARD, targets, cuts, np.random.default_rng(seed), reduction="none")
+        assert_same(found, whole(fl.Softmax(), AWKWARD, targets, reduction="none"))
+
+
+def test_one_dominant_class_keeps_the_digits_of_the_others():
+    scores, targets = np.array([[30.0, 10, 5, 0]]), np.array([0])
+    for cuts in ([1], [2], [1, 2, 3]):
+        value, grad = split(fl.Softmax(), scores, targets, cuts, np.random.default_rng(0))
+        np.testing.assert_allclose([value, -grad[0, 0]], 2.0611538e-9 + 1.3887944e-11 + 9.35762e-14, rtol=1e-7)
+
+
+def test_rows_of_weight_0_are_skipped_with_nan_in_them():
+    scores = np.array([[np.nan, 1.0, 2], [1, 2, 3]])
+    call = {"sample_weight": [0, 2]}
+    found = split(fl.Softmax(), scores, np.array([1, 2]), [1], np.random.default_rng(0), **call)
+    assert_same(found, whole(fl.Softmax(), scores, np.array([1, 2]), **call))
+    assert (found[1][0] == 0).all()
+    assert np.isfinite(found[0])
+
+
+def test_an_empty_shard_changes_no_bit():
+    rng = np.random.default_rng(0)
+    scores, targets, loss = rng.normal(size=(6, 5)), rng.integers(0, 5, 6), fl.Softmax()
+    stats, nothing = loss.stats(scores, targets), loss.stats(scores[:, :0], targets, offset=5)
+    for both in (stats.merge(nothing), nothing.merge(stats)):
+        assert all(same_bits(a, b) for a, b in zip(both, stats, strict=True))
+    assert loss.gradient_from_stats(scores[:, :0], targets, stats, offset=5).shape == (6, 0)
+
+
+def test_no_rows():
+    scores, targets = np.zeros((0, 4)), np.zeros(0, int)
+    value, grad = split(fl.Softmax(), scores, targets, [1], np.random.default_rng(0))
+    assert np.isnan(value)
+    assert grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint64])
+def test_targets_of_any_integer_type(dtype):
+    rng = np.random.default_rng(0)
+    scores, targets = rng.normal(size=(9, 6)), rng.integers(0, 6, 9)
+    found = split(fl.Softmax(), scores, targets.astype(dtype), [1, 4], rng)
+    assert_same(found, whole(fl.Softmax(), scores, targets))
+
+
+def test_inputs_are_not_written_and_out_is():
+    rng = np.random.default_rng(0)
+    scores, targets, loss = rng.normal(size=(9, 6)).astype(np.float32), rng.integers(0, 6, 9), fl.Softmax()
+    scores.flags.writeable = False
+    stats = loss.stats(scores[:, :4], targets).merge(loss.stats(scores[:, 4:], targets, offset=4))
+    wanted = loss.gradient_from_stats(scores[:, 4:], targets, stats, offset=4)
+    mine = scores[:, 4:].copy()
+    assert loss.gradient_from_stats(mine, targets, stats, offset=4, out=mine) is mine
+    assert same_bits(mine, wanted)
+    with pytest.raises(ValueError, match="out has shape"):
+        loss.gradient_from_stats(mine, targets, stats, offset=4, out=np.empty((9, 3), np.float32))
+
+
+S, Y = np.zeros((4, 3)), np.array([0, 1, 4, 2])
+STATS = fl.Softmax().stats(S, np.zeros(4, int), backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fl.Hinge().stats(S, Y), ValueError, "Hinge has no stats: every class is compared"),
+        (lambda: fl.Hinge().value_from_stats(STATS, Y), ValueError, "Hinge has no stats"),
+        (lambda: fl.Hinge().gradient_from_stats(S, Y, STATS), ValueError, "Hinge has no stats"),
+        (lambda: fl.Softmax(label_smoothing=0.1).stats(S, Y), ValueError, "label_smoothing has no stats"),
+        (lambda: fl.Softmax().stats(S, S), ValueError, r"targets has shape \(4, 3\); with shards"),
+        (lambda: fl.Softmax().stats(S, Y[:3]), ValueError, r"targets has shape \(3,\); it must be \(4,\)"),
+        (lambda: fl.Softmax().stats(S, Y, offset=-1), ValueError, "offset is -1"),
+        (lambda: fl.Softmax().stats(S, Y, offset=0.5), TypeError, "offset is 0.5"),
+        (lambda: fl.Softmax(class_weight=[1, 1]).stats(S, Y), ValueError, "classes 0 to 2, but class_weight has 2"),
+        (lambda: fl.Softmax().value_from_stats(STATS[:2], Y), TypeError, "stats is tuple"),
+        (lambda: fl.Softmax().value_from_stats(STATS, Y[:3]), ValueError, r"stats.maximum has shape \(4,\)"),
+        (lambda: fl.Softmax().value_from_stats(STATS, Y, reduction="max"), ValueError, "reduction is 'max'"),
+        (lambda: fl.Softmax().value_from_stats(STATS, Y, sample_weight=[1]), ValueError, "sample_weight has shape"),
+        (lambda: fl.Softmax().gradient_from_stats(S, Y, STATS, upstream=Y), ValueError, "upstream has shape"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_target_must_be_in_one_shard():
+    loss, left, right = fl.Softmax(), S[:, :2], S[:, 2:]
+    stats = loss.stats(left, Y).merge(loss.stats(right, Y, offset=2))
+    for call in (
+        lambda: loss.value_from_stats(stats, Y),
+        lambda: loss.gradient_from_stats(left, Y, stats),
+    ):
+        with pytest.raises(ValueError, match=r"targets\[2\] is 4, a class of none of the shards that are merged"):
+            call()
+    overlapping = loss.stats(S, Y % 3).merge(loss.stats(left, Y % 3))
+    with pytest.raises(ValueError, match=r"targets\[0\] is 0, a class of several shards, which overlap"):
+        loss.value_from_stats(overlapping, Y % 3)
+    assert np.isfinite(fl.Softmax(ignore_index=4).value_from_stats(stats, Y))
