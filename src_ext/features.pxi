@@ -1,9 +1,9 @@
 # Features of a linear layer with few classes: the dense producer and its gradient accumulator, and the fused pass.
 #
-# For a batch of 1 to 4 tiles of 16 rows: scores = X Wᵀ + b, the row losses with the gradient in place, dW += gradientᵀ X
-# while the rows are in cache. Each feature is read from memory once; the products need 4 N D C operations, and on
-# x86-64-v4 in float32 two of 16 of them start each cycle, so with 10 classes memory is the limit where a core gets under 6
-# bytes a cycle.
+# For a batch of 1 to 4 tiles of 16 rows: scores = X Wᵀ + b, the row losses with the gradient in place, dW += gradientᵀ
+# X while the rows are in cache. Each feature is read from memory once; the products need 4 N D C operations, and on
+# x86-64-v4 in float32 two of 16 of them start each cycle, so with 10 classes memory is the limit where a core gets under
+# 6 bytes a cycle.
 #
 # W and the segment's sum of gradients lie in panels (simd.h): blocks of classes whose sums stay in registers, over
 # stretches of features, so that a stretch of some panels stays in L1 while the batch's rows pass by. Panels are
@@ -11,15 +11,15 @@
 # also why blocks of dW are as large as they can be: the rows of a batch do not stay in L1 until a next block.
 #
 # The more rows a batch has, the less often W and dW are loaded and stored, until the rows leave the cache between the
-# products. 50000 x 3072 x 64 in float32: 115 ms with one tile, 104 with two, 111 with three. A value alone reads rows once,
-# and needs batches only to have several tiles for the row losses.
+# products. 50000 x 3072 x 64 in float32: 115 ms with one tile, 104 with two, 111 with three. A value alone reads rows
+# once, and needs batches only to have several tiles for the row losses.
 #
 # Later rows are fetched during both products, evenly, in the order in which they will be used. The unit is a piece: a
 # stretch of one row. `lead` pieces are ahead when a batch begins, `middle` when its second product does; each product
-# fetches as many as it has the time for and leaves the others alone. What is fetched stays in the second-level cache until
-# it is used. With a gradient, the first product fetches only while it has its rows in L1, that is with the last of the
-# blocks side by side: rows on their way from the second level wait behind lines from memory (CIFAR-10 in float32: 20 ms
-# with the last block, 22 with the first).
+# fetches as many as it has the time for and leaves the others alone. What is fetched stays in the second-level cache
+# until it is used. With a gradient, the first product fetches only while it has its rows in L1, that is with the last of
+# the blocks side by side: rows on their way from the second level wait behind lines from memory (50000 x 3072 x 10 in
+# float32: 20 ms with the last block, 22 with the first).
 
 cdef enum:
     STRETCH_BYTES = 2048  # of a row of W, at most
@@ -27,8 +27,8 @@ cdef enum:
     LEAD_BYTES = 192 << 10  # fetched when a batch begins, at most
     PART_BYTES = 256  # of a piece, for one call of the second product
     MOST_TILES = 4  # of a batch,
-    BATCH_BYTES_L1 = 16 << 10  # and what its rows take, at most, unless they are 16: in the first-level cache; where that
-    BATCH_BYTES_FEW = 256 << 10  # has not even these, in the second, if dW is one block,
+    BATCH_BYTES_L1 = 16 << 10  # and what its rows take, at most, unless they are 16: in the first-level cache;
+    BATCH_BYTES_FEW = 256 << 10  # where that has no room for 16, in the second, if dW is one block,
     BATCH_BYTES_MANY = 384 << 10  # and if not: loads and stores of dW then cost more
     SEGMENT_ROWS = 64  # at least,
     PARTIAL_BYTES = 16 << 20  # and all segments' sums, at most, unless they are so few:
@@ -217,8 +217,8 @@ cdef void produce(const LinearPass *p, Batch *t, stored *ends, const stored **la
                 tile_sums = sums + g // (TILE // ROWS) * p.tile_sums
                 for b in range(side, stop):
                     c, size = p.dot_start[b], p.dot_start[b + 1] - p.dot_start[b]
-                    dot_panel(<int> size, p.lines, t.row + g * ROWS, end + g * ROWS if end != NULL else NULL, at * LANES, n,
-                              p.centre + at * LANES if p.centre != NULL else NULL,
+                    dot_panel(<int> size, p.lines, t.row + g * ROWS, end + g * ROWS if end != NULL else NULL,
+                              at * LANES, n, p.centre + at * LANES if p.centre != NULL else NULL,
                               p.W + (c * p.vectors + at * size) * LANES,
                               tile_sums + (c * TILE + g % (TILE // ROWS) * ROWS) // GROUP, s == 0,
                               fetch_some(p, f) if b == stop - 1 or not p.grad else &f.none)
@@ -295,7 +295,8 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         if p.grad:
             for r in range(t.tiles):
                 for j in range(c * TILE // LANES):
-                    vstore(bias_sums + j * LANES, add(vload(bias_sums + j * LANES), vload(scores + r * c * TILE + j * LANES)))
+                    vstore(bias_sums + j * LANES,
+                           add(vload(bias_sums + j * LANES), vload(scores + r * c * TILE + j * LANES)))
             if p.dW.data != NULL:
                 aim(p, &f, t, following, p.middle)
                 accumulate(p, t, last, scores, dW, first, &f)
