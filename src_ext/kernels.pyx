@@ -82,12 +82,12 @@ cdef extern from "simd.h" nogil:
     void gather_rows(const real **, Py_ssize_t, Py_ssize_t, real *) noexcept
     const int GROUP, AHEAD
     ctypedef struct Ahead:
-        const char **at
-        Py_ssize_t step
+        const stored **rows
+        Py_ssize_t at, step
     vec fold_groups(const vec *) noexcept
     void dot_panel(int, int, const stored **, const stored **, Py_ssize_t, Py_ssize_t, const real *, const real *, vec *,
                    bint, const Ahead *) noexcept
-    void outer_panel(int, bint, const stored **, Py_ssize_t, const real *, const real *, real *, bint,
+    void outer_panel(int, bint, int, const stored **, Py_ssize_t, const real *, const real *, Py_ssize_t, real *, bint,
                      const Ahead *) noexcept
     void add_products(double *, const real *, const real *) noexcept
     void vstream(real *, vec) noexcept

@@ -116,6 +116,10 @@ cdef inline const real *row_more(const Options *o, const Matrix *probabilities, 
     return probabilities.data + row * probabilities.row_stride if probabilities.data != NULL else NULL
 
 
+cdef inline bint has_more(const Options *o) noexcept nogil:
+    return o.general and (o.probabilities or o.pairs != NULL)
+
+
 cdef inline void load_more(const real **rows, Py_ssize_t c, real *tile) noexcept nogil:
     """That of TILE rows as a transposed tile."""
     cdef Py_ssize_t j, g, u, v
@@ -249,10 +253,10 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef real losses[256]
     cdef real extras[512]
     cdef const real *rows[16]
-    cdef bint wants_extras = s.z != NULL or s.entropy != NULL, has_more = s.options.probabilities or s.options.pairs != NULL
+    cdef bint wants_extras = s.z != NULL or s.entropy != NULL
     cdef double sums[16]
     cdef Py_ssize_t batch = TILE * batch_tiles(c)
-    cdef real *more = tile + batch * c if has_more else NULL
+    cdef real *more = tile + batch * c if has_more(&s.options) else NULL
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     for first in range((stop - start + batch - 1) // batch):
@@ -265,7 +269,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
-            if has_more:
+            if more != NULL:
                 for r in range(i * TILE, i * TILE + TILE):
                     rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
                 load_more(rows, c, more + i * c * TILE)

@@ -820,12 +820,16 @@ FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n, const char 
     memcpy(to + k, from + k, (size_t)(n - k));
 }
 
-/* Where a product finds what it asks for: at most AHEAD places, of which each advances by `step` bytes. */
+/* Where a product finds what it asks for: in AHEAD rows for each ROWS rows (the first product) or TILE rows (the second),
+ * from `at` bytes on; each place advances by `step` bytes. */
 #define AHEAD 4
 typedef struct {
-    const char *at[AHEAD];
-    ptrdiff_t step;
+    const stored *const *rows;
+    ptrdiff_t at, step;
 } Ahead;
+#define FL_PLACES(AHEAD_OF)                                                                       \
+    const char *next[AHEAD];                                                                      \
+    _Pragma("GCC unroll 4") for (int i = 0; i < AHEAD; i++) next[i] = (const char *)(AHEAD_OF)[i] + ahead->at;
 
 /* sums[class][group of rows] = or += x[row] . w[class], in partial sums (fold_group), over n vectors of features and,
  * where there is one, the `last`, for ROWS rows and k classes; less the centre, unless it is NULL. `lines` places are
@@ -845,7 +849,7 @@ typedef struct {
                            ptrdiff_t n, const real *centre, const real *w, vec *sums, int first,            \
                            const Ahead *ahead) {                                                            \
         const stored *x0 = x[0] + at, *x1 = x[1] + at, *x2 = x[2] + at, *x3 = x[3] + at;                    \
-        const char *next[AHEAD] = {ahead->at[0], ahead->at[1], ahead->at[2], ahead->at[3]};                 \
+        FL_PLACES(ahead->rows)                                                                              \
         const ptrdiff_t step = ahead->step;                                                                 \
         vec a[K][ROWS];                                                                                     \
         _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
@@ -862,28 +866,33 @@ typedef struct {
             }                                                                                               \
     }
 
-/* dw[class] = or += the sum over rows of g[class][row] x[row], over one or two vectors of features, for TILE rows and k
- * classes; less the centre, unless it is NULL. With each row one place is asked for, in turn. */
+/* dw[class] = or += the sum over rows of g[class][row] x[row], over one or two vectors of features, for some tiles of rows,
+ * whose g are g_step numbers apart, and k classes; less the centre, unless it is NULL. With each row one place is asked for,
+ * in turn. */
 #define FL_OUTER(K, N)                                                                                      \
-    FL_INLINE void outer_##K##_##N(const stored *const *x, ptrdiff_t at, const real *centre, const real *g, \
-                                   real *dw, int first, const Ahead *ahead) {                               \
-        const char *next[AHEAD] = {ahead->at[0], ahead->at[1], ahead->at[2], ahead->at[3]};                 \
+    FL_INLINE void outer_##K##_##N(int tiles, const stored *const *x, ptrdiff_t at, const real *centre,     \
+                                   const real *g, ptrdiff_t g_step, real *dw, int first,                    \
+                                   const Ahead *ahead) {                                                    \
         const ptrdiff_t step = ahead->step;                                                                 \
         vec a[N][K];                                                                                        \
         _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                 \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                            \
                 a[v][c] = first ? vset(0) : vload(dw + (v * K + c) * LANES);                                \
-        _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++) {                                           \
-            vec f[N];                                                                                       \
-            _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) {                                           \
-                f[v] = sload(x[r] + at + v * LANES);                                                        \
-                if (centre) f[v] -= vload(centre + v * LANES);                                              \
+        for (int t = 0; t < tiles; t++) {                                                                   \
+            FL_PLACES(ahead->rows + t * AHEAD)                                                              \
+            _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++) {                                       \
+                vec f[N];                                                                                   \
+                _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) {                                       \
+                    f[v] = sload(x[r] + at + v * LANES);                                                    \
+                    if (centre) f[v] -= vload(centre + v * LANES);                                          \
+                }                                                                                           \
+                prefetch_near(next[r % AHEAD] + r / AHEAD * step);                                          \
+                _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                      \
+                    vec factor = vset(g[c * TILE + r]);                                                     \
+                    _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];           \
+                }                                                                                           \
             }                                                                                               \
-            prefetch_near(next[r % AHEAD] + r / AHEAD * step);                                              \
-            _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                          \
-                vec factor = vset(g[c * TILE + r]);                                                         \
-                _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];               \
-            }                                                                                               \
+            x += TILE, g += g_step;                                                                         \
         }                                                                                                   \
         _Pragma("GCC unroll 2") for (int v = 0; v < N; v++)                                                 \
             _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) vstore(dw + (v * K + c) * LANES, a[v][c]); \
@@ -921,12 +930,12 @@ static inline void dot_panel(int k, int lines, const stored *const *x, const sto
 #undef FL_CASE
 #undef FL_LINES
 }
-static inline void outer_panel(int k, int two, const stored *const *x, ptrdiff_t at, const real *centre, const real *g,
-                               real *dw, int first, const Ahead *ahead) {
-#define FL_VECTORS(K, N)                                                        \
-    {                                                                           \
-        if (centre) outer_##K##_##N(x, at, centre, g, dw, first, ahead);        \
-        else outer_##K##_##N(x, at, NULL, g, dw, first, ahead);                 \
+static inline void outer_panel(int k, int two, int tiles, const stored *const *x, ptrdiff_t at, const real *centre,
+                               const real *g, ptrdiff_t g_step, real *dw, int first, const Ahead *ahead) {
+#define FL_VECTORS(K, N)                                                                        \
+    {                                                                                           \
+        if (centre) outer_##K##_##N(tiles, x, at, centre, g, g_step, dw, first, ahead);         \
+        else outer_##K##_##N(tiles, x, at, NULL, g, g_step, dw, first, ahead);                  \
     }
 #define FL_CASE(K)                \
     case K:                       \
