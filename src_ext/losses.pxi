@@ -33,6 +33,7 @@ cdef struct Options:
     int power
     real margin
     real per_class  # 1, or 1 / C for over="mean"
+    real classes
     # What the general form will read (map the scores, core, map the gradient back): until it is compiled, the backend
     # refuses losses that set them.
     real smoothing, z_loss, softcap, temperature
@@ -164,12 +165,23 @@ cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target
     m[0], target[0] = top, s
 
 
+cdef inline void add_block(Py_ssize_t start, vec block, vec *total, vec *lost) noexcept nogil:
+    """Add a block's sum; `lost` is what the sum of blocks loses by rounding: of 2048 blocks that would be tens of units."""
+    cdef vec rest
+    if start == 0:
+        total[0] = block
+    else:
+        total[0] = exact_sum(total[0], block, &rest)
+        lost[0] = add(lost[0], rest)
+
+
 cdef struct State:
     # What is known of some rows, one a lane; while a row is walked over (ROWED) of its lanes.
-    vec m  # softmax family: the maximum
+    vec m  # softmax family: the maximum. Hinge: see `aim`
     vec target  # the target's score
     vec a  # what the walks find
     vec b
+    vec low  # what a lacks, as rounded (hinge)
 
 
 cdef struct Sum:
@@ -257,11 +269,10 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const 
 cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_target, vec *last) noexcept nogil:
     """Σ of the exponentials from `origin_of(m)` without the target, of each lane, and (LANED) the target's; they are kept.
 
-    What the sum of blocks loses by rounding is added at the end: of 2048 blocks that would be tens of units.
     The exponentials of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been
     written cannot be read again without a stall.
     """
-    cdef vec total = vset(0), lost = vset(0), block, rest
+    cdef vec total = vset(0), lost = vset(0), block
     cdef Origin o = origin_of(m)
     cdef Py_ssize_t start
     cdef bint far = not all_lanes(is_near(m))
@@ -273,11 +284,7 @@ cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_ta
             block = block_exps(layout, True, False, keep, w, start, &o, at_target, last)
         else:
             block = block_exps(layout, False, False, keep, w, start, &o, at_target, last)
-        if start == 0:
-            total = block
-        else:
-            total = exact_sum(total, block, &rest)
-            lost = add(lost, rest)
+        add_block(start, block, &total, &lost)
     return add(total, lost)
 
 
@@ -311,53 +318,113 @@ cdef inline vec settle_softmax(int layout, bint grad, State *s, vec factor) noex
 
 
 # --- hinge ---------------------------------------------------------------------------------------------------------
-# Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed.
-cdef inline vec hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec m,
-                           vec share, vec *pull) noexcept nogil:
-    """One vector of margins: its losses; its gradient, added to pull too."""
-    cdef vec zero = vset(0), active = choose(vle(m, zero), zero, m), d
-    if grad:
-        d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
-        pull[0] = add(pull[0], d)
-        put(layout, part, w, k, mul(d, share))
-    return active if power == 1 else mul(active, active)
+# Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed. What the
+# differences and sums round off is kept (State.low) as far as it shows: a difference is of both signs, its square is not.
+# s_y − Δ is m − target of a State, exactly, once `aim` has made that of the target's score: m_j = (s_j + target) − m. The sum
+# is exact where m_j is small beside s_j; s_j − s_y + Δ would be off by the same part of Δ for all classes that are tied.
+cdef inline void aim_hinge(const Options *o, vec *m, vec *target) noexcept nogil:
+    target[0] = sub(vset(0), exact_sum(target[0], vset(-o.margin), m))
+    m[0] = number_or_zero(m[0])
 
 
-cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
-                            Py_ssize_t start, vec st, vec share, vec *pull) noexcept nogil:
-    cdef vec loss = vset(0), some = vset(0), zero = vset(0), m
+cdef inline vec number_or_zero(vec rest) noexcept nogil:
+    """What a sum lacks; of an infinite one that is NaN."""
+    return choose(veq(rest, rest), rest, vset(0))
+
+
+cdef struct HingeSums:
+    # What is summed of a row's classes.
+    vec loss
+    vec low  # what loss lacks, as rounded
+    vec pull
+
+
+cdef inline void hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec s,
+                            mask skipped, const State *edge, vec share, HingeSums *sums) noexcept nogil:
+    """One vector of scores: its losses, added to `sums`; its gradient, and its pull."""
+    cdef vec zero = vset(0), rest = zero, d = exact_sum(s, edge.target, &rest), m
+    cdef mask idle = mor(vle(d, edge.m), skipped)
+    if power == 1:  # less edge.m for each that is active, once they are counted
+        sums.pull = add_unless(idle, sums.pull, vset(1))
+        sums.loss = add_unless(idle, sums.loss, d)
+        if grad:
+            put(layout, part, w, k, choose(idle, zero, choose(vlt(edge.m, d), share, d)))
+    else:
+        if grad:
+            m = choose(idle, zero, sub(d, edge.m))
+            sums.pull = add(sums.pull, m)
+            put(layout, part, w, k, mul(m, share))
+        m = choose(idle, zero, d)
+        rest = sub(rest, edge.m)
+        sums.low = add_unless(idle, sums.low, mul(add(m, m), rest))
+        sums.loss = exact_sum(sums.loss, mul(m, m), &rest)
+        sums.low = add(sums.low, rest)
+
+
+cdef inline void block_hinge(int layout, bint careful, bint grad, int power, const Walk *w, Py_ssize_t start,
+                             const State *edge, vec share, HingeSums *sums) noexcept nogil:
+    # Four sums in turn, as in block_exps; of squares one, to which all are added without loss.
+    cdef vec second = vset(0), third = second, fourth = second, rest
+    cdef HingeSums own
+    cdef mask none = vlt(second, second)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    own.loss = own.low = own.pull = second
     for k in range(start, whole):
-        m = add(sub(fetch(layout, False, w, k, 0), st), vset(o.margin))
-        if careful:
-            m = choose(ieq(cls, w.target), zero, m)
-            cls = next_classes(layout, cls)
+        hinge_step(layout, False, grad, power, w, k, fetch(layout, False, w, k, 0),
+                   ieq(cls, w.target) if careful else none, edge, share, &own)
         fetch_ahead(layout, grad, w, k)
-        loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
+        cls = next_classes(layout, cls)
+        if power == 1:
+            own.loss, second, third, fourth = second, third, fourth, own.loss
     if careful and whole < stop:
-        m = add(sub(fetch(layout, True, w, whole, 0), st), vset(o.margin))
-        m = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), zero, m)
-        loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
-    pull[0] = add(pull[0], some)
-    return loss
+        hinge_step(layout, True, grad, power, w, whole, fetch(layout, True, w, whole, 0),
+                   mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
+    if power == 1 and layout == ROWED and LANES >= 8:
+        own.loss = add(add(own.loss, second), add(third, fourth))
+    elif power == 1:  # of few classes a lane
+        own.loss = exact_sum(own.loss, second, &rest)
+        own.low = add(own.low, rest)
+        third = exact_sum(third, fourth, &rest)
+        own.low = add(own.low, rest)
+        own.loss = exact_sum(own.loss, third, &rest)
+        own.low = add(own.low, rest)
+    sums[0] = own
 
 
 cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor,
                             State *s) noexcept nogil:
-    cdef vec loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
+    cdef vec loss = vset(0), lost = loss, pull = loss, pull_lost = loss, share = mul(factor, vset(power * o.per_class))
+    cdef HingeSums block
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, s.target, share, &pull))
+            block_hinge(layout, True, grad, power, w, start, s, share, &block)
         else:
-            loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, s.target, share, &pull))
-    s.a, s.b = loss, pull
+            block_hinge(layout, False, grad, power, w, start, s, share, &block)
+        add_block(start, block.loss, &loss, &lost)
+        lost = add(lost, block.low)
+        if power == 1:  # counts
+            pull = add(pull, block.pull)
+        else:
+            add_block(start, block.pull, &pull, &pull_lost)
+    s.a, s.b, s.low = loss, add(pull, number_or_zero(pull_lost)), lost
+    if layout == ROWED and power == 1:  # over the lanes, what is rounded here is little; so there is less to fold
+        s.a = add(loss, number_or_zero(lost))
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
-    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.per_class))))
-    return mul(s.a, vset(o.per_class))
+    cdef vec low = number_or_zero(s.low), loss, mean
+    if o.power == 1:
+        low = sub(low, mul(s.b, s.m))
+    loss = add(s.a, low)
+    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
+    s.b = choose(veq(loss, loss), s.b, loss)  # active classes are counted, with NaN or not
+    if o.per_class == 1:
+        return loss
+    mean = div(loss, vset(o.classes))
+    low = mul(add(sub(s.a, loss), low), vset(o.per_class))
+    return add(mean, number_or_zero(low))
 
 
 # --- hinge, over="max" -----------------------------------------------------------------------------------------------
@@ -396,12 +463,12 @@ cdef inline void open_hinge_max(int layout, bint grad, const Walk *w, State *s) 
 
 
 cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec zero = vset(0), m = add(s.a, vset(o.margin)), active, slope
+    cdef vec zero = vset(0), rest, m = exact_sum(s.a, vset(o.margin), &rest), active, slope
     m = choose(veq(s.b, zero), m, vset(<real> NAN))
     active = choose(vle(m, zero), zero, m)
     slope = choose(vlt(zero, m), vset(1), active) if o.power == 1 else mul(vset(2), active)
     s.a, s.b = mul(slope, factor), m
-    return active if o.power == 1 else mul(active, active)
+    return active if o.power == 1 else add(mul(active, active), number_or_zero(mul(add(active, active), rest)))
 
 
 cdef inline mask is_top(const Options *o, vec x, vec st, vec top, mask bad) noexcept nogil:
@@ -462,7 +529,7 @@ cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, cons
 
 
 cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, vec *last) noexcept nogil:
-    cdef vec total = vset(0), lost = total, tops = total, block, rest
+    cdef vec total = vset(0), lost = total, tops = total, block
     cdef Origin o = origin_of(s.m)
     cdef Py_ssize_t start
     cdef bint writes = kind == LOG_PROBABILITIES, far = not all_lanes(is_near(s.m))
@@ -476,8 +543,7 @@ cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, v
             block = block_tops(layout, True, False, writes, w, start, s.m, &o, &tops)
         else:
             block = block_tops(layout, False, False, writes, w, start, s.m, &o, &tops)
-        total = exact_sum(total, block, &rest)
-        lost = add(lost, rest)
+        add_block(start, block, &total, &lost)
     s.a, s.b = add(total, lost), tops
 
 
@@ -520,9 +586,20 @@ cdef inline bint has_target(const Options *o) noexcept nogil:
     return o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX
 
 
+cdef inline bint has_low(const Options *o) noexcept nogil:
+    """Whether State's low is used."""
+    return o.kind == HINGE
+
+
 cdef inline bint keeps(const Options *o) noexcept nogil:
     """Whether the first walk keeps numbers for the second."""
     return o.kind == SOFTMAX or o.kind == PROBABILITIES
+
+
+cdef inline void aim(const Options *o, vec *m, vec *target) noexcept nogil:
+    """What `open_rows` starts from, of the maximum and the target's score of LANES rows."""
+    if o.kind == HINGE:
+        aim_hinge(o, m, target)
 
 
 cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *w, vec factor, State *s,
@@ -542,9 +619,15 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
         open_transform(layout, o.kind, w, s, last)
 
 
-cdef inline vec fold(const Options *o, const vec *lanes) noexcept nogil:
-    """What LANES rows hold in their lanes (State's a), one row a lane (ROWED)."""
-    return transposed_max(lanes, 1) if o.kind == HINGE_MAX else transposed_sum(lanes, 1)
+cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
+    """What the lanes of LANES rows hold, one row a lane (ROWED)."""
+    if o.kind == HINGE_MAX:
+        s.a = transposed_max(a, 1)
+    elif has_low(o):
+        s.a = exact_transposed_sum(a, low if o.power == 2 else NULL, &s.low)
+    else:
+        s.a = transposed_sum(a, 1)
+    s.b = transposed_sum(b, 1)
 
 
 cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:
@@ -582,6 +665,6 @@ cdef int read_options(Options *o, row_loss, Py_ssize_t c) except -1:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
     o.kind = HINGE_MAX if over == "max" else _KINDS[kind]
-    o.power, o.margin = power, margin
+    o.power, o.margin, o.classes = power, margin, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     return 0

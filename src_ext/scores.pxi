@@ -119,6 +119,7 @@ cdef inline void tile_losses_case(int kind, int power, bint grad, const Options 
     cdef vec target[128]
     cdef vec a[128]
     cdef vec b[128]
+    cdef vec low[128]
     cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
     cdef Walk w
@@ -129,13 +130,18 @@ cdef inline void tile_losses_case(int kind, int power, bint grad, const Options 
     for g in range(groups):
         w = walk_group(tile, c, y, g)
         look_ahead(o, &w, &m[g], &target[g])
+        aim(o, &m[g], &target[g])
     for g in range(groups):
         w = walk_group(tile, c, y, g)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
+        if has_low(o):
+            low[g] = s.low
     for g in range(groups):
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
+        if has_low(o):
+            s.low = low[g]
         loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
             loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
@@ -243,6 +249,7 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     cdef vec top[32]
     cdef vec first[32]
     cdef vec second[32]
+    cdef vec low[32]
     cdef vec last[32]
     cdef real m[32]
     cdef real target[32]
@@ -264,7 +271,7 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
     for i in range(n, (n + LANES - 1) // LANES * LANES):
-        top[i] = first[i] = second[i] = end
+        top[i] = first[i] = second[i] = low[i] = end
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
     for i in range(n):
@@ -273,12 +280,16 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
             top[i] = row_max(&w)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
-    if shifts(o):
-        for v in range((n + LANES - 1) // LANES):
-            g = v * LANES
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        if shifts(o):
             vstore(m + g, transposed_max(top + g, 1))
+        state.m, state.target = vload(m + g), vload(target + g)
+        aim(o, &state.m, &state.target)
+        vstore(m + g, state.m)
+        vstore(target + g, state.target)
     for i in range(n):
-        first[i] = second[i] = end
+        first[i] = second[i] = low[i] = end
         if mult[i] == 0:
             continue
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
@@ -288,10 +299,12 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
+        if has_low(o):
+            low[i] = state.low
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
-        state.m, state.target, state.a = vload(m + g), vload(target + g), fold(o, first + g)
-        state.b = transposed_sum(second + g, 1)
+        state.m, state.target = vload(m + g), vload(target + g)
+        fold(o, first + g, second + g, low + g, &state)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(s.scale))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)

@@ -115,6 +115,19 @@ def exact_softmax(scores: Array, targets: Array) -> tuple[Array, Array]:
     return losses, gradient
 
 
+def exact_hinge(loss: fl.Hinge, scores: Array, targets: Array) -> tuple[Array, Array]:
+    """Row losses and gradient of a hinge loss, wide."""
+    s, row = widened(scores), np.arange(len(scores))
+    m = np.maximum(s - s[row, targets][:, None] + s.dtype.type(loss.margin), 0)
+    m[row, targets] = 0
+    if loss.over == "max":
+        m[np.arange(m.shape[1]) != m.argmax(axis=1)[:, None]] = 0
+    gradient = (m > 0).astype(s.dtype) if loss.power == 1 else 2 * m
+    gradient[row, targets] = -gradient.sum(axis=1)
+    share = m.shape[1] if loss.over == "mean" else 1
+    return (m**loss.power).sum(axis=1) / share, gradient / share
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 def unit(magnitude: Array, dtype: Any) -> Array:
     """The unit in the last place of `dtype` for a magnitude, at least the smallest normal number."""
