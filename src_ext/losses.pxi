@@ -627,7 +627,8 @@ cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *l
         s.a = exact_transposed_sum(a, low if o.power == 2 else NULL, &s.low)
     else:
         s.a = transposed_sum(a, 1)
-    s.b = transposed_sum(b, 1)
+    if not keeps(o):
+        s.b = transposed_sum(b, 1)
 
 
 cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:

@@ -266,7 +266,7 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
     # The next group's scores are asked for during the first walk; half of them with the stores, if those are many.
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef bint halves = s.streams and s.scores.row_stride == c
-    cdef int i
+    cdef int i, r
     own.kind, own.power = kind, power
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
@@ -308,7 +308,9 @@ cdef inline void group_losses_case(int kind, int power, bint grad, const ScoresP
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(s.scale))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
-    for i in range(n):
+    for r in range(n):
+        # What was kept is read from the last row on: a read waits for a masked store, of a row's end, that lies just before.
+        i = n - 1 - r if keeps(o) else r
         if mult[i] == 0:
             losses[i] = 0
             if grad:
