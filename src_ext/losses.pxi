@@ -132,7 +132,8 @@ cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
     cdef ivec cls = iset(0)
     cdef Py_ssize_t k
     if layout == ROWED:
-        sstore_one(w.dst + ifirst(w.target), first_lane(v))
+        if 0 <= ifirst(w.target) < w.classes:  # not in another block of a long row
+            sstore_one(w.dst + ifirst(w.target), first_lane(v))
     else:
         for k in range(w.vectors):
             vstore(w.tile + k * TILE, choose(ieq(cls, w.target), v, vload(w.tile + k * TILE)))
@@ -471,6 +472,14 @@ cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcep
     return active if o.power == 1 else add(mul(active, active), number_or_zero(mul(add(active, active), rest)))
 
 
+cdef inline bint holds_top(const Options *o, vec a, vec b, real top) noexcept nogil:
+    """Whether the class with the gradient is in a block of a long row: a and b are what its first walk found."""
+    cdef vec m = add(a, vset(o.margin))
+    if top != top:
+        return not all_lanes(veq(b, vset(0)))
+    return not all_lanes(mandnot(veq(m, m), veq(m, vset(top))))
+
+
 cdef inline mask is_top(const Options *o, vec x, vec st, vec top, mask bad) noexcept nogil:
     """Lanes whose margin is `top`; where `bad`, lanes with NaN."""
     cdef vec m = add(sub(x, st), vset(o.margin))
@@ -496,7 +505,7 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
         least = lane_least(found)
         if least < w.classes:
             sstore_one(w.dst + least, first_lane(s.a))
-            sstore_one(w.dst + ifirst(w.target), -first_lane(s.a))
+            put_at_target(ROWED, w, sub(zero, s.a))
         return
     cls = iset(0)
     for k in range(w.vectors):
@@ -591,6 +600,11 @@ cdef inline bint has_low(const Options *o) noexcept nogil:
     return o.kind == HINGE
 
 
+cdef inline bint folds_low(const Options *o) noexcept nogil:
+    """Whether `fold` joins the lanes of State's low too."""
+    return o.kind == HINGE and o.power == 2
+
+
 cdef inline bint keeps(const Options *o) noexcept nogil:
     """Whether the first walk keeps numbers for the second."""
     return o.kind == SOFTMAX or o.kind == PROBABILITIES
@@ -624,11 +638,24 @@ cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *l
     if o.kind == HINGE_MAX:
         s.a = transposed_max(a, 1)
     elif has_low(o):
-        s.a = exact_transposed_sum(a, low if o.power == 2 else NULL, &s.low)
+        s.a = exact_transposed_sum(a, low if folds_low(o) else NULL, &s.low)
     else:
         s.a = transposed_sum(a, 1)
     if not keeps(o):
         s.b = transposed_sum(b, 1)
+
+
+cdef inline void merge(const Options *o, State *s, const State *more) noexcept nogil:
+    """What another block of classes holds in its lanes, from the same State.m, to what is known of those before it."""
+    cdef vec rest
+    if o.kind == HINGE_MAX:
+        s.a = vmax(s.a, more.a)
+    else:
+        s.a = exact_sum(s.a, more.a, &rest)
+        s.low = add(s.low, add(more.low, rest))
+        if not folds_low(o):
+            s.a, s.low = add(s.a, number_or_zero(s.low)), vset(0)
+    s.b = add(s.b, more.b)
 
 
 cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:
