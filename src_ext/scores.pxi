@@ -584,7 +584,8 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
         work *= EXP_WORK
     if not s.laned and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES:
-        return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 2 * THREAD_WORK))  # three regions, not one
+        # Three regions, not one, cost a little more.
+        return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
