@@ -154,7 +154,7 @@ cdef void copy_ends(const LinearPass *p, Batch *t, stored *ends) noexcept nogil:
             memcpy(ends + k * 2 * LANES + left - LANES, t.row[k] + p.features - LANES, LANES * sizeof(stored))
 
 
-cdef void aim(const LinearPass *p, Fetcher *f, Batch *t, Batch *following, double piece) noexcept nogil:
+cdef void aim_fetches(const LinearPass *p, Fetcher *f, Batch *t, Batch *following, double piece) noexcept nogil:
     """What is fetched next is this piece of t, or as many further of the batch that follows. Others had their time."""
     cdef Py_ssize_t rows = p.tiles * TILE, together = AHEAD * p.tiles, at = <Py_ssize_t> piece // together * together
     f.batch, f.following, f.stretch, f.row, f.part, f.ahead = t, following, at // rows, at % rows, 0, 0
@@ -290,7 +290,7 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         next_batch(p, &cursor, stop, following)
         if p.staged:
             stage(p, t, staged)
-        aim(p, &f, t, following, p.lead)
+        aim_fetches(p, &f, t, following, p.lead)
         produce(p, t, ends, last, sums, scores, &f)
         if more != NULL:
             for r in range(t.tiles):
@@ -307,7 +307,7 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
                     vstore(bias_sums + j * LANES,
                            add(vload(bias_sums + j * LANES), vload(scores + r * c * TILE + j * LANES)))
             if p.dW.data != NULL:
-                aim(p, &f, t, following, p.middle)
+                aim_fetches(p, &f, t, following, p.middle)
                 accumulate(p, t, last, scores, dW, first, &f)
         first = False
         t, following = following, t

@@ -11,7 +11,7 @@
 # until rows are settled, and only it can be such a class; else ("dense") walks go over u too. Exponentials are kept for the
 # second walk; with a softcap they are computed again, from what is kept then, tanh.
 #
-# Hinge. Margins are those of the row's target (`margin_of`), and the target may count (`losses.pxi`).
+# Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
 # The largest class: a walk that looks for where the maximum is.
 
@@ -43,11 +43,6 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
     if layout == LANED:
         return vload(w.more + k * TILE)
     return class_numbers(layout, part, w.more, k, w)
-
-
-cdef inline vec margin_of(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k) noexcept nogil:
-    """The hinge's Δ for vector k."""
-    return row_numbers(layout, part, w, k) if o.general and o.pairs != NULL else vset(o.margin)
 
 
 # --- softcap ---------------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ cdef extern from "simd.h" nogil:
     lane_int lane_least(ivec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
     vec transposed_max(const vec *, Py_ssize_t) noexcept
+    vec exact_transposed_sum(const vec *, const vec *, vec *) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
     void gather_rows(const real **, Py_ssize_t, Py_ssize_t, real *) noexcept

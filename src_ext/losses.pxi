@@ -34,9 +34,9 @@ cdef struct Options:
     int power
     real margin
     real per_class  # 1, or 1 / C for over="mean"
+    real classes
     # What the general form reads too (general.pxi).
     bint general
-    Py_ssize_t classes
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     real z_loss
     real softcap, per_softcap  # negative: none; and 1 / it
@@ -44,7 +44,7 @@ cdef struct Options:
     const real *class_weight  # NULL: all 1
     bint probabilities  # u comes with the rows
     bint entropy  # is wanted
-    const real *pairs  # margins, C of each target; NULL: `margin` for all
+    const real *pairs  # margins, C of each target, in place of `margin`, which is then 0; or NULL
     bint counts_target
 
 cdef struct Walk:
@@ -142,7 +142,8 @@ cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
     cdef ivec cls = iset(0)
     cdef Py_ssize_t k
     if layout == ROWED:
-        sstore_one(w.dst + ifirst(w.target), first_lane(v))
+        if 0 <= ifirst(w.target) < w.classes:  # not in another block of a long row
+            sstore_one(w.dst + ifirst(w.target), first_lane(v))
     else:
         for k in range(w.vectors):
             vstore(w.tile + k * TILE, choose(ieq(cls, w.target), v, vload(w.tile + k * TILE)))
@@ -175,12 +176,23 @@ cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target
     m[0], target[0] = top, s
 
 
+cdef inline void add_block(Py_ssize_t start, vec block, vec *total, vec *lost) noexcept nogil:
+    """Add a block's sum; `lost` is what the sum of blocks loses by rounding: of 2048 blocks that would be tens of units."""
+    cdef vec rest
+    if start == 0:
+        total[0] = block
+    else:
+        total[0] = exact_sum(total[0], block, &rest)
+        lost[0] = add(lost[0], rest)
+
+
 cdef struct State:
     # What is known of some rows, one a lane; while a row is walked over (ROWED) of its lanes.
-    vec m  # softmax family: the maximum
+    vec m  # softmax family: the maximum. Hinge: see `aim`
     vec target  # the target's score
     vec a  # what the walks find
     vec b
+    vec low  # what a lacks, as rounded (hinge)
     vec c  # and in the general form
     vec mark
     vec more[4]
@@ -271,11 +283,10 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const 
 cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_target, vec *last) noexcept nogil:
     """Σ of the exponentials from `origin_of(m)` without the target, of each lane, and (LANED) the target's; they are kept.
 
-    What the sum of blocks loses by rounding is added at the end: of 2048 blocks that would be tens of units.
     The exponentials of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been
     written cannot be read again without a stall.
     """
-    cdef vec total = vset(0), lost = vset(0), block, rest
+    cdef vec total = vset(0), lost = vset(0), block
     cdef Origin o = origin_of(m)
     cdef Py_ssize_t start
     cdef bint far = not all_lanes(is_near(m))
@@ -287,11 +298,7 @@ cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_ta
             block = block_exps(layout, True, False, keep, w, start, &o, at_target, last)
         else:
             block = block_exps(layout, False, False, keep, w, start, &o, at_target, last)
-        if start == 0:
-            total = block
-        else:
-            total = exact_sum(total, block, &rest)
-            lost = add(lost, rest)
+        add_block(start, block, &total, &lost)
     return add(total, lost)
 
 
@@ -325,91 +332,150 @@ cdef inline vec settle_softmax(int layout, bint grad, State *s, vec factor) noex
 
 
 # --- hinge ---------------------------------------------------------------------------------------------------------
-# Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed.
-cdef inline vec hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec m,
-                           vec share, vec *pull) noexcept nogil:
-    """One vector of margins: its losses; its gradient, added to pull too."""
-    cdef vec zero = vset(0), active = choose(vle(m, zero), zero, m), d
-    if grad:
-        d = choose(vlt(zero, m), vset(1), active) if power == 1 else mul(vset(2), active)
-        pull[0] = add(pull[0], d)
-        put(layout, part, w, k, mul(d, share))
-    return active if power == 1 else mul(active, active)
+# Σ_{j≠y} max(0, m_j)^power with m_j = s_j − s_y + Δ. `not m_j <= 0` is active, so that NaN is never swallowed. What the
+# differences and sums round off is kept (State.low) as far as it shows: a difference is of both signs, its square is not.
+# s_y − Δ is m − target of a State, exactly, once `aim` has made that of the target's score: m_j = (s_j + target) − m. The sum
+# is exact where m_j is small beside s_j; s_j − s_y + Δ would be off by the same part of Δ for all classes that are tied.
+cdef inline void aim_hinge(const Options *o, vec *m, vec *target) noexcept nogil:
+    target[0] = sub(vset(0), exact_sum(target[0], vset(-o.margin), m))
+    m[0] = number_or_zero(m[0])
 
 
-cdef inline vec target_term(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, ivec cls) noexcept nogil:
+cdef inline vec number_or_zero(vec rest) noexcept nogil:
+    """What a sum lacks; of an infinite one that is NaN."""
+    return choose(veq(rest, rest), rest, vset(0))
+
+
+cdef struct HingeSums:
+    # What is summed of a row's classes.
+    vec loss
+    vec low  # what loss lacks, as rounded
+    vec pull
+
+
+cdef inline void hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec s,
+                            mask skipped, const State *edge, vec share, HingeSums *sums) noexcept nogil:
+    """One vector of scores: its losses, added to `sums`; its gradient, and its pull."""
+    cdef vec zero = vset(0), rest = zero, d = exact_sum(s, edge.target, &rest), m
+    cdef mask idle = mor(vle(d, edge.m), skipped)
+    if power == 1:  # less edge.m for each that is active, once they are counted
+        sums.pull = add_unless(idle, sums.pull, vset(1))
+        sums.loss = add_unless(idle, sums.loss, d)
+        if grad:
+            put(layout, part, w, k, choose(idle, zero, choose(vlt(edge.m, d), share, d)))
+    else:
+        if grad:
+            m = choose(idle, zero, sub(d, edge.m))
+            sums.pull = add(sums.pull, m)
+            put(layout, part, w, k, mul(m, share))
+        m = choose(idle, zero, d)
+        rest = sub(rest, edge.m)
+        sums.low = add_unless(idle, sums.low, mul(add(m, m), rest))
+        sums.loss = exact_sum(sums.loss, mul(m, m), &rest)
+        sums.low = add(sums.low, rest)
+
+
+cdef inline vec hinge_score(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k) noexcept nogil:
+    """Scores of vector k; with margins of class pairs, plus the margin."""
+    cdef vec s = fetch(layout, part, w, k, 0)
+    return add(s, row_numbers(layout, part, w, k)) if has_pairs(o) else s
+
+
+cdef inline void add_target_term(int layout, bint part, int power, const Options *o, const Walk *w, Py_ssize_t k, ivec cls,
+                                 HingeSums *sums) noexcept nogil:
     """max(0, Δ)^power in the target's lane."""
-    cdef vec zero = vset(0), m
-    m = vmax(zero, margin_of(layout, part, o, w, k))
-    return choose(ieq(cls, w.target), m if o.power == 1 else mul(m, m), zero)
+    cdef vec zero = vset(0), m = vmax(zero, row_numbers(layout, part, w, k) if has_pairs(o) else vset(o.margin))
+    sums.loss = add(sums.loss, choose(ieq(cls, w.target), m if power == 1 else mul(m, m), zero))
 
 
-cdef inline vec block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
-                            Py_ssize_t start, vec st, vec share, vec *pull) noexcept nogil:
-    cdef vec loss = vset(0), some = vset(0), zero = vset(0), m
+cdef inline void block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
+                             Py_ssize_t start, const State *edge, vec share, HingeSums *sums) noexcept nogil:
+    # Four sums in turn, as in block_exps; of squares one, to which all are added without loss.
+    cdef vec second = vset(0), third = second, fourth = second, rest
+    cdef HingeSums own
+    cdef mask none = vlt(second, second)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    own.loss = own.low = own.pull = second
     for k in range(start, whole):
-        m = add(sub(fetch(layout, False, w, k, 0), st), margin_of(layout, False, o, w, k))
-        if careful:
-            m = choose(ieq(cls, w.target), zero, m)
+        hinge_step(layout, False, grad, power, w, k, hinge_score(layout, False, o, w, k),
+                   ieq(cls, w.target) if careful else none, edge, share, &own)
+        if careful and o.general and o.counts_target:
+            add_target_term(layout, False, power, o, w, k, cls, &own)
         fetch_ahead(layout, grad, w, k)
-        loss = add(loss, hinge_step(layout, False, grad, power, w, k, m, share, &some))
-        if careful:
-            if o.general and o.counts_target:
-                loss = add(loss, target_term(layout, False, o, w, k, cls))
-            cls = next_classes(layout, cls)
+        cls = next_classes(layout, cls)
+        if power == 1:
+            own.loss, second, third, fourth = second, third, fourth, own.loss
     if careful and whole < stop:
-        m = add(sub(fetch(layout, True, w, whole, 0), st), margin_of(layout, True, o, w, whole))
-        m = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), zero, m)
-        loss = add(loss, hinge_step(layout, True, grad, power, w, whole, m, share, &some))
+        hinge_step(layout, True, grad, power, w, whole, hinge_score(layout, True, o, w, whole),
+                   mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
         if o.general and o.counts_target:
-            loss = add(loss, target_term(layout, True, o, w, whole, cls))
-    pull[0] = add(pull[0], some)
-    return loss
+            add_target_term(layout, True, power, o, w, whole, cls, &own)
+    if power == 1 and layout == ROWED and LANES >= 8:
+        own.loss = add(add(own.loss, second), add(third, fourth))
+    elif power == 1:  # of few classes a lane
+        own.loss = exact_sum(own.loss, second, &rest)
+        own.low = add(own.low, rest)
+        third = exact_sum(third, fourth, &rest)
+        own.low = add(own.low, rest)
+        own.loss = exact_sum(own.loss, third, &rest)
+        own.low = add(own.low, rest)
+    sums[0] = own
 
 
 cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor,
                             State *s) noexcept nogil:
-    cdef vec loss = vset(0), pull = vset(0), share = mul(factor, vset(o.per_class))
+    cdef vec loss = vset(0), lost = loss, pull = loss, pull_lost = loss, share = mul(factor, vset(power * o.per_class))
+    cdef HingeSums block
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            loss = add(loss, block_hinge(layout, True, grad, power, o, w, start, s.target, share, &pull))
+            block_hinge(layout, True, grad, power, o, w, start, s, share, &block)
         else:
-            loss = add(loss, block_hinge(layout, False, grad, power, o, w, start, s.target, share, &pull))
-    s.a, s.b = loss, pull
+            block_hinge(layout, False, grad, power, o, w, start, s, share, &block)
+        add_block(start, block.loss, &loss, &lost)
+        lost = add(lost, block.low)
+        if power == 1:  # counts
+            pull = add(pull, block.pull)
+        else:
+            add_block(start, block.pull, &pull, &pull_lost)
+    s.a, s.b, s.low = loss, add(pull, number_or_zero(pull_lost)), lost
+    if layout == ROWED and power == 1:  # over the lanes, what is rounded here is little; so there is less to fold
+        s.a = add(loss, number_or_zero(lost))
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
-    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.per_class))))
-    return mul(s.a, vset(o.per_class))
+    cdef vec low = number_or_zero(s.low), loss, mean
+    if o.power == 1:
+        low = sub(low, mul(s.b, s.m))
+    loss = add(s.a, low)
+    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
+    s.b = choose(veq(loss, loss), s.b, loss)  # active classes are counted, with NaN or not
+    if o.per_class == 1:
+        return loss
+    mean = div(loss, vset(o.classes))
+    low = mul(add(sub(s.a, loss), low), vset(o.per_class))
+    return add(mean, number_or_zero(low))
 
 
 # --- hinge, over="max" -----------------------------------------------------------------------------------------------
 # max(0, max_{j≠y} m_j)^power. The gradient goes to the lowest class that has the largest margin; in a row with NaN, to
 # the first NaN. The first walk finds the largest s_j − s_y of a wrong class and whether there is NaN; the second writes
 # zeros and finds the class.
-cdef inline vec distance(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, vec st) noexcept nogil:
-    """s_j − s_y of vector k; with margins of class pairs, plus the margin."""
-    cdef vec d = sub(fetch(layout, part, w, k, 0), st)
-    return add(d, margin_of(layout, part, o, w, k)) if o.general else d
-
-
 cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Options *o, const Walk *w, Py_ssize_t start,
                                 vec top, vec st, vec *bad) noexcept nogil:
     cdef vec d, low = vset(<real> -INFINITY), some = bad[0]
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        d = distance(layout, False, o, w, k, st)
+        d = sub(hinge_score(layout, False, o, w, k), st)
         if careful:
             d = choose(ieq(cls, w.target), low, d)
             cls = next_classes(layout, cls)
         fetch_ahead(layout, grad, w, k)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     if careful and whole < stop:
-        d = distance(layout, True, o, w, whole, st)
+        d = sub(hinge_score(layout, True, o, w, whole), st)
         d = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), low, d)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     bad[0] = some
@@ -428,18 +494,26 @@ cdef inline void open_hinge_max(int layout, bint grad, const Options *o, const W
 
 
 cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec zero = vset(0), m = s.a if o.general else add(s.a, vset(o.margin)), active, slope
+    cdef vec zero = vset(0), rest, m = exact_sum(s.a, vset(o.margin), &rest), active, slope
     m = choose(veq(s.b, zero), m, vset(<real> NAN))
     active = choose(vle(m, zero), zero, m)
     slope = choose(vlt(zero, m), vset(1), active) if o.power == 1 else mul(vset(2), active)
     s.a, s.b = mul(slope, factor), m
-    return active if o.power == 1 else mul(active, active)
+    return active if o.power == 1 else add(mul(active, active), number_or_zero(mul(add(active, active), rest)))
+
+
+cdef inline bint holds_top(const Options *o, vec a, vec b, real top) noexcept nogil:
+    """Whether the class with the gradient is in a block of a long row: a and b are what its first walk found."""
+    cdef vec m = add(a, vset(o.margin))
+    if top != top:
+        return not all_lanes(veq(b, vset(0)))
+    return not all_lanes(mandnot(veq(m, m), veq(m, vset(top))))
 
 
 cdef inline mask is_top(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, vec st, vec top,
                         mask bad) noexcept nogil:
     """Lanes of vector k whose margin is `top`; where `bad`, lanes with NaN."""
-    cdef vec m = add(sub(fetch(layout, part, w, k, 0), st), margin_of(layout, part, o, w, k))
+    cdef vec m = add(sub(hinge_score(layout, part, o, w, k), st), vset(o.margin))
     return mor(veq(m, top), mandnot(bad, veq(m, m)))
 
 
@@ -462,7 +536,7 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
         least = lane_least(found)
         if least < w.classes:
             sstore_one(w.dst + least, first_lane(s.a))
-            sstore_one(w.dst + ifirst(w.target), -first_lane(s.a))
+            put_at_target(ROWED, w, sub(zero, s.a))
         return
     cls = iset(0)
     for k in range(w.vectors):
@@ -495,7 +569,7 @@ cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, cons
 
 
 cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, vec *last) noexcept nogil:
-    cdef vec total = vset(0), lost = total, tops = total, block, rest
+    cdef vec total = vset(0), lost = total, tops = total, block
     cdef Origin o = origin_of(s.m)
     cdef Py_ssize_t start
     cdef bint writes = kind == LOG_PROBABILITIES, far = not all_lanes(is_near(s.m))
@@ -509,8 +583,7 @@ cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, v
             block = block_tops(layout, True, False, writes, w, start, s.m, &o, &tops)
         else:
             block = block_tops(layout, False, False, writes, w, start, s.m, &o, &tops)
-        total = exact_sum(total, block, &rest)
-        lost = add(lost, rest)
+        add_block(start, block, &total, &lost)
     s.a, s.b = add(total, lost), tops
 
 
@@ -557,9 +630,29 @@ cdef inline bint is_general_softmax(const Options *o) noexcept nogil:
     return o.general and o.kind == SOFTMAX
 
 
+cdef inline bint has_pairs(const Options *o) noexcept nogil:
+    return o.general and o.pairs != NULL
+
+
+cdef inline bint has_low(const Options *o) noexcept nogil:
+    """Whether State's low is used."""
+    return o.kind == HINGE
+
+
+cdef inline bint folds_low(const Options *o) noexcept nogil:
+    """Whether `fold` joins the lanes of State's low too."""
+    return o.kind == HINGE and o.power == 2
+
+
 cdef inline bint keeps(const Options *o) noexcept nogil:
     """Whether the first walk keeps numbers for the second."""
     return o.kind == SOFTMAX or o.kind == PROBABILITIES
+
+
+cdef inline void aim(const Options *o, vec *m, vec *target) noexcept nogil:
+    """What `open_rows` starts from, of the maximum and the target's score of LANES rows."""
+    if o.kind == HINGE:
+        aim_hinge(o, m, target)
 
 
 cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *w, vec factor, State *s,
@@ -583,15 +676,35 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
         open_transform(layout, o.kind, w, s, last)
 
 
-cdef inline vec fold(const Options *o, const vec *lanes) noexcept nogil:
-    """What LANES rows hold in their lanes (State's a), one row a lane (ROWED)."""
+cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
+    """What the lanes of LANES rows hold, one row a lane (ROWED)."""
     cdef real firsts[16]
     cdef int i
-    if o.kind == ARGMAX:  # is the same in all lanes of a row
+    if o.kind == HINGE_MAX:
+        s.a = transposed_max(a, 1)
+    elif o.kind == ARGMAX:  # is the same in all lanes of a row
         for i in range(LANES):
-            firsts[i] = first_lane(lanes[i])
-        return vload(firsts)
-    return transposed_max(lanes, 1) if o.kind == HINGE_MAX else transposed_sum(lanes, 1)
+            firsts[i] = first_lane(a[i])
+        s.a = vload(firsts)
+    elif has_low(o):
+        s.a = exact_transposed_sum(a, low if folds_low(o) else NULL, &s.low)
+    else:
+        s.a = transposed_sum(a, 1)
+    if o.general or not keeps(o):
+        s.b = transposed_sum(b, 1)
+
+
+cdef inline void merge(const Options *o, State *s, const State *more) noexcept nogil:
+    """What another block of classes holds in its lanes, from the same State.m, to what is known of those before it."""
+    cdef vec rest
+    if o.kind == HINGE_MAX:
+        s.a = vmax(s.a, more.a)
+    else:
+        s.a = exact_sum(s.a, more.a, &rest)
+        s.low = add(s.low, add(more.low, rest))
+        if not folds_low(o):
+            s.a, s.low = add(s.a, number_or_zero(s.low)), vset(0)
+    s.b = add(s.b, more.b)
 
 
 cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec factor) noexcept nogil:
@@ -639,11 +752,11 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
     o.kind = HINGE_MAX if over == "max" else _KINDS[kind]
-    o.power, o.margin = power, <real> some
+    o.power, o.margin, o.classes = power, <real> some, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
         smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy = general
-        o.general, o.classes, o.z_loss, o.softcap = True, c, <real> z_loss, <real> softcap
+        o.general, o.z_loss, o.softcap = True, <real> z_loss, <real> softcap
         o.per_softcap = <real> (1 / softcap)
         o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
         o.at_target = <real> (1 - smoothing + smoothing / c)
@@ -651,4 +764,6 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
         o.class_weight = m.data
         m = loan.matrix(pairs, False)
         o.pairs = m.data
+        if o.pairs != NULL:
+            o.margin = 0  # they are added to the scores
     return 0

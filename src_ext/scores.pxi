@@ -146,6 +146,7 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
     cdef vec target[128]
     cdef vec a[128]
     cdef vec b[128]
+    cdef vec low[128]
     cdef State general_state[128]
     cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
@@ -157,17 +158,22 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
     for g in range(groups):
         w = walk_group(tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
+        aim(o, &m[g], &target[g])
     for g in range(groups):
         w = walk_group(tile, c, y, g, more)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
+        if has_low(o):
+            low[g] = s.low
         if general:
             general_state[g] = s
     for g in range(groups):
         if general:
             s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
+        if has_low(o):
+            s.low = low[g]
         loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
             loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
@@ -298,6 +304,57 @@ cdef inline double fold_doubles(double *sums) noexcept nogil:
     return total
 
 
+cdef inline void aim_group(const Options *o, int n, const vec *top, real *m, real *target) noexcept nogil:
+    """What the first walk starts from, of n rows: `top` holds the maximum of each over its lanes."""
+    cdef vec start, at
+    cdef Py_ssize_t v, g
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        start, at = transposed_max(top + g, 1) if shifts(o) else vset(0), vload(target + g)
+        aim(o, &start, &at)
+        vstore(m + g, start)
+        vstore(target + g, at)
+
+
+cdef inline void settle_group(bint grad, const Options *o, int n, const vec *first, const vec *second, const vec *low,
+                              const real *m, const real *target, const real *mult, real factor, real *a, real *b,
+                              real *losses) noexcept nogil:
+    """Losses of n rows, and in a and b what the gradient needs, from what was found of each over its lanes."""
+    cdef State state
+    cdef Py_ssize_t v, g
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        state.m, state.target = vload(m + g), vload(target + g)
+        fold(o, first + g, second + g, low + g, &state)
+        vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
+        vstore(a + g, state.a)
+        vstore(b + g, state.b)
+
+
+cdef inline void settle_general_group(bint grad, const Options *o, int n, const vec *first, const vec *second,
+                                      const vec *low, vec found[4][32], const real *m, const real *target,
+                                      const real *mult, real factor, real *a, real *b, real *coefficient, real *mark,
+                                      real *losses, real *extras) noexcept nogil:
+    """The same for the general form."""
+    cdef State state
+    cdef Py_ssize_t v, g
+    cdef int e
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        state.m, state.target = vload(m + g), vload(target + g)
+        fold(o, first + g, second + g, low + g, &state)
+        for e in range(4):
+            state.more[e] = transposed_sum(found[e] + g, 1)
+        vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
+        vstore(a + g, state.a)
+        vstore(b + g, state.b)
+        vstore(coefficient + g, state.c)
+        vstore(mark + g, state.mark)
+        if extras != NULL:
+            vstore(extras + g, state.more[0])
+            vstore(extras + EXTRAS + g, state.more[1])
+
+
 cdef inline void group_losses_case(int kind, int power, bint general, bint grad, const ScoresPass *s, Py_ssize_t start,
                                    int n, Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
                                    real *losses, real *extras) noexcept nogil:
@@ -311,6 +368,7 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     cdef vec top[32]
     cdef vec first[32]
     cdef vec second[32]
+    cdef vec low[32]
     cdef vec last[32]
     cdef real m[32]
     cdef real target[32]
@@ -324,7 +382,7 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     cdef Walk w
     cdef State state
     cdef vec end = vset(0)
-    cdef Py_ssize_t c = s.scores.columns, g, v
+    cdef Py_ssize_t c = s.scores.columns
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef Py_ssize_t stride = s.grad.row_stride
@@ -332,12 +390,12 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef bint halves = s.streams and s.scores.row_stride == c
     cdef const real *more = NULL
-    cdef int i, e
+    cdef int i, r, e
     own.kind, own.power, own.general = kind, power, general
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
     for i in range(n, (n + LANES - 1) // LANES * LANES):
-        top[i] = first[i] = second[i] = end
+        top[i] = first[i] = second[i] = low[i] = end
         if general:
             found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
     memset(m, 0, sizeof(m))
@@ -348,12 +406,9 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
             top[i] = row_max(&w)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
-    if shifts(o):
-        for v in range((n + LANES - 1) // LANES):
-            g = v * LANES
-            vstore(m + g, transposed_max(top + g, 1))
+    aim_group(o, n, top, m, target)
     for i in range(n):
-        first[i] = second[i] = end
+        first[i] = second[i] = low[i] = end
         if general:
             found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
         if mult[i] == 0:
@@ -369,26 +424,19 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
+        if has_low(o):
+            low[i] = state.low
         if general:
             for e in range(4):
                 found[e][i] = state.more[e]
-    for v in range((n + LANES - 1) // LANES):
-        g = v * LANES
-        state.m, state.target, state.a = vload(m + g), vload(target + g), fold(o, first + g)
-        state.b = transposed_sum(second + g, 1)
-        if general:
-            for e in range(4):
-                state.more[e] = transposed_sum(found[e] + g, 1)
-        vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(s.scale))))
-        vstore(a + g, state.a)
-        vstore(b + g, state.b)
-        if general:
-            vstore(coefficient + g, state.c)
-            vstore(mark + g, state.mark)
-            if extras != NULL:
-                vstore(extras + g, state.more[0])
-                vstore(extras + EXTRAS + g, state.more[1])
-    for i in range(n):
+    if general:
+        settle_general_group(grad, o, n, first, second, low, found, m, target, mult, s.scale, a, b, coefficient, mark,
+                             losses, extras)
+    else:
+        settle_group(grad, o, n, first, second, low, m, target, mult, s.scale, a, b, losses)
+    for r in range(n):
+        # What was kept is read from the last row on: a read waits for a masked store, of a row's end, that lies just before.
+        i = n - 1 - r if keeps(o) else r
         if mult[i] == 0:
             losses[i] = 0
             if general and extras != NULL:
@@ -490,6 +538,146 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     return fold_doubles(sums)
 
 
+# --- few rows of very many classes ------------------------------------------------------------------------------------
+# A row is split into blocks of classes, whose size depends on the shape alone; each walk is over all blocks, shared among
+# threads, before what it found is merged in order.
+cdef enum:
+    LONG_CLASSES = 65536
+    LONG_ROWS = 8  # more keep the threads busy by themselves
+    LONG_BLOCK = 16384  # classes of a block, at least
+
+cdef enum:
+    LOOK = 0
+    OPEN = 1
+    CLOSE = 2
+
+cdef struct LongPass:
+    ScoresPass *s
+    int walk
+    Py_ssize_t size, blocks  # of a row
+    # Of each block, over its lanes, and of each row.
+    vec *a
+    vec *b
+    vec *low
+    vec *last
+    Py_ssize_t holder[LONG_ROWS]  # the block whose class has the gradient (HINGE_MAX)
+    lane_int y[LONG_ROWS]
+    real mult[16]
+    real m[16]
+    real target[16]
+    real row_a[16]
+    real row_b[16]
+
+
+cdef void long_block(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef LongPass *p = <LongPass *> job
+    cdef ScoresPass *s = p.s
+    cdef const Options *o = &s.options
+    cdef Py_ssize_t row = k // p.blocks, first = k % p.blocks * p.size, c = min(p.size, s.scores.columns - first)
+    cdef bint grad = s.grad.raw != NULL
+    cdef stored *dst = s.grad.raw + row * s.grad.row_stride + first if grad else NULL
+    cdef real *kept = kept_row(grad, dst, <real *> s.scratch, s.scores.columns, <int> row)
+    cdef Walk w = walk_row(s.scores.raw + row * s.scores.row_stride + first, dst,
+                           kept if STORED_IS_REAL or not grad else kept + first, c, p.y[row] - <lane_int> first, NULL)
+    cdef State state
+    cdef unsigned mode = flush_to_zero()
+    w.ahead, w.ahead_step = w.src, LANES
+    state.m, state.target = vset(p.m[row]), vset(p.target[row])
+    if p.mult[row] == 0:
+        if p.walk == CLOSE:
+            memset(dst, 0, c * sizeof(stored))
+    elif p.walk == LOOK:
+        p.a[k] = row_max(&w)
+    elif p.walk == OPEN and grad:
+        open_rows(ROWED, True, o, &w, vset(p.mult[row] * s.scale), &state, &p.last[k])
+    elif p.walk == OPEN:
+        open_rows(ROWED, False, o, &w, vset(p.mult[row] * s.scale), &state, &p.last[k])
+    else:
+        state.a, state.b = vset(p.row_a[row] if p.holder[row] in (-1, k % p.blocks) else 0), vset(p.row_b[row])
+        close_rows(ROWED, o, &w, &state, p.last[k])
+    if p.walk == OPEN and p.mult[row] != 0:
+        p.a[k], p.b[k], p.low[k] = state.a, state.b, state.low if has_low(o) else vset(0)
+    restore_mode(mode)
+
+
+cdef double scores_long(ScoresPass *s, int n_threads) except? -1:
+    """Σ multiplier · ℓ over the rows, and their gradients, by blocks of classes."""
+    cdef LongPass p
+    cdef const Options *o = &s.options
+    cdef Py_ssize_t c = s.scores.columns, n = s.scores.rows, k, i
+    cdef bint grad = s.grad.raw != NULL
+    cdef vec rows[4][16]
+    cdef vec none = vset(0)
+    cdef State state, more
+    cdef real losses[16]
+    cdef double total = 0
+    cdef char *memory
+    cdef unsigned mode
+    p.s, p.size = s, max(<Py_ssize_t> LONG_BLOCK, (c + SEGMENTS - 1) // SEGMENTS)
+    p.size = (p.size + 16 * LANES - 1) // (16 * LANES) * 16 * LANES
+    p.blocks = (c + p.size - 1) // p.size
+    k = n * p.blocks
+    memory = <char *> malloc(4 * k * sizeof(vec) + (0 if STORED_IS_REAL or not grad else n * c * sizeof(real)) + 64)
+    if memory == NULL:
+        raise MemoryError("no memory for rows of scores")
+    p.a = <vec *> aligned(memory)
+    p.b, p.low, p.last, s.scratch = p.a + k, p.a + 2 * k, p.a + 3 * k, <char *> (p.a + 4 * k)
+    memset(p.y, 0 if has_target(o) else 0xff, sizeof(p.y))
+    memset(p.target, 0, sizeof(p.target))
+    tile_multipliers(s.multiplier, 0, <int> n, 16, p.mult)
+    convert(&s.targets, 0, <int> n, p.y)
+    with nogil:
+        if shifts(o):
+            p.walk = LOOK
+            share(long_block, &p, n * p.blocks, n_threads)
+        mode = flush_to_zero()
+        for i in range(16):
+            rows[0][i] = rows[1][i] = rows[2][i] = none
+        for i in range(n):
+            if p.mult[i] == 0:
+                continue
+            if shifts(o):
+                rows[0][i] = p.a[i * p.blocks]
+                for k in range(i * p.blocks, (i + 1) * p.blocks):
+                    rows[0][i] = vmax(rows[0][i], p.a[k])
+            if has_target(o):
+                p.target[i] = sone(s.scores.raw + i * s.scores.row_stride + p.y[i])
+        aim_group(o, <int> n, rows[0], p.m, p.target)
+        p.walk = OPEN
+        share(long_block, &p, n * p.blocks, n_threads)
+        for i in range(n):
+            if p.mult[i] == 0:
+                rows[0][i] = none
+                continue
+            state.a, state.b, state.low = p.a[i * p.blocks], p.b[i * p.blocks], p.low[i * p.blocks]
+            for k in range(i * p.blocks + 1, (i + 1) * p.blocks):
+                more.a, more.b, more.low = p.a[k], p.b[k], p.low[k]
+                merge(o, &state, &more)
+            rows[0][i], rows[1][i], rows[2][i] = state.a, state.b, state.low
+        settle_group(grad, o, <int> n, rows[0], rows[1], rows[2], p.m, p.target, p.mult, s.scale, p.row_a, p.row_b, losses)
+        for i in range(n):
+            p.holder[i] = -1
+            k = 0
+            while o.kind == HINGE_MAX and p.holder[i] < 0 and k < p.blocks:
+                if holds_top(o, p.a[i * p.blocks + k], p.b[i * p.blocks + k], p.row_b[i]):
+                    p.holder[i] = k
+                k += 1
+            if p.mult[i] == 0:
+                losses[i] = 0
+            if s.row_loss != NULL:
+                s.row_loss[i * s.row_loss_stride] = losses[i]
+            total += <double> losses[i] * p.mult[i]
+        if grad:
+            p.walk = CLOSE
+            share(long_block, &p, n * p.blocks, n_threads)
+            for i in range(n):
+                if o.kind == HINGE_MAX and p.mult[i] != 0:
+                    sstore_one(s.grad.raw + i * s.grad.row_stride + p.y[i], 0 - p.row_a[i])
+        restore_mode(mode)
+        free(memory)
+    return total
+
+
 cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
     """Rows of a group: as many as stay in L1 between their walks."""
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> GROUP_ROWS, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
@@ -527,6 +715,10 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
         work *= EXP_WORK
+    if (not s.laned and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES and not s.options.general
+            and s.options.kind != ARGMAX):
+        # Three regions, not one, cost a little more.
+        return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:

@@ -352,6 +352,13 @@ FL_INLINE real sone(const stored *p) {
 FL_INLINE void sstore_one(stored *p, real x) { *p = narrow(vset(x))[0]; }
 #endif
 
+/* *rest is what the sum a + b, as rounded, lacks (2Sum: no assumption on which is larger). */
+FL_INLINE vec exact_sum(vec a, vec b, vec *rest) {
+    vec sum = a + b, b_part = sum - a;
+    *rest = (a - (sum - b_part)) + (b - b_part);
+    return sum;
+}
+
 /* ---- over the lanes ---- */
 #ifdef __clang__
 #define FL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -435,6 +442,27 @@ FL_INLINE void transpose(vec r[LANES]) {
         }
 FL_FOLD(transposed_sum, low + high)
 FL_FOLD(transposed_max, vmax(low, high))
+/* The sums without loss: *rest is what they lack, as rounded, and the sums of the lanes of low[k], if it is not NULL. */
+#define FL_EXACT_ROUND(HALF)                                                                              \
+    if (LANES > HALF) {                                                                                   \
+        _Pragma("GCC unroll 8") for (int k = 0; k < HALF; k++) {                                          \
+            const int other = (k + HALF) % LANES;                                                         \
+            vec lost, small = vset(0);                                                                    \
+            if (has_low) small = zip_low(l[k], l[other]) + zip_high(l[k], l[other]);                      \
+            r[k] = exact_sum(zip_low(r[k], r[other]), zip_high(r[k], r[other]), &lost);                   \
+            l[k] = has_low ? small + lost : lost;                                                         \
+        }                                                                                                 \
+        has_low = 1;                                                                                      \
+    }
+FL_INLINE vec exact_transposed_sum(const vec *p, const vec *low, vec *rest) {
+    vec r[LANES], l[LANES];
+    int has_low = low != NULL;
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = p[k], l[k] = has_low ? low[k] : vset(0);
+    FL_EXACT_ROUND(8) FL_EXACT_ROUND(4) FL_EXACT_ROUND(2) FL_EXACT_ROUND(1)
+    *rest = l[0];
+    return r[0];
+}
 
 /* The inverse of a zip round, on `width` vectors: even and odd lanes of neighbours apart. */
 #ifdef FL_MASK_REGISTERS
@@ -731,13 +759,6 @@ FL_INLINE vec vtanh(vec x, vec *short_of_one) {
 #endif
     *short_of_one = vset(2) * e * r;
     return choose(vlt(size, vset((real)0.5)), q * z * x + x, with_sign(far, x));
-}
-
-/* *rest is what the sum a + b, as rounded, lacks (2Sum: no assumption on which is larger). */
-FL_INLINE vec exact_sum(vec a, vec b, vec *rest) {
-    vec sum = a + b, b_part = sum - a;
-    *rest = (a - (sum - b_part)) + (b - b_part);
-    return sum;
 }
 
 /* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.

@@ -14,11 +14,12 @@ import pytest
 import fastloss as fl
 from fastloss.bench import accuracy
 from fastloss.bench.accuracy import Rows, gradient_ulps, loss_ulps, unit
-from tests.conftest import exact_row
+from tests.conftest import PLAIN, exact_row
 
 LOSS_ULPS = 2
 GRADIENT_ULPS = 8
 SOFTMAX = fl.Softmax()
+HINGE = {name: loss for name, loss in PLAIN.items() if loss.kind == "hinge"}
 SIZE = 2**14
 CASES = list(accuracy.all_rows())
 
@@ -84,6 +85,30 @@ def test_softmax(compiled, dtype, order):
     _, true = exact_row(SOFTMAX, row, target)
     units = mpmath.mpf(2) ** (mpmath.floor(mpmath.log(max(map(abs, true)), 2))) * float(np.finfo(dtype).eps)
     assert max(abs(mpmath.mpf(float(f)) - t) for f, t in zip(found, true, strict=True)) <= GRADIENT_ULPS * units
+
+
+@pytest.mark.parametrize("loss", HINGE.values(), ids=HINGE.keys())
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_hinge(compiled, dtype, loss, order):
+    for rows, scores, y, _, _ in softmax_cases(dtype):
+        losses, gradient = accuracy.exact_hinge(loss, scores, y)
+        found, found_gradient = unscaled(loss, np.asarray(scores, order=order), y, compiled)
+        assert loss_ulps(found, losses).max() <= LOSS_ULPS, rows
+        if loss.over != "max":  # there classes whose margins differ by less than a rounding are tied
+            assert gradient_ulps(found_gradient, gradient).max() <= GRADIENT_ULPS, rows
+
+
+@pytest.mark.parametrize("loss", HINGE.values(), ids=HINGE.keys())
+def test_the_truth_of_hinge(dtype, loss):
+    for form in accuracy.FORMS:
+        scores, y = Rows(form, 30, 1e4, 37).draw(dtype)
+        losses, gradient = accuracy.exact_hinge(loss, scores[:3], y[:3])
+        for k in range(3):
+            true, true_gradient = exact_row(loss, scores[k], y[k])
+            assert abs(as_mpf(losses[k]) - true) <= 0.01 * float(unit(np.maximum(1, losses[k : k + 1]), dtype)[0])
+            units = as_mpf(unit(np.abs(gradient[k : k + 1]).max(axis=1), dtype)[0])
+            for entry, true_entry in zip(gradient[k], true_gradient, strict=True):
+                assert abs(as_mpf(entry) - true_entry) <= units / 100
 
 
 @pytest.mark.parametrize("gap", [5.0, 30.0, 80.0])

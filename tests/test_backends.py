@@ -210,6 +210,40 @@ def test_options_keep_their_digits(compiled):
         assert loss.value(scores, y, backend=compiled) == pytest.approx(expected, rel=1e-14)
 
 
+# --- few rows of very many classes, split into blocks of classes ---------------------------------------------------
+@pytest.mark.parametrize("special", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize(("n", "c"), [(1, 65537), (3, 70001)])
+def test_long_rows(compiled, loss, dtype, n, c, special):
+    """The largest scores are tied over blocks; the target is in the first block, in the last, and beside a special."""
+    rng = np.random.default_rng(28)
+    scores, y, weight = grid_scores(rng, n, c, dtype), np.array([c - 1, 7, 3])[:n], np.array([1.0, 0.5, 0.0])[:n]
+    scores[:, [20000, 50000, 5]] = 9
+    scores[0, 60000] += special
+    expected = loss.value_and_grad(scores, y, sample_weight=weight, reduction="none", backend="reference")
+    found = [
+        loss.value_and_grad(scores, y, sample_weight=weight, reduction="none", backend=compiled, n_threads=threads)
+        for threads in (1, 2, 3)
+    ]
+    eps = float(np.finfo(dtype).eps)
+    for k in range(2):
+        np.testing.assert_allclose(found[0][k], expected[k], rtol=16 * eps, atol=float(np.finfo(dtype).smallest_normal))
+        assert found[0][k].tobytes() == found[1][k].tobytes() == found[2][k].tobytes()
+    alone = loss.value(scores, y, sample_weight=weight, reduction="none", backend=compiled)
+    np.testing.assert_array_equal(alone, found[0][0])
+    _, in_place = loss.value_and_grad(scores, y, sample_weight=weight, reduction="none", out=scores, backend=compiled)
+    np.testing.assert_array_equal(in_place, found[0][1])
+
+
+def test_transforms_of_long_rows(compiled, dtype):
+    scores = np.random.default_rng(29).normal(scale=5, size=(2, 70001)).astype(dtype)
+    scores[0, [3, 69999]] = -np.inf
+    for transform in (fl.softmax, fl.log_softmax, fl.logsumexp):
+        expected = transform(scores, backend="reference")
+        found = transform(scores, backend=compiled, n_threads=1)
+        np.testing.assert_allclose(found, expected, rtol=64 * np.finfo(dtype).eps)
+        assert found.tobytes() == transform(scores, backend=compiled, n_threads=2).tobytes()
+
+
 # --- row multipliers --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("n", "c"), [(37, 10), (9, 100)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -28,6 +28,8 @@ FORMS = ("random", "target dominates", "target far below", "ties", "near ties", 
 #: Scores in one array of rows, unless one row alone has more.
 SIZE = 2**17
 
+#: The hinge losses of the table.
+HINGES = tuple(fl.Hinge(over=over, power=power) for over in ("sum", "mean") for power in (1, 2))
 #: Scores and targets to row losses and their gradients, both unscaled.
 Computation = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -115,6 +117,19 @@ def exact_softmax(scores: Array, targets: Array) -> tuple[Array, Array]:
     return losses, gradient
 
 
+def exact_hinge(loss: fl.Hinge, scores: Array, targets: Array) -> tuple[Array, Array]:
+    """Row losses and gradient of a hinge loss, wide."""
+    s, row = widened(scores), np.arange(len(scores))
+    m = np.maximum(s - s[row, targets][:, None] + s.dtype.type(loss.margin), 0)
+    m[row, targets] = 0
+    if loss.over == "max":
+        m[np.arange(m.shape[1]) != m.argmax(axis=1)[:, None]] = 0
+    gradient = (m > 0).astype(s.dtype) if loss.power == 1 else 2 * m
+    gradient[row, targets] = -gradient.sum(axis=1)
+    share = m.shape[1] if loss.over == "mean" else 1
+    return (m**loss.power).sum(axis=1) / share, gradient / share
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 def unit(magnitude: Array, dtype: Any) -> Array:
     """The unit in the last place of `dtype` for a magnitude, at least the smallest normal number."""
@@ -151,9 +166,8 @@ def dominated(gradient: Array) -> Array:
 
 
 # --- who is compared -----------------------------------------------------------------------------------------------
-def _fastloss(backend: str | None = None) -> Computation:
-    loss = fl.Softmax()
-    return lambda scores, targets: loss.value_and_grad(scores, targets, reduction="none", backend=backend)
+def _fastloss(loss: fl.Loss = fl.Softmax()) -> Computation:  # noqa: B008  # frozen
+    return lambda scores, targets: loss.value_and_grad(scores, targets, reduction="none")
 
 
 def _numpy() -> Computation:
@@ -167,6 +181,21 @@ def _numpy() -> Computation:
         gradient = exps / total[:, None]
         gradient[row, targets] -= 1
         return np.log(total) - shifted[row, targets], gradient
+
+    return compute
+
+
+def _numpy_hinge(loss: fl.Hinge) -> Computation:
+    """As it is usually written."""
+
+    def compute(scores: Array, targets: Array) -> tuple[Array, Array]:
+        row = np.arange(len(scores))
+        margins = np.maximum(scores - scores[row, targets][:, None] + scores.dtype.type(loss.margin), 0)
+        margins[row, targets] = 0
+        gradient = (margins > 0).astype(scores.dtype) if loss.power == 1 else 2 * margins
+        gradient[row, targets] = -gradient.sum(axis=1)
+        losses = (margins**loss.power).sum(axis=1)
+        return (losses / scores.shape[1], gradient / scores.shape[1]) if loss.over == "mean" else (losses, gradient)
 
     return compute
 
@@ -189,6 +218,19 @@ def _torch() -> Computation:
     def compute(scores: Array, targets: Array) -> tuple[Array, Array]:
         s = torch.from_numpy(scores).requires_grad_()
         losses = torch.nn.functional.cross_entropy(s, torch.from_numpy(targets), reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), s)
+        return losses.detach().numpy(), gradient.numpy()
+
+    return compute
+
+
+def _torch_hinge(loss: fl.Hinge) -> Computation:
+    """`multi_margin_loss`, which is a mean over classes."""
+    torch: Any = import_module("torch")
+
+    def compute(scores: Array, targets: Array) -> tuple[Array, Array]:
+        s, y = torch.from_numpy(scores).requires_grad_(), torch.from_numpy(targets)
+        losses = torch.nn.functional.multi_margin_loss(s, y, p=loss.power, margin=loss.margin, reduction="none")
         (gradient,) = torch.autograd.grad(losses.sum(), s)
         return losses.detach().numpy(), gradient.numpy()
 
@@ -219,6 +261,14 @@ PEERS: tuple[tuple[str, str, Callable[[], Computation]], ...] = (
     ("NumPy", "numpy", _numpy),
     ("SciPy", "scipy", _scipy),
 )
+
+
+def hinge_computations(loss: fl.Hinge, names: Sequence[str]) -> dict[str, Computation]:
+    """Those of `names` that have this hinge loss."""
+    builders = {"fastloss": _fastloss, "NumPy": _numpy_hinge} | (
+        {"PyTorch": _torch_hinge} if loss.over == "mean" else {}
+    )
+    return {name: build(loss) for name, build in builders.items() if name in names}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -258,7 +308,24 @@ def measure(dtype: Any, computations: dict[str, Computation], size: int = SIZE) 
                 worst = errors[:, chosen].max(axis=1, initial=0)
                 table[line][name] = Worst(max(before.loss, float(worst[0])), max(before.gradient, float(worst[1])))
     lines = [line for kind in zip(*map(lines_of, all_rows()), strict=True) for line in kind]
-    return {line: table[line] for line in [*dict.fromkeys(lines), "target dominates"]}
+    ordered = {line: table[line] for line in [*dict.fromkeys(lines), "target dominates"]}
+    for loss in HINGES:
+        line = f"hinge{' squared' if loss.power == 2 else ''}, {loss.over}"
+        ordered[line] = measure_hinge(loss, dtype, hinge_computations(loss, list(computations)), size)
+    return ordered
+
+
+def measure_hinge(loss: fl.Hinge, dtype: Any, computations: dict[str, Computation], size: int) -> dict[str, Worst]:
+    """Who → the worst errors over all rows."""
+    cells = dict.fromkeys(computations, Worst())
+    for rows in all_rows():
+        scores, targets = rows.draw(dtype, size)
+        losses, gradient = exact_hinge(loss, scores, targets)
+        for name, compute in computations.items():
+            found, found_gradient = compute(scores, targets)
+            worst = loss_ulps(found, losses).max(), gradient_ulps(found_gradient, gradient).max()
+            cells[name] = Worst(*(max(a, float(b)) for a, b in zip(cells[name], worst, strict=True)))
+    return cells
 
 
 def run(dtypes: Sequence[str] = ("float32", "float64"), size: int = SIZE) -> dict[str, Any]:
@@ -276,7 +343,7 @@ def markdown(result: dict[str, Any]) -> str:
     for dtype, table in result["worst ulps"].items():
         text += ["", f"| {dtype} | " + " | ".join(versions) + " |", "| --- |" + " --- |" * len(versions)]
         for line, cells in table.items():
-            text.append(f"| {line} | " + " | ".join(str(cells[name]) for name in versions) + " |")
+            text.append(f"| {line} | " + " | ".join(str(cells.get(name, "–")) for name in versions) + " |")
     return "\n".join(text)
 
 
