@@ -72,7 +72,7 @@ class Weights(NamedTuple):
 UNWEIGHTED = Weights()  # made once: a tuple with names costs as much as a call of the kernels
 
 
-def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any]) -> Weights:
+def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any], reduction: str) -> Weights:
     """Sample weights, class weights of index targets and `ignore_index`, as row multipliers."""
     by_class = targets.ndim == 1 and not (loss.class_weight is None and loss.ignore_index is None)
     if sample_weight is None and not by_class:
@@ -87,13 +87,22 @@ def fold(loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype
             denominator = weighted
         else:
             multiplier = weighted
-    if denominator is not None and not denominator.any():
+    if reduction == "mean" and denominator is not None and not denominator.any():
         multiplier = np.zeros(len(targets))  # a mean over no weight has no gradient, whatever the scores
     top, unit = float(multiplier.max(initial=0)), 1.0
     if top > 0 and not 1e-10 < top < 1e10:
         unit = 2.0 ** math.frexp(top)[1]
         multiplier, denominator = multiplier / unit, None if denominator is None else denominator / unit
     return Weights(multiplier.astype(dtype), denominator, unit)
+
+
+def pull(factor: Array, multiplier: Array | None, dtype: np.dtype[Any]) -> tuple[Array, bool]:
+    """The multipliers of a gradient with a factor for each row, and whether it needs a pass of its own: a row whose
+    factor is 0 is skipped there, but has a loss.
+    """
+    pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
+    rows = len(factor) if multiplier is None else np.count_nonzero(multiplier)
+    return pulled, np.count_nonzero(pulled) < rows
 
 
 def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -148,7 +157,7 @@ def scores_call(
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
     check_range(backend, loss, y, c, workers)
 
-    weights = fold(loss, y, weight, dtype)
+    weights = fold(loss, y, weight, dtype, reduction)
     multiplier, total = weights.multiplier, weights.total(n)
     work = s if s.dtype == dtype or backend.reads(s.dtype) else s.astype(dtype)
     direct = work is s or result_dtype == dtype  # the gradient is computed in the type that it is wanted in
@@ -162,10 +171,12 @@ def scores_call(
             extras[name] = np.empty(n, np.intp if name == "argmax" else dtype)
 
     if isinstance(factor, np.ndarray):
-        # A row whose upstream is 0 has no gradient but has a loss: two passes, each with its own multiplier.
-        value = backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
-        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        backend.score_rows(loss, work, y, pulled, weights.unit, grad, None, {}, workers)
+        pulled, twice = pull(factor, multiplier, dtype)
+        value = 0.0  # of no use: this is reduction="none"
+        if twice:
+            backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
+        once = (None, {}) if twice else (kept, extras)
+        backend.score_rows(loss, work, y, pulled, weights.unit, grad, *once, workers)
     else:
         scale = weights.scale(reduction, total) * factor
         value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)

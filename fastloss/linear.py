@@ -146,7 +146,7 @@ class LinearObjective:
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
                 )
             driver.check_range(self.choose_backend("gradient"), self.loss, self.targets, n_classes)
-            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype)
+            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype, self.reduction)
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
@@ -423,7 +423,7 @@ def linear_value_and_grad(
     chosen = backends.choose(backend, "gradient", loss, dtype, driver.needs(loss, y, ()))
     driver.check_range(chosen, loss, y, c)
 
-    folded = driver.fold(loss, y, weight, dtype)
+    folded = driver.fold(loss, y, weight, dtype, reduction)
     multiplier, total = folded.multiplier, folded.total(n)
     like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
@@ -432,9 +432,11 @@ def linear_value_and_grad(
     common = (loss, features, None, None, weights, bias, y)
     gradients = (found.get("W"), found.get("b"), found.get("X"))
     if isinstance(factor, np.ndarray):
-        value = chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
-        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None, chunk_rows, workers)
+        pulled, twice = driver.pull(factor, multiplier, dtype)
+        value = 0.0  # of no use: this is reduction="none"
+        if twice:
+            chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
+        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None if twice else row_loss, chunk_rows, workers)
     else:
         scale = folded.scale(reduction, total) * factor
         value = chosen.linear_rows(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)
