@@ -100,9 +100,9 @@ def pull(factor: Array, multiplier: Array | None, dtype: np.dtype[Any]) -> tuple
     """The multipliers of a gradient with a factor for each row, and whether it needs a pass of its own: a row whose
     factor is 0 is skipped there, but has a loss.
     """
-    pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
+    pulled: Array = (factor if multiplier is None else factor * multiplier).astype(dtype)
     rows = len(factor) if multiplier is None else np.count_nonzero(multiplier)
-    return pulled, np.count_nonzero(pulled) < rows
+    return pulled, bool(np.count_nonzero(pulled) < rows)
 
 
 def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:

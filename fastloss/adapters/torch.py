@@ -56,6 +56,7 @@ __all__ = [
     "multi_margin_loss",
 ]
 
+SMALL = 1 << 14  # scores up to which their gradient is computed with the loss
 SAMPLE = 4096  # scores of a sample below which samples (N, C, d1, ...) are copied row by row, not handled one by one
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -66,9 +67,10 @@ DEFAULT_IGNORED = -100
 @functools.cache
 def _bfloat16() -> np.dtype[Any]:
     try:
-        return np.dtype(import_module("ml_dtypes").bfloat16)
+        dtype: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
     except ImportError as error:
         raise ImportError(f'bfloat16 tensors need ml_dtypes ({error}): pip install "fastloss[torch]"') from error
+    return dtype
 
 
 def _array(tensor: Tensor) -> Array:
@@ -89,8 +91,8 @@ def _tensor(array: Array) -> Tensor:
 class _Reserve:
     """The memory of the last large gradient, lent again once no tensor holds it.
 
-    Fresh memory costs a page fault for every 4 KB, or 2 MB where the system has huge pages (NumPy asks for them, PyTorch
-    does not); at 64 MB these take longer than the gradient itself.
+    Fresh memory costs a page fault for every 4 KB, or 2 MB where the system has huge pages (NumPy asks for them,
+    PyTorch does not); at 64 MB these take longer than the gradient itself.
     """
 
     def __init__(self) -> None:
@@ -347,6 +349,17 @@ def _scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Te
     return gradient
 
 
+def _small_loss(input: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
+    """Loss and gradient, scores (N, C) and class indices, reduced and unweighted: in one call."""
+    *rest, wide = options
+    o = _Options(*rest)
+    targets = _Targets(target, input.shape[1], None, o)
+    (_, loss), *_ = targets.terms
+    with targets.checked():
+        value, gradient = loss.value_and_grad(_array(input), targets.rows, reduction=o.reduction, n_threads=_threads())
+    return torch.scalar_tensor(value, dtype=torch.float32 if wide else input.dtype), _tensor(gradient)
+
+
 def _rows_shape(input: Tensor, target: Tensor) -> Any:
     """The shape of a loss for each row."""
     return input.shape[:1] * (input.dim() > 1) + input.shape[2:] if target.is_floating_point() else target.shape
@@ -357,16 +370,17 @@ def _linear_pass(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, targets: _Targets, reduction: str,
     chunk_rows: int | None, wrt: Any, factors: Array | None,
 ) -> tuple[Any, list[Array | None]]:  # fmt: skip
-    """Σ of the rows' losses, or each of them; and with `factors` the gradients of input, linear_weight, linear_bias that
-    `wrt` asks for. A K-dimensional layer (C, d1, ..., D) is a classifier (C, D) at each position d1, ...
+    """Σ of the rows' losses, or each of them; and with `factors` the gradients that `wrt` asks for, of input,
+    linear_weight, linear_bias. A K-dimensional layer (C, d1, ..., D) is a classifier (C, D) at each position d1, ...
     """
     classes, features = linear_weight.shape[0], input.shape[-1]
-    X, W = _array(input).reshape(-1, features), _array(linear_weight).reshape(classes, -1, features)
-    b = None if linear_bias is None else _array(linear_bias).reshape(classes, -1)
+    X: Array = _array(input).reshape(-1, features)
+    W: Array = _array(linear_weight).reshape(classes, -1, features)
+    b: Array | None = None if linear_bias is None else _array(linear_bias).reshape(classes, -1)
     positions = W.shape[1]
     dtypes = [None if a is None else a.dtype for a in (X, W, b)]
     if X.itemsize == 2 and positions * len(targets.terms) > 1:  # the gradients are sums
-        X, W, b = (None if a is None else a.astype(np.float32) for a in (X, W, b))
+        X, W, b = X.astype(np.float32), W.astype(np.float32), None if b is None else b.astype(np.float32)
     names = tuple(name for name, wanted in zip("XWb", wrt, strict=True) if wanted)
     values: list[Any] = []
     found: dict[str, list[Array]] = {name: [] for name in names}
@@ -404,6 +418,13 @@ def _gradients(arrays: list[Array | None], tensors: list[Tensor | None], empty: 
     )
 
 
+def _scales_later(input: Tensor, options: Any) -> bool:
+    """Whether a layer's gradients may be computed before their upstream factor is known. Small ones in float16 would be
+    0, which the factor (of a gradient scaler) is to prevent.
+    """
+    return bool(options[5] != "none" and input.dtype != torch.float16)
+
+
 def _linear_targets(
     input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, o: _Options
 ) -> _Targets:
@@ -420,7 +441,7 @@ def _linear_loss(
     o = _Options(*rest)
     targets = _linear_targets(input, linear_weight, target, weight, o)
     reduction, factors = "none" if o.reduction == "none" else "sum", None
-    wanted = any(wrt) and reduction == "sum"
+    wanted = any(wrt) and _scales_later(input, options)
     with targets.checked():
         total = targets.total()
         if wanted:
@@ -482,7 +503,7 @@ class _Operator:
     save, backward : callable
         `setup_context` and `backward` of autograd.
     eager : callable, optional
-        What a plain call goes to; the default is `compute`, unless a derivative may be taken of it.
+        What a plain call goes to where gradients may be asked for, instead of the operator.
     """
 
     def __init__(
@@ -509,10 +530,10 @@ class _Operator:
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self._n_tensors]
         if _is_plain(tensors):
-            if self._eager is not None:
-                return self._eager(*arguments)
             if not torch.is_grad_enabled():
                 return self._compute(*arguments)
+            if self._eager is not None:
+                return self._eager(*arguments)
         elif _transforming is not None and not torch.compiler.is_compiling() and _transforming():
             return self._transformable.apply(*arguments)  # type: ignore[attr-defined]
         return self.op(*arguments)
@@ -524,8 +545,8 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
     raise RuntimeError(
-        "fastloss has no second derivatives of its losses: the gradient cannot be differentiated again (it was made with "
-        "create_graph=True, or within torch.func); for that use the loss of torch.nn.functional"
+        "fastloss has no second derivatives of its losses: the gradient cannot be differentiated again (it was made "
+        "with create_graph=True, or within torch.func); for that use the loss of torch.nn.functional"
     )
 
 
@@ -565,12 +586,25 @@ def _target_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Te
 
 
 class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        _save_scores(ctx, arguments, None)
-        return _scores_loss(*arguments)
+    """Of few scores the gradient is computed with the loss: there a second call costs more than the computing."""
 
-    backward = staticmethod(_scores_backward)
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Any:
+        ctx.save_for_backward(input, target, weight)
+        ctx.options, ctx.gradient = options, None
+        small = weight is None and input.dim() == 2 and input.numel() <= SMALL and not target.is_floating_point()
+        if small and ctx.needs_input_grad[0] and options[5] != "none" and input.dtype.itemsize > 2:
+            loss, ctx.gradient = _small_loss(input, target, options)
+            return loss
+        return _scores_loss(input, target, weight, *options)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None  # its own, to scale and give away: a second pass computes a new one
+        if gradient is None or torch.is_grad_enabled():
+            return *_scores_backward(ctx, upstream)[:3], None
+        factor = upstream.item()
+        return gradient if factor == 1 else gradient.mul_(factor), None, None, None
 
 
 scores_gradient = _Operator(
@@ -586,7 +620,7 @@ scores_loss = _Operator(
     _fake_scores_loss,
     _save_scores,
     _scores_backward,
-    _EagerScores.apply,
+    lambda input, target, weight, *options: _EagerScores.apply(input, target, weight, options),
 )
 
 
@@ -600,10 +634,11 @@ def _fake_linear_loss(
     *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *rest, wide, _, wrt = options
-    reduced = _Options(*rest).reduction != "none"
-    shape = () if reduced else _linear_rows_shape(input, linear_weight, target)
+    shape = _linear_rows_shape(input, linear_weight, target) if _Options(*rest).reduction == "none" else ()
     loss = input.new_empty(shape, dtype=torch.float32 if wide else input.dtype)
-    return loss, *_fake_gradients((input, linear_weight, linear_bias), wrt if reduced else (False,) * 3)
+    return loss, *_fake_gradients(
+        (input, linear_weight, linear_bias), wrt if _scales_later(input, options) else (False,) * 3
+    )
 
 
 def _fake_linear_gradient(
@@ -624,7 +659,7 @@ def _linear_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     tensors, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     *options, _, chunk_rows, _ = ctx.options
     wrt = _wanted(ctx)
-    if not grads or options[-1] == "none" or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not grads or not _scales_later(tensors[0], ctx.options):
         found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
     else:
         found = tuple(upstream * g for g in grads)
@@ -656,8 +691,9 @@ class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
         found, ctx.gradients = ctx.gradients, None
         *options, _, chunk_rows, _ = ctx.options
         wrt = _wanted(ctx)
-        if found is None or options[-1] == "none" or torch.is_grad_enabled():
-            found = linear_gradient(upstream, *ctx.saved_tensors, *options, chunk_rows, wrt)
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or found is None or not _scales_later(tensors[0], ctx.options):
+            found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
         elif (factor := upstream.item()) != 1:
             for gradient in found:
                 gradient *= factor
@@ -835,7 +871,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """`torch.nn.functional.multi_margin_loss` on the CPU: `Σ_j max(0, margin − s_y + s_j)^p / C` over the classes j ≠ y.
+    """`torch.nn.functional.multi_margin_loss` on the CPU: `Σ_j max(0, margin − s_y + s_j)^p / C`, over j ≠ y.
 
     NaN among the scores of a row gives NaN; PyTorch drops it.
 
@@ -932,7 +968,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
 ) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy` on the CPU: the cross-entropy of `input @ linear_weight.T + linear_bias`.
+    """`torch.nn.functional.linear_cross_entropy` on the CPU: of the scores `input @ linear_weight.T + linear_bias`.
 
     The scores are never held as a whole, whatever the options. Computed in float32 at least, under autocast too.
 
@@ -1041,7 +1077,7 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):  # type: ignore[misc]
 
 
 class _LinearLoss(torch.nn.Module):  # type: ignore[misc]
-    """A linear layer and the loss of its scores, with the parameters and buffers of `torch.nn.LinearCrossEntropyLoss`."""
+    """A linear layer and the loss of its scores, with the state of `torch.nn.LinearCrossEntropyLoss`."""
 
     def __init__(
         self, in_features: int, num_classes: int, out_features: tuple[int, ...], bias: bool, device: Any, dtype: Any,
