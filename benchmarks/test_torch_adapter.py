@@ -17,6 +17,7 @@ from fastloss.adapters import torch as adapter  # noqa: E402
 
 SHAPES = [(128, 10), (65536, 10), (16384, 1000), (2048, 32768)]
 LAYERS = [(50000, 3072, 10), (4096, 512, 32768)]
+LARGE = [*SHAPES[2:], (65536, 64, 64), LAYERS[1]]
 FUNCTIONS = {"fastloss": adapter, "PyTorch": torch.nn.functional}
 
 
@@ -65,7 +66,7 @@ def peak_growth(peer, name, shape):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units there")
-@pytest.mark.parametrize("shape", [*SHAPES[2:], (65536, 64, 64), LAYERS[1]], ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", LARGE, ids=lambda shape: "x".join(map(str, shape)))
 def test_peak_memory_is_below_that_of_pytorch(shape):
     """Each in a process of its own."""
     name = "linear_cross_entropy" if len(shape) == 3 else "cross_entropy"

@@ -466,6 +466,12 @@ def test_opcheck(reduction):
         )
         plain = [t.detach() for t in layer]
         check(adapter.linear_gradient.op, (upstream, *plain, *options, None, every))
+    large = torch.randn(2, 300, 2000)  # its gradient is in memory that is kept
+    assert large.nbytes > adapter.LARGE
+    for x in (large, large.mT):
+        target = torch.zeros(2, x.shape[2], dtype=torch.long)
+        up = torch.randn(target.shape if reduction == "none" else ())
+        check(adapter.scores_gradient.op, (up, x, target, None, *options))
     q = torch.rand(3, 4, 5, 2).double()
     options = ("softmax", 1, 1.0, 0.1, None, reduction)
     upstream = torch.randn((3, 5, 2) if reduction == "none" else (), dtype=torch.float64)
