@@ -301,7 +301,7 @@ def test_layouts(shape):
             (found,) = torch.autograd.grad(adapter.cross_entropy(leaf, target, reduction=reduction).sum(), leaf)
             (wanted,) = torch.autograd.grad(F.cross_entropy(leaf, target, reduction=reduction).sum(), leaf)
             close(found, wanted, name)
-            if x.numel() > adapter.SMALL or x.dim() > 2:
+            if x.numel() > adapter.SMALL or x.dim() > 2 or reduction == "none":
                 assert found.stride() == torch.empty_like(x).stride(), name
 
 
@@ -398,7 +398,6 @@ def test_no_gradient_is_computed_when_none_is_required(monkeypatch):
             adapter.cross_entropy(scores, target)
             adapter.multi_margin_loss(scores, target)
             adapter.linear_cross_entropy(torch.randn(4, 3), weight.detach(), target)
-    adapter.cross_entropy(torch.randn(4000, 5, requires_grad=True), torch.zeros(4000, dtype=torch.long))
     assert wanted == [set(), set()]
     adapter.linear_cross_entropy(torch.randn(4, 3), weight, target).backward()
     adapter.linear_cross_entropy(torch.randn(4, 3, requires_grad=True), weight.detach(), target)
@@ -421,7 +420,7 @@ def test_a_graph_that_is_kept_gives_the_same_again():
 
 def test_targets_changed_before_the_backward_pass_are_noticed():
     scores, target = torch.randn(4000, 5, requires_grad=True), torch.zeros(4000, dtype=torch.long)
-    value = adapter.cross_entropy(scores, target)
+    value = adapter.cross_entropy(scores, target, reduction="none").sum()
     target += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()

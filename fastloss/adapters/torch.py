@@ -8,11 +8,13 @@ Signatures, shapes, dtypes, reductions and the denominators of means are PyTorch
 - Class weights must be finite; probability targets finite and not negative.
 - There are no second derivatives, and tensors must be on the CPU: both raise.
 
-How a call goes. The forward pass of a loss of scores computes the loss alone; the backward pass reads the scores again
-and writes their gradient, upstream factor included: so nothing of the scores' size lives between the two, and nothing
-is computed that is not asked for. The linear losses compute their gradients in the forward pass, where the scores of
-each chunk of rows are at hand, and the backward pass scales them in place; with `reduction="none"`, and if it runs
-again, it computes them anew.
+How a call goes. In a plain eager call, loss and gradient of a matrix of scores come of one pass in forward; backward
+hands the gradient on, scaled in place where its upstream factor is not 1. With `reduction="none"`, class weights,
+probabilities or more dimensions, and wherever something watches (a compiler, a transform), forward computes the loss
+alone; backward reads the scores again and writes their gradient, upstream factor included. Either way the gradient is
+the only array of the scores' size. The linear losses compute their gradients in forward, where the scores of each chunk
+of rows are at hand, and backward scales them; with `reduction="none"`, in float16, and if it runs again, it computes
+them anew.
 
 All this is in operators of `torch.library`, which `torch.compile` keeps as they are. Plain eager calls go to the
 same functions without the dispatcher's Python, which would cost more than a small call itself.
@@ -56,7 +58,7 @@ __all__ = [
     "multi_margin_loss",
 ]
 
-SMALL = 1 << 14  # scores up to which their gradient is computed with the loss
+SMALL = 1 << 14  # scores whose gradient's memory costs less than a look at their strides
 SAMPLE = 4096  # scores of a sample below which samples (N, C, d1, ...) are copied row by row, not handled one by one
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -349,15 +351,20 @@ def _scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Te
     return gradient
 
 
-def _small_loss(input: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
-    """Loss and gradient, scores (N, C) and class indices, reduced and unweighted: in one call."""
+def _loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
+    """Of scores (N, C) and class indices, reduced and without class weights: in one pass."""
     *rest, wide = options
     o = _Options(*rest)
     targets = _Targets(target, input.shape[1], None, o)
     (_, loss), *_ = targets.terms
+    out = _empty_like(input) if input.numel() > SMALL else None
     with targets.checked():
-        value, gradient = loss.value_and_grad(_array(input), targets.rows, reduction=o.reduction, n_threads=_threads())
-    return torch.scalar_tensor(value, dtype=torch.float32 if wide else input.dtype), _tensor(gradient)
+        value, gradient = loss.value_and_grad(
+            _array(input), targets.rows, out=None if out is None else _array(out), reduction=o.reduction,
+            n_threads=_threads(),
+        )  # fmt: skip
+    dtype = torch.float32 if wide else input.dtype
+    return torch.scalar_tensor(value, dtype=dtype), _tensor(gradient) if out is None else out
 
 
 def _rows_shape(input: Tensor, target: Tensor) -> Any:
@@ -586,25 +593,29 @@ def _target_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Te
 
 
 class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
-    """Of few scores the gradient is computed with the loss: there a second call costs more than the computing."""
+    """Where it can be one pass, the gradient is computed with the loss: nearly always its upstream factor is 1."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Any:
         ctx.save_for_backward(input, target, weight)
         ctx.options, ctx.gradient = options, None
-        small = weight is None and input.dim() == 2 and input.numel() <= SMALL and not target.is_floating_point()
-        if small and ctx.needs_input_grad[0] and options[5] != "none" and input.dtype.itemsize > 2:
-            loss, ctx.gradient = _small_loss(input, target, options)
+        one_pass = weight is None and input.dim() == 2 and not target.is_floating_point() and options[5] != "none"
+        if one_pass and ctx.needs_input_grad[0]:
+            loss, ctx.gradient = _loss_and_gradient(input, target, options)
             return loss
         return _scores_loss(input, target, weight, *options)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient, ctx.gradient = ctx.gradient, None  # its own, to scale and give away: a second pass computes a new one
-        if gradient is None or torch.is_grad_enabled():
-            return *_scores_backward(ctx, upstream)[:3], None
-        factor = upstream.item()
-        return gradient if factor == 1 else gradient.mul_(factor), None, None, None
+        if gradient is not None and not torch.is_grad_enabled():
+            factor = upstream.item()
+            if factor == 1:
+                return gradient, None, None, None
+            if gradient.dtype.itemsize > 2:
+                return gradient.mul_(factor), None, None, None
+        del gradient  # 16-bit floats are rounded once
+        return *_scores_backward(ctx, upstream)[:3], None
 
 
 scores_gradient = _Operator(
