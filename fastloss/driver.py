@@ -82,8 +82,8 @@ UNWEIGHTED = Weights()  # made once: a tuple with names costs as much as a call 
 
 
 def fold(
-    loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any], backend: backends.Backend,
-    n_threads: int = 1,
+    loss: Any, targets: Array, sample_weight: Array | None, dtype: np.dtype[Any], reduction: str,
+    backend: backends.Backend, n_threads: int = 1,
 ) -> Weights:  # fmt: skip
     """Sample weights, class weights of index targets and `ignore_index`, as row multipliers."""
     weight, ignored = (loss.class_weight, loss.ignore_index) if targets.ndim == 1 else (None, None)
@@ -100,9 +100,18 @@ def fold(
     if not inside:
         return Weights(multiplier, None, unit, total)
     denominator, top, total = backend.weigh(targets, weight, ignored, sample_weight, checks.FLOAT64, n_threads)
-    if top == 0:
+    if reduction == "mean" and top == 0:
         multiplier = np.zeros(len(targets), dtype)  # a mean over no weight has no gradient, whatever the scores
     return Weights(multiplier, denominator, unit, total)
+
+
+def pull(factor: Array, multiplier: Array | None, dtype: np.dtype[Any]) -> tuple[Array, bool]:
+    """The multipliers of a gradient with a factor for each row, and whether it needs a pass of its own: a row whose
+    factor is 0 is skipped there, but has a loss.
+    """
+    pulled: Array = (factor if multiplier is None else factor * multiplier).astype(dtype)
+    rows = len(factor) if multiplier is None else np.count_nonzero(multiplier)
+    return pulled, bool(np.count_nonzero(pulled) < rows)
 
 
 def needs(loss: Any, targets: Array, outputs: tuple[str, ...]) -> tuple[str, ...]:
@@ -157,7 +166,7 @@ def scores_call(
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
     check_range(backend, loss, y, c, workers)
 
-    weights = fold(loss, y, weight, dtype, backend, workers)
+    weights = fold(loss, y, weight, dtype, reduction, backend, workers)
     multiplier, total = weights.multiplier, weights.total(n)
     work = s if s.dtype == dtype or backend.reads(s.dtype) else s.astype(dtype)
     direct = work is s or result_dtype == dtype  # the gradient is computed in the type that it is wanted in
@@ -171,10 +180,12 @@ def scores_call(
             extras[name] = np.empty(n, np.intp if name == "argmax" else dtype)
 
     if isinstance(factor, np.ndarray):
-        # A row whose upstream is 0 has no gradient but has a loss: two passes, each with its own multiplier.
-        value = backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
-        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        backend.score_rows(loss, work, y, pulled, weights.unit, grad, None, {}, workers)
+        pulled, twice = pull(factor, multiplier, dtype)
+        value = 0.0  # of no use: this is reduction="none"
+        if twice:
+            backend.score_rows(loss, work, y, multiplier, 1.0, None, kept, extras, workers)
+        once = (None, {}) if twice else (kept, extras)
+        backend.score_rows(loss, work, y, pulled, weights.unit, grad, *once, workers)
     else:
         scale = weights.scale(reduction, total) * factor
         value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)
@@ -261,7 +272,7 @@ def stats_value_call(loss: Any, stats: object, targets: object, sample_weight: o
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", len(y), "target")
     whole = check_stats(loss, stats, y)
     backend = backends.choose(None, "gradient", loss, checks.FLOAT64, ())
-    weights = fold(loss, y, weight, checks.FLOAT64, backend)
+    weights = fold(loss, y, weight, checks.FLOAT64, reduction, backend)
     row_loss, multiplier = loss.rows_from_stats(whole), weights.multiplier
     if multiplier is not None:
         row_loss[multiplier == 0] = 0
@@ -288,7 +299,7 @@ def stats_gradient_call(
         checks.out(out, "out", s.shape, result_dtype)
         inputs = {"scores": s, "targets": y, "sample_weight": sample_weight, "upstream": upstream}
         checks.apart(out, "out", inputs, in_place="scores")
-    weights = fold(loss, y, weight, checks.FLOAT64, backend)
+    weights = fold(loss, y, weight, checks.FLOAT64, reduction, backend)
     multiplier, scale = weights.multiplier, weights.scale(reduction, weights.total(len(y)))
     if isinstance(factor, np.ndarray):
         multiplier = factor if multiplier is None else factor * multiplier

@@ -149,7 +149,7 @@ class LinearObjective:
                 )
             backend = self.choose_backend("gradient")
             driver.check_range(backend, self.loss, self.targets, n_classes)
-            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype, backend)
+            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype, self.reduction, backend)
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
@@ -426,7 +426,7 @@ def linear_value_and_grad(
     chosen = backends.choose(backend, "gradient", loss, dtype, driver.needs(loss, y, ()))
     driver.check_range(chosen, loss, y, c, workers)
 
-    folded = driver.fold(loss, y, weight, dtype, chosen, workers)
+    folded = driver.fold(loss, y, weight, dtype, reduction, chosen, workers)
     multiplier, total = folded.multiplier, folded.total(n)
     like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
@@ -435,9 +435,11 @@ def linear_value_and_grad(
     common = (loss, features, None, None, weights, bias, y)
     gradients = (found.get("W"), found.get("b"), found.get("X"))
     if isinstance(factor, np.ndarray):
-        value = chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
-        pulled = (factor if multiplier is None else factor * multiplier).astype(dtype)
-        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None, chunk_rows, workers)
+        pulled, twice = driver.pull(factor, multiplier, dtype)
+        value = 0.0  # of no use: this is reduction="none"
+        if twice:
+            chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
+        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None if twice else row_loss, chunk_rows, workers)
     else:
         scale = folded.scale(reduction, total) * factor
         value = chosen.linear_rows(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)

@@ -412,6 +412,39 @@ def test_upstream_0_has_no_gradient_but_a_loss(backend, dtype, loss):
     assert not grad[1].any()
 
 
+def test_rows_of_one_upstream_take_one_pass(monkeypatch, loss):
+    """And two only where a row has a loss but no gradient."""
+    backend, calls = fl.backends.get("reference"), []
+    monkeypatch.setattr(fl.backends, "choose", lambda *arguments: backend)
+    score_rows, linear_rows = backend.score_rows, backend.linear_rows
+    monkeypatch.setattr(backend, "score_rows", lambda *a: [calls.append("scores"), score_rows(*a)][1])
+    monkeypatch.setattr(backend, "linear_rows", lambda *a: [calls.append("linear"), linear_rows(*a)][1])
+    X, W, weight = np.eye(3), np.ones((4, 3)), np.array([1.0, 0.0, 2.0])
+    for upstream, passes in (([0.5, 3, -2], 1), ([0.5, 0, -2], 1), ([0, 3, -2], 2)):
+        options = {"sample_weight": weight, "reduction": "none", "upstream": upstream}
+        calls.clear()
+        values, _ = loss.value_and_grad(X, [0, 1, 2], **options)
+        assert calls == ["scores"] * passes
+        np.testing.assert_array_equal(values, loss.value(X, [0, 1, 2], sample_weight=weight, reduction="none"))
+        calls.clear()
+        fl.linear_value_and_grad(loss, X, W, [0, 1, 2], **options)
+        assert calls.count("linear") == passes
+
+
+def test_smoothing_counts_where_the_targets_own_class_weight_is_0():
+    """As in PyTorch; only a mean has nothing to divide by."""
+    scores, y = np.array([[1.0, 2.0, 4.0], [3.0, 0.0, 1.0]]), np.array([2, 2])
+    loss = fl.Softmax(label_smoothing=0.25, class_weight=[1, 2, 0], ignore_index=-1)
+    expected, expected_grad = exact(loss, scores, y)
+    for reduction, total in (("sum", expected.sum()), ("none", expected)):
+        value, grad = loss.value_and_grad(scores, y, reduction=reduction, backend="reference")
+        np.testing.assert_allclose(value, np.asarray(total, float), rtol=1e-12)
+        np.testing.assert_allclose(grad, expected_grad.astype(float), rtol=1e-12)
+    value, grad = loss.value_and_grad(scores, y, backend="reference")
+    assert np.isnan(value)
+    assert not grad.any()
+
+
 # --- 6: denormals -----------------------------------------------------------------------------------------------
 def test_denormal_arithmetic_of_the_caller_is_left_alone(backend, dtype):
     scores = np.zeros((300, 40), dtype)

@@ -1,1 +1,1 @@
-"""Losses of other libraries, by their own signatures, computed by fastloss: a module for each."""
+"""Other libraries' losses, by their own names and signatures. Each module needs its library, and names the extra."""
