@@ -239,10 +239,13 @@ def shard_targets(targets: object, n: int) -> Array:
     return checks.targets(array, n, 0)
 
 
-def stats_call(loss: Any, scores: object, targets: object, offset: object, backend_name: str | None) -> backends.Stats:
+def stats_call(
+    loss: Any, scores: object, targets: object, offset: object, backend_name: str | None, n_threads: int | None
+) -> backends.Stats:
     """What a shard of the classes tells about its rows."""
+    workers = threads.resolve(n_threads)
     shard = _shard(loss, scores, targets, offset, backend_name)
-    return shard.backend.stats_rows(loss, shard.scores, shard.targets, shard.offset)
+    return shard.backend.stats_rows(loss, shard.scores, shard.targets, shard.offset, workers)
 
 
 def check_stats(loss: Any, stats: object, targets: Array) -> backends.Stats:
@@ -284,10 +287,11 @@ def stats_value_call(loss: Any, stats: object, targets: object, sample_weight: o
 
 def stats_gradient_call(
     loss: Any, scores: object, targets: object, stats: object, offset: object, out: Array | None,
-    sample_weight: object, reduction: str, upstream: object, backend_name: str | None,
+    sample_weight: object, reduction: str, upstream: object, backend_name: str | None, n_threads: int | None,
 ) -> Array:  # fmt: skip
     """The gradient for a shard of the classes, from the stats of all."""
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    workers = threads.resolve(n_threads)
     backend, s, y, start = _shard(loss, scores, targets, offset, backend_name)
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", len(y), "row of scores")
     factor = 1.0 if upstream is None else check_upstream(upstream, reduction, len(y))
@@ -305,7 +309,7 @@ def stats_gradient_call(
         multiplier = factor if multiplier is None else factor * multiplier
     else:
         scale *= factor
-    backend.stats_gradient_rows(loss, s, y, start, whole, multiplier, scale, out)
+    backend.stats_gradient_rows(loss, s, y, start, whole, multiplier, scale, out, workers)
     return out
 
 

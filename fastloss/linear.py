@@ -149,7 +149,9 @@ class LinearObjective:
                 )
             backend = self.choose_backend("gradient")
             driver.check_range(backend, self.loss, self.targets, n_classes)
-            self.weights = driver.fold(self.loss, self.targets, self._sample_weight, self.dtype, self.reduction, backend)
+            self.weights = driver.fold(
+                self.loss, self.targets, self._sample_weight, self.dtype, self.reduction, backend
+            )
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array

@@ -195,7 +195,15 @@ class Loss:
         )
         return (value, grad, extras) if outputs else (value, grad)
 
-    def stats(self, scores: object, targets: object, *, offset: int = 0, backend: str | None = None) -> Stats:
+    def stats(
+        self,
+        scores: object,
+        targets: object,
+        *,
+        offset: int = 0,
+        backend: str | None = None,
+        n_threads: int | None = None,
+    ) -> Stats:
         """What the scores of some of the classes tell about each row, where the class axis is split in shards.
 
         Merge the stats of all shards, then ask for the value and, with each shard's scores again, for its gradient.
@@ -208,7 +216,7 @@ class Loss:
             Class indices among all classes; most are in other shards.
         offset : int
             The index of the shard's first class.
-        backend
+        backend, n_threads
             As in `value`.
 
         Returns
@@ -225,12 +233,11 @@ class Loss:
         >>> import numpy as np, fastloss as fl
         >>> scores, targets, loss = np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([3]), fl.Softmax()
         >>> left, right = scores[:, :2], scores[:, 2:]
-        >>> with fl.use_backend("reference"):
-        ...     stats = loss.stats(left, targets).merge(loss.stats(right, targets, offset=2))
-        ...     loss.gradient_from_stats(right, targets, stats, offset=2).round(4).tolist()
+        >>> stats = loss.stats(left, targets).merge(loss.stats(right, targets, offset=2))
+        >>> loss.gradient_from_stats(right, targets, stats, offset=2).round(4).tolist()
         [[0.2369, -0.3561]]
         """
-        return driver.stats_call(self, scores, targets, offset, backend)
+        return driver.stats_call(self, scores, targets, offset, backend, n_threads)
 
     def value_from_stats(
         self, stats: Stats, targets: object, *, sample_weight: object = None, reduction: str = "mean"
@@ -260,6 +267,7 @@ class Loss:
         reduction: str = "mean",
         upstream: object = None,
         backend: str | None = None,
+        n_threads: int | None = None,
     ) -> Array:
         """The gradient with respect to a shard's scores, from the stats of all classes; see `stats`.
 
@@ -271,7 +279,7 @@ class Loss:
             Of all shards, merged.
         out : array like scores, optional
             Receives the gradient; `out=scores` works in place.
-        sample_weight, reduction, upstream, backend
+        sample_weight, reduction, upstream, backend, n_threads
             As in `value_and_grad`.
 
         Returns
@@ -284,7 +292,7 @@ class Loss:
             If a target's class is in none of the merged shards, or in several.
         """
         return driver.stats_gradient_call(
-            self, scores, targets, stats, offset, out, sample_weight, reduction, upstream, backend
+            self, scores, targets, stats, offset, out, sample_weight, reduction, upstream, backend, n_threads
         )
 
 

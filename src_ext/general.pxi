@@ -13,6 +13,9 @@
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
+# Shards of the classes. Stats are the first walk's: the maximum and the sum of exponentials. The gradient from the stats of
+# all shards is one walk, from a maximum and a factor that are given.
+#
 # The largest class: a walk that looks for where the maximum is.
 
 cdef struct Found:
@@ -198,6 +201,8 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
         if not is_dense(o):  # s.b is the entry of the target, complete
             s.b = mul(choose(veq(e, s.mark), s.b, sub(mul(s.a, e), mul(factor, least))), slope)
     s.more[0], s.more[1] = z, add(size, div(s.more[3], total))
+    if o.shard:
+        s.more[0], s.more[1] = s.m, add(others, sub(tops, one))
     return loss
 
 
@@ -236,6 +241,29 @@ cdef inline void close_general(int layout, const Options *o, const Walk *w, cons
         walk_back(layout, True, o, w, s, last)
     else:
         walk_back(layout, False, o, w, s, last)
+
+
+cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcept nogil:
+    """Stat k of each lane's row."""
+    cdef const real *p = w.more + k * o.stats_step
+    return vload(p) if layout == LANED else vset(p[0])
+
+
+cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
+    """The gradient, complete. Stats: the maximum times T; the factor of exponentials; the target's entry."""
+    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g
+    cdef vec pull = mul(mul(stat(layout, o, w, 1), vset(o.per_temperature)), factor)
+    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    for k in range(w.vectors):
+        g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
+        g = bent(o, g, &keep)
+        if o.softcap >= 0:
+            unbent(o, keep, &slope)
+        g = mul(mul(vexp(mul(sub(g, m), vset(o.per_temperature)), vset(0)), pull), slope)
+        fetch_ahead(layout, True, w, k)
+        put(layout, layout == ROWED and k == whole, w, k, g)
+    put_at_target(layout, w, mul(stat(layout, o, w, 2), factor))
+    s.a = s.b = s.more[0] = s.more[1] = s.more[2] = s.more[3] = vset(0)
 
 
 # --- the largest class -----------------------------------------------------------------------------------------------

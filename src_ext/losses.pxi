@@ -27,6 +27,7 @@ cdef enum:
     LOG_PROBABILITIES = 4
     LOG_SUM = 5
     ARGMAX = 6
+    FROM_STATS = 7
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -46,6 +47,8 @@ cdef struct Options:
     bint entropy  # is wanted
     const real *pairs  # margins, C of each target, in place of `margin`, which is then 0; or NULL
     bint counts_target
+    bint shard  # stats of some of the classes are wanted, no loss
+    Py_ssize_t stats_step  # numbers from one of a row's stats to the next (FROM_STATS)
 
 cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
@@ -619,11 +622,12 @@ cdef inline void close_log_probabilities(int layout, const Walk *w, const State 
 # --- the doors to all of them ----------------------------------------------------------------------------------------
 cdef inline bint shifts(const Options *o) noexcept nogil:
     """Whether `open_rows` has to know the maximum first."""
-    return o.kind != HINGE and o.kind != HINGE_MAX
+    return o.kind != HINGE and o.kind != HINGE_MAX and o.kind != FROM_STATS
 
 
 cdef inline bint has_target(const Options *o) noexcept nogil:
-    return (o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX) and not (o.general and o.probabilities)
+    return (o.kind == SOFTMAX or o.kind == HINGE or o.kind == HINGE_MAX) and not (
+        o.general and (o.probabilities or o.shard))
 
 
 cdef inline bint is_general_softmax(const Options *o) noexcept nogil:
@@ -664,6 +668,8 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
         s.a = row_exps(layout, grad, w, s.m, &s.b, last)
     elif o.kind == ARGMAX:
         open_argmax(layout, w, s)
+    elif o.kind == FROM_STATS:
+        open_from_stats(layout, o, w, factor, s)
     elif o.kind == HINGE_MAX:
         open_hinge_max(layout, grad, o, w, s)
     elif o.kind == HINGE and o.power == 1:
@@ -713,7 +719,7 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
         return settle_general(grad, o, s, factor)
     if o.kind == SOFTMAX:
         return settle_softmax(layout, grad, s, factor)
-    if o.kind == ARGMAX:
+    if o.kind == ARGMAX or o.kind == FROM_STATS:
         return s.a
     if o.kind == HINGE:
         return settle_hinge(o, s, factor)
@@ -755,7 +761,7 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.power, o.margin, o.classes = power, <real> some, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
-        smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy = general
+        smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy, o.shard = general
         o.general, o.z_loss, o.softcap = True, <real> z_loss, <real> softcap
         o.per_softcap = <real> (1 / softcap)
         o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)

@@ -110,7 +110,9 @@ cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, 
 
 cdef inline const real *row_more(const Options *o, const Matrix *probabilities, Py_ssize_t row, Py_ssize_t c,
                                  lane_int y) noexcept nogil:
-    """What the general form is given of a row beside its scores: margins of its target, or probabilities; or NULL."""
+    """What the general form is given of a row beside its scores: margins of its target, probabilities, stats; or NULL."""
+    if o.kind == FROM_STATS:
+        return probabilities.data + row
     if o.pairs != NULL:
         return o.pairs + y * c
     return probabilities.data + row * probabilities.row_stride if probabilities.data != NULL else NULL
@@ -130,10 +132,15 @@ cdef inline void load_more(const real **rows, Py_ssize_t c, real *tile) noexcept
             gather_rows(rows + g, j, min(<Py_ssize_t> LANES, c - j), tile + j * TILE + g)
 
 
-cdef inline Walk walk_group(real *tile, Py_ssize_t c, const lane_int *y, int g, const real *more) noexcept nogil:
+cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const lane_int *y, int g,
+                            const real *more) noexcept nogil:
     """The walk over group g of LANES rows: tiles hold TILE / LANES groups each."""
     cdef Py_ssize_t at = g * LANES // TILE * c * TILE + g * LANES % TILE
-    return walk_lanes(tile + at, c, iload(y + g * LANES), more + at if more != NULL else NULL)
+    if o.kind == FROM_STATS:
+        more += g * LANES
+    elif more != NULL:
+        more += at
+    return walk_lanes(tile + at, c, iload(y + g * LANES), more)
 
 
 cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, const Options *options, real *tile,
@@ -156,11 +163,11 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
     cdef Py_ssize_t k
     own.kind, own.power, own.general = kind, power, general
     for g in range(groups):
-        w = walk_group(tile, c, y, g, more)
+        w = walk_group(o, tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
         aim(o, &m[g], &target[g])
     for g in range(groups):
-        w = walk_group(tile, c, y, g, more)
+        w = walk_group(o, tile, c, y, g, more)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
@@ -188,7 +195,7 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
     if not grad:
         return
     for g in range(groups):
-        w = walk_group(tile, c, y, g, more)
+        w = walk_group(o, tile, c, y, g, more)
         if general:
             s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
@@ -233,6 +240,8 @@ cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssi
         tile_losses_case(LOG_PROBABILITIES, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     elif o.kind == ARGMAX:
         tile_losses_case(ARGMAX, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    elif o.kind == FROM_STATS:
+        tile_losses_case(FROM_STATS, 1, True, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
     else:
         tile_losses_case(LOG_SUM, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
 
@@ -262,7 +271,8 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef bint wants_extras = s.z != NULL or s.entropy != NULL
     cdef double sums[16]
     cdef Py_ssize_t batch = TILE * batch_tiles(c)
-    cdef real *more = tile + batch * c if has_more(&s.options) else NULL
+    cdef real *kept_more = tile + batch * c if has_more(&s.options) else NULL
+    cdef const real *more = kept_more
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     for first in range((stop - start + batch - 1) // batch):
@@ -275,10 +285,12 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
-            if more != NULL:
+            if kept_more != NULL:
                 for r in range(i * TILE, i * TILE + TILE):
                     rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
-                load_more(rows, c, more + i * c * TILE)
+                load_more(rows, c, kept_more + i * c * TILE)
+        if s.options.kind == FROM_STATS:
+            more = s.probabilities.data + row
         tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses, more,
                     extras if wants_extras else NULL)
         keep_extras(s, extras, row, n)
@@ -502,6 +514,8 @@ cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t 
         group_losses_case(LOG_PROBABILITIES, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     elif o.kind == ARGMAX:
         group_losses_case(ARGMAX, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
+    elif o.kind == FROM_STATS:
+        group_losses_case(FROM_STATS, 1, True, True, s, start, n, ahead, y, mult, scratch, losses, extras)
     else:
         group_losses_case(LOG_SUM, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
 
@@ -741,7 +755,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
 
 cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabilities, Options *o) except -1:
     """Class indices; in the general form also probabilities of the classes of each row."""
-    o.probabilities = o.general and targets.ndim == 2
+    o.probabilities = o.general and targets is not None and targets.ndim == 2
     indices[0] = loan.indices(None if o.probabilities else targets)
     probabilities[0] = loan.matrix(targets if o.probabilities else None, False)
     if o.probabilities and probabilities.column_stride != 1:
@@ -772,6 +786,24 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
     read_options(&s.options, row_loss, loan, s.scores.columns)
     read_targets(loan, targets, &s.targets, &s.probabilities, &s.options)
     return run_scores(&s, n_threads)
+
+
+def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double scale, grad, int n_threads):
+    """The gradient of a shard of the classes, times scale, into `grad`.
+
+    targets: the target's column in the shard, or -1. stats (3, N + 16): of each row the maximum, in the bent scores; the
+    factor of its exponentials; the target's entry.
+    """
+    cdef _Loan loan = _Loan()
+    cdef ScoresPass s
+    cdef Matrix m
+    s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(grad, True), loan.indices(targets)
+    m = loan.matrix(multiplier, False)
+    s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = m.data, <real> scale, NULL, 0, NULL, NULL
+    s.probabilities = loan.matrix(stats, False)
+    read_options(&s.options, row_loss, loan, s.scores.columns)
+    s.options.kind, s.options.stats_step = FROM_STATS, s.probabilities.row_stride
+    run_scores(&s, n_threads)
 
 
 def transform(kind, scores, out, int n_threads):

@@ -70,6 +70,7 @@ typedef int32_t lane_int;
 #define FL_EXP_LOW -87.33654f /* log of the smallest normal number */
 #define FL_NEAR 256 /* see Origin in losses.pxi */
 #define RAISED_BITS 32
+#define FAR_TANH 0x1p126f /* see the softcap in general.pxi */
 #define FL_LN2_HIGH 0.693359375f
 #define FL_LN2_LOW -2.12194440e-4f
 #define FL_SQRT_HALF 0x3f3504f3
@@ -84,13 +85,13 @@ typedef int64_t lane_int;
 #define FL_EXP_LOW -708.3964185322641
 #define FL_NEAR 1536
 #define RAISED_BITS 64
+#define FAR_TANH 0x1p1000
 #define FL_LN2_HIGH 6.93147180369123816490e-01
 #define FL_LN2_LOW 1.90821492927058770002e-10
 #define FL_SQRT_HALF 0x3fe6a09e667f3bcd
 #endif
 
 #define RAISED ((real)(1ull << (RAISED_BITS - 1)) * 2) /* 2^RAISED_BITS */
-#define FAR_TANH ((real)0x1p62)
 #define LANES ((int)(VBYTES / sizeof(real)))
 #define TILE 16 /* rows handled together, a multiple of LANES */
 #define ROWS 4  /* rows whose products share the loads of W */

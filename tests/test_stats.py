@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
-from tests.conftest import same_bits
-
-# Stats may be the reference's alone.
-pytestmark = pytest.mark.filterwarnings("ignore::fastloss.BackendWarning")
+from tests.conftest import BACKENDS, same_bits
 
 LOSSES = {
     "plain": fl.Softmax(),
@@ -45,10 +42,11 @@ def merged(parts, rng):
 
 def split(loss, scores, targets, cuts, rng, **call):
     """Value and gradient by way of stats."""
+    how = {"backend": call.pop("backend")} if "backend" in call else {}
     shards = shards_of(scores, cuts)
-    stats = merged([loss.stats(part, targets, offset=offset) for offset, part in shards], rng)
+    stats = merged([loss.stats(part, targets, offset=offset, **how) for offset, part in shards], rng)
     value_call = {name: given for name, given in call.items() if name != "upstream"}
-    grads = [loss.gradient_from_stats(part, targets, stats, offset=offset, **call) for offset, part in shards]
+    grads = [loss.gradient_from_stats(part, targets, stats, offset=offset, **how, **call) for offset, part in shards]
     return loss.value_from_stats(stats, targets, **value_call), np.concatenate(grads, axis=1)
 
 
@@ -60,28 +58,31 @@ def whole(loss, scores, targets, **call):
 def assert_same(found, wanted, dtype=np.float64):
     (value, grad), (wanted_value, wanted_grad) = found, wanted
     assert grad.dtype == dtype
-    np.testing.assert_allclose(value, wanted_value, rtol=1e-15 * 8)
-    info = np.finfo(dtype)
+    info, computed = np.finfo(dtype), np.finfo(np.float64 if dtype == np.float64 else np.float32)
+    np.testing.assert_allclose(value, wanted_value, rtol=16 * float(computed.eps))
     largest = np.nan_to_num(np.abs(wanted_grad)).max(axis=1, keepdims=True)
     units = (grad - wanted_grad) / (float(info.eps) * np.maximum(largest, float(info.smallest_normal)))
     np.testing.assert_array_equal(np.isnan(grad), np.isnan(wanted_grad))
-    assert np.nan_to_num(np.abs(units)).max(initial=0) <= 8
+    assert np.nan_to_num(np.abs(units)).max(initial=0) <= 64  # exponentials of a rounded s − m
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     cuts=st.lists(st.integers(0, 10), max_size=6),
     scale=st.sampled_from([0.1, 3.0, 100.0]),
     dtype=st.sampled_from([np.float64, np.float32, np.float16]),
 )
-def test_any_split_gives_the_unsplit_result(loss, call, seed, cuts, scale, dtype):
+def test_any_split_gives_the_unsplit_result(name, loss, call, seed, cuts, scale, dtype):
     rng = np.random.default_rng(seed)
     scores = rng.normal(scale=scale, size=(12, 10)).astype(dtype)
     targets = rng.integers(0, 10, 12)
-    assert_same(split(loss, scores, targets, cuts, rng, **call), whole(loss, scores, targets, **call), dtype)
+    assert_same(
+        split(loss, scores, targets, cuts, rng, backend=name, **call), whole(loss, scores, targets, **call), dtype
+    )
 
 
 AWKWARD = np.array(
@@ -104,11 +105,29 @@ AWKWARD = np.array(
 
 @pytest.mark.parametrize("cuts", [[], [0], [1], [2], [1, 2], [1, 2, 3], [0, 2, 2, 4], [3]], ids=str)
 @pytest.mark.parametrize("target", range(4))
-def test_infinite_and_nan_scores_as_in_the_contract(cuts, target):
+def test_infinite_and_nan_scores_as_in_the_contract(backend, cuts, target):
     targets = np.full(len(AWKWARD), target)
     for seed in range(3):
-        found = split(fl.Softmax(), AWKWARD, targets, cuts, np.random.default_rng(seed), reduction="none")
+        found = split(
+            fl.Softmax(), AWKWARD, targets, cuts, np.random.default_rng(seed), reduction="none", backend=backend
+        )
         assert_same(found, whole(fl.Softmax(), AWKWARD, targets, reduction="none"))
+
+
+@pytest.mark.parametrize("c", [1, 17, 40, 70, 300])
+def test_shards_of_any_width(backend, c):
+    """In either layout of a tile, more rows than a batch, strided too; the same bits for any number of threads."""
+    rng = np.random.default_rng(c)
+    for dtype, loss in itertools.product((np.float32, np.float64), LOSSES.values()):
+        if loss.class_weight is not None or loss.z_loss:  # (the z-loss cancels gradients of two classes)
+            continue
+        scores, targets = rng.normal(scale=4, size=(300, 2 * c)).astype(dtype), rng.integers(0, 2 * c, 300)
+        assert_same(split(loss, scores, targets, [c], rng, backend=backend), whole(loss, scores, targets), dtype)
+    left = scores[:, :c].copy()
+    stats = loss.stats(scores, targets, backend=backend)
+    grads = [loss.gradient_from_stats(left, targets, stats, backend=backend, n_threads=k) for k in (1, 2, 3)]
+    assert same_bits(grads[0], grads[1])
+    assert same_bits(grads[0], grads[2])
 
 
 def test_one_dominant_class_keeps_the_digits_of_the_others():

@@ -22,7 +22,7 @@ def weigh(
 def score_rows(
     row_loss: tuple[Any, ...],
     scores: Array,
-    targets: Array,
+    targets: Array | None,
     multiplier: Array | None,
     scale: float,
     grad: Array | None,
@@ -31,6 +31,16 @@ def score_rows(
     z: Array | None = None,
     entropy: Array | None = None,
 ) -> float: ...
+def gradient_from_stats(
+    row_loss: tuple[Any, ...],
+    scores: Array,
+    targets: Array,
+    stats: Array,
+    multiplier: Array | None,
+    scale: float,
+    grad: Array,
+    n_threads: int,
+) -> None: ...
 def linear_rows(
     row_loss: tuple[Any, ...],
     X: Array,

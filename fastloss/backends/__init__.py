@@ -50,8 +50,7 @@ class Stats(NamedTuple):
     --------
     >>> import numpy as np, fastloss as fl
     >>> scores, targets, loss = np.array([[3.2, 5.1, -1.7]]), np.array([0]), fl.Softmax()
-    >>> with fl.use_backend("reference"):
-    ...     left, right = loss.stats(scores[:, :2], targets), loss.stats(scores[:, 2:], targets, offset=2)
+    >>> left, right = loss.stats(scores[:, :2], targets), loss.stats(scores[:, 2:], targets, offset=2)
     >>> merged = left.merge(right)
     >>> round(loss.value_from_stats(merged, targets), 2), round(loss.value(scores, targets), 2)
     (2.04, 2.04)
@@ -158,13 +157,13 @@ class Backend:
         """multiplier · (Hessian of ℓ) · direction, for each row."""
         raise NotImplementedError
 
-    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         """The stats of the classes `offset`, `offset + 1`, … whose scores (N, any number of classes) are given."""
         raise NotImplementedError
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
-        scale: float, grad: Array,
+        scale: float, grad: Array, n_threads: int,
     ) -> None:  # fmt: skip
         """The gradient for those classes, given the stats of all, into `grad` (which may be `scores`)."""
         raise NotImplementedError

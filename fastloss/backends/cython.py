@@ -11,7 +11,7 @@ import numpy as np
 from fastloss import blocks
 from fastloss._checks import FLOAT32, Array, compute_dtype
 from fastloss._kernels import cpu
-from fastloss.backends import Backend, BackendError
+from fastloss.backends import Backend, BackendError, Stats, reference
 
 LEVELS = ("v4", "v3", "v2", "base")
 #: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
@@ -68,15 +68,17 @@ def row_options(loss: Any) -> tuple[Any, ...]:
     return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over, None)
 
 
-def general_options(loss: Any, probabilities: bool, dtype: np.dtype[Any], entropy: bool = False) -> tuple[Any, ...]:
+def general_options(
+    loss: Any, probabilities: bool, dtype: np.dtype[Any], entropy: bool = False, shard: bool = False
+) -> tuple[Any, ...]:
     """The same for the general form, in the compute type `dtype`."""
     if loss.kind == "softmax":
         weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
         softcap = -1.0 if loss.softcap is None else loss.softcap
         numbers = loss.label_smoothing, loss.z_loss, softcap, loss.temperature
-        return *SOFTMAX[:4], (*numbers, weight, None, False, entropy)
+        return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
     pairs = loss.converted("pair_margins", dtype)
-    return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False)
+    return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
 
 
 def class_targets(targets: Array, dtype: np.dtype[Any]) -> Array:
@@ -111,8 +113,7 @@ class CythonBackend(Backend):
         return f"compiled for {target}, {8 * kernels.VECTOR_BYTES}-bit vectors, {openmp}"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        missing = {"hvp": "Hessian products", "stats": "stats of shards of the classes"}.get(verb)
-        return f"{missing} are not compiled yet" if missing else None
+        return "Hessian products are not compiled yet" if verb == "hvp" else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.kind != "u" and self._kernels[dtype] is not None
@@ -202,6 +203,42 @@ class CythonBackend(Backend):
         self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
     ) -> None:
         self._kernels[W.dtype].descend(W, velocity, grad, step_size, momentum, decay, decayed)
+
+    def _shard(self, loss: Any, scores: Array) -> tuple[Any, Array, np.dtype[Any], tuple[Any, ...]]:
+        """Kernels, scores, compute type and options for a shard of the classes."""
+        if not self.reads(scores.dtype):
+            scores = scores.astype(np.float64)
+        dtype = compute_dtype(scores.dtype, "scores")
+        return self._kernels[scores.dtype], bits(scores), dtype, general_options(loss, False, dtype, shard=True)
+
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
+        kernels, numbers, dtype, options = self._shard(loss, scores)
+        tops, rest = np.full(len(scores), -np.inf, dtype), np.zeros(len(scores), dtype)
+        if scores.size:
+            kernels.score_rows(options, numbers, None, None, 1.0, None, None, n_threads, tops, rest)
+        with np.errstate(all="ignore"):
+            maximum = np.asarray(reference.map_scores(loss, tops.astype(np.float64))[0])
+            stats = reference.with_targets(loss, scores, targets, offset, maximum, rest.astype(np.float64))
+            empty = np.flatnonzero(tops == -np.inf)  # exp(−inf − −inf) is NaN there, whether the row has one or not
+            if len(empty):
+                stats.rest[empty] = reference.softmax_stats(loss, scores[empty], targets[empty], offset).rest
+        return stats
+
+    def stats_gradient_rows(
+        self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
+        scale: float, grad: Array, n_threads: int,
+    ) -> None:  # fmt: skip
+        kernels, numbers, dtype, options = self._shard(loss, scores)
+        if not scores.size:
+            return
+        column, given = np.full(len(scores), -1), np.zeros((3, len(scores) + 16), dtype)
+        with np.errstate(all="ignore"):
+            rows, columns, entries = reference.target_entries(loss, scores, targets, offset, stats)
+            column[rows], given[2, rows] = columns, entries
+            given[0, : len(scores)] = stats.maximum * loss.temperature
+            given[1, : len(scores)] = reference.stats_factors(loss, stats)
+        weight = None if multiplier is None else multiplier.astype(dtype)
+        kernels.gradient_from_stats(options, numbers, column, given, weight, scale, bits(grad), n_threads)
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
         self._kernels[scores.dtype].transform(kind, bits(scores), bits(out), n_threads)

@@ -108,26 +108,32 @@ def softmax_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array
     return row_loss, gradient, {"lse": z, "argmax": scores.argmax(axis=1), "entropy": entropy}
 
 
-def in_shard(targets: Array, offset: int, n_classes: int) -> tuple[Array, Array]:
-    """The rows whose target is one of a shard's classes, and the target's column there."""
+def shard_targets(loss: Any, scores: Array, targets: Array, offset: int) -> tuple[Array, Array, Array, Array]:
+    """The rows whose target is one of a shard's classes, its column there, its mapped score, and the maps' slope."""
     column = targets.astype(np.int64) - offset
-    rows = np.flatnonzero((column >= 0) & (column < n_classes))
-    return rows, column[rows]
+    rows = np.flatnonzero((column >= 0) & (column < scores.shape[1]))
+    columns = column[rows]
+    s, slope = map_scores(loss, scores[rows, columns].astype(np.float64))
+    return rows, columns, s, np.broadcast_to(slope, s.shape)
 
 
 def softmax_stats(loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
     """Maximum, sum of the exponentials but for a maximum, and target of a shard of the classes; see `Stats`."""
-    n, c = scores.shape
     s, _ = map_scores(loss, scores.astype(np.float64))
     maximum = s.max(axis=1, initial=-np.inf)
     exps = np.exp(s - maximum[:, None])
     bad = np.isnan(exps).any(axis=1)
-    if c:
+    if s.shape[1]:
         np.put_along_axis(exps, s.argmax(axis=1)[:, None], 0, axis=1)
     rest = np.where(maximum == -np.inf, 0, np.where(bad, np.nan, exps.sum(axis=1)))
-    rows, columns = in_shard(targets, offset, c)
-    target, found = np.zeros(n), np.zeros(n, np.int64)
-    target[rows], found[rows] = s[rows, columns], 1
+    return with_targets(loss, scores, targets, offset, maximum, rest)
+
+
+def with_targets(loss: Any, scores: Array, targets: Array, offset: int, maximum: Array, rest: Array) -> Stats:
+    """Stats of a shard, whose targets are still to be looked up."""
+    target, found = np.zeros(len(scores)), np.zeros(len(scores), np.int64)
+    rows, _, target_scores, _ = shard_targets(loss, scores, targets, offset)
+    target[rows], found[rows] = target_scores, 1
     return Stats(maximum, rest, target, found)
 
 
@@ -139,22 +145,32 @@ def softmax_stats_rows(loss: Any, stats: Stats) -> tuple[Array, Array]:
     return (row_loss + loss.z_loss * z * z if loss.z_loss else row_loss), z
 
 
-def softmax_stats_gradient(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> Array:
-    """(1 + 2 λ z) p − e_y for a shard of the classes, given the stats of all.
+def stats_factors(loss: Any, stats: Stats) -> Array:
+    """(1 + 2 λ z) / Σ exp(s − m): what exponentials are multiplied by in the gradient."""
+    pull = 1 + 2 * loss.z_loss * softmax_stats_rows(loss, stats)[1] if loss.z_loss else 1.0
+    return np.asarray(pull / (1 + stats.rest))
 
-    The target's entry is −Σ of the others' exponentials, rest + (1 − exp(s_y − m)), over the sum of all.
+
+def target_entries(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> tuple[Array, Array, Array]:
+    """The gradient's entries at the targets in a shard: rows, columns, entries.
+
+    −Σ of the others' exponentials, rest + (1 − exp(s_y − m)), over the sum of all; and what the z-loss adds.
     """
-    s, slope = map_scores(loss, scores.astype(np.float64))
-    shifted = s - stats.maximum[:, None]
-    total = 1 + stats.rest
-    p = np.exp(shifted) / total[:, None]
-    gradient: Array = p.copy()
-    rows, columns = in_shard(targets, offset, scores.shape[1])
-    gradient[rows, columns] = (np.expm1(shifted[rows, columns]) - stats.rest[rows]) / total[rows]
+    rows, columns, s, slope = shard_targets(loss, scores, targets, offset)
+    d, rest = s - stats.maximum[rows], stats.rest[rows]
+    entries = (np.expm1(d) - rest) / (1 + rest)
     if loss.z_loss:
-        gradient += 2 * loss.z_loss * softmax_stats_rows(loss, stats)[1][:, None] * p
-    gradient *= slope
-    gradient[np.isnan(total)] = np.nan
+        entries += (stats_factors(loss, stats)[rows] - 1 / (1 + rest)) * np.exp(d)
+    return rows, columns, entries * slope
+
+
+def softmax_stats_gradient(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> Array:
+    """(1 + 2 λ z) p − e_y for a shard of the classes, given the stats of all."""
+    s, slope = map_scores(loss, scores.astype(np.float64))
+    gradient: Array = np.exp(s - stats.maximum[:, None]) * stats_factors(loss, stats)[:, None] * slope
+    rows, columns, entries = target_entries(loss, scores, targets, offset, stats)
+    gradient[rows, columns] = entries
+    gradient[np.isnan(stats.rest)] = np.nan
     return gradient
 
 
@@ -335,13 +351,13 @@ class ReferenceBackend(Backend):
         product[live] = curve if multiplier is None else curve * multiplier[live, None]
         return product
 
-    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         with np.errstate(all="ignore"):
             return softmax_stats(loss, scores, targets, offset)
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
-        scale: float, grad: Array,
+        scale: float, grad: Array, n_threads: int,
     ) -> None:  # fmt: skip
         live = live_rows(multiplier)
         kept = Stats(*(array[live] for array in stats))
