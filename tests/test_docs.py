@@ -23,7 +23,7 @@ def importable(name):
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
-    if ">>> " in path.read_text(encoding="utf-8") and "adapters" not in path.parts  # whose own tests run them
+    if ">>> " in path.read_text(encoding="utf-8")
 )
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 EXAMPLES = [

@@ -677,14 +677,8 @@ def test_ml_dtypes_is_for_bfloat16_alone(monkeypatch):
 
 
 # --- documentation ----------------------------------------------------------------------------------------------------
+# (They are run in test_docs.)
 EXAMPLES = [e for e in doctest.DocTestFinder(exclude_empty=True).find(adapter) if e.examples]
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_examples_run(example):
-    output = []
-    failed, _ = doctest.DocTestRunner().run(example, out=output.append)
-    assert not failed, "".join(output)
 
 
 @pytest.mark.parametrize("name", adapter.__all__)
