@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
     def magnified(self, total: float) -> tuple[Weights, float]:
         """The same weights in a unit near `total`, and the total in it: for rows that weigh next to nothing."""
-        factor = 2.0 ** -math.frexp(total)[1]
+        factor = math.ldexp(0.5, 1 - max(-1000, math.frexp(total)[1]))
 
         def times(weights: Array | None) -> Array | None:
             with np.errstate(over="ignore"):  # of rows that are not picked
@@ -75,7 +75,12 @@ class Weights(NamedTuple):
 
     def row_values(self, row_loss: Array) -> Array:
         """w ℓ for each row."""
-        return row_loss if self.multiplier is None else row_loss * (self.multiplier * self.unit)
+        if self.multiplier is None:
+            return row_loss
+        if self.unit == 1:
+            return np.asarray(row_loss * self.multiplier)
+        with np.errstate(over="ignore"):  # the unit alone may be more than the type holds
+            return (row_loss * (self.multiplier * np.float64(self.unit))).astype(row_loss.dtype)
 
 
 UNWEIGHTED = Weights()  # made once: a tuple with names costs as much as a call of the kernels
@@ -94,7 +99,7 @@ def fold(
     multiplier, top, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
     unit = 1.0
     if top > 0 and not 1e-10 < top < 1e10:
-        unit = 2.0 ** math.frexp(top)[1]
+        unit = math.ldexp(0.5, math.frexp(top)[1])  # 2^1024 would overflow
         sample_weight = (np.ones(len(targets)) if sample_weight is None else sample_weight) / unit
         multiplier, _, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
     if not inside:
@@ -263,6 +268,13 @@ def check_stats(loss: Any, stats: object, targets: Array) -> backends.Stats:
         k = int(bad.argmax())
         where = "none of the shards that are merged" if arrays.found[k] == 0 else "several shards, which overlap"
         raise ValueError(f"targets[{k}] is {targets[k]}, a class of {where}")
+    if loss.class_weight is not None:
+        c = len(loss.class_weight)
+        outside = (targets < 0) | (targets >= c)
+        if loss.ignore_index is not None:
+            outside &= targets != loss.ignore_index
+        if outside.any():
+            checks.raise_bad_target(targets, int(outside.argmax()), c, loss.ignore_index)
     return arrays
 
 

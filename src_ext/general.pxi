@@ -222,7 +222,9 @@ cdef inline vec general_slope(int layout, bint part, bint dense, const Options *
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     cdef ivec cls = classes_of(layout, 0)
-    cdef vec keep, m = bent(o, s.m, &keep), g
+    cdef vec keep = s.m, slope, m = bent(o, s.m, &keep), g
+    if o.softcap >= 0:
+        m = unbent(o, keep, &slope)  # as scores are, so that e is exactly 1 at the largest
     for k in range(whole):
         g = general_slope(layout, False, dense, o, w, k, cls, s, m, last)
         if layout == LANED and not dense:

@@ -505,3 +505,21 @@ def test_oracle_of_this_suite():
     """The oracle itself, on a number of the lecture."""
     value, _ = exact_row(fl.Softmax(), np.array([3.2, 5.1, -1.7]), 0)
     assert float(value) == pytest.approx(-math.log(math.exp(3.2) / (math.exp(3.2) + math.exp(5.1) + math.exp(-1.7))))
+
+
+@pytest.mark.parametrize("top", [1e300, 1.7e308])
+def test_weights_near_the_end_of_float64(backend, top):
+    """A mean does not see their size; a sum, or a row, may be infinite, and a row of weight 0 is 0."""
+    scores, weight = np.array([[1.0, 2.0], [0.0, 1.0], [3.0, 0.0]], np.float32), np.array([top, 0, top / 2])
+    value = SOFTMAX.value(scores, [0, 0, 0], sample_weight=weight, backend=backend)
+    assert value == pytest.approx(SOFTMAX.value(scores, [0, 0, 0], sample_weight=[1, 0, 0.5], backend=backend))
+    rows = SOFTMAX.value(scores, [0, 0, 0], sample_weight=weight, reduction="none", backend=backend)
+    np.testing.assert_array_equal(rows, [np.inf, 0, np.inf])
+
+
+def test_infinite_losses_of_both_signs_warn_of_nothing(backend):
+    scores = np.array([[0, np.inf], [0.0, np.inf]])
+    losses, _ = fl.Hinge(power=2).value_and_grad(
+        scores, [0, 0], reduction="none", upstream=np.array([1.0, -1]), backend=backend
+    )
+    np.testing.assert_array_equal(losses, [np.inf, np.inf])

@@ -148,6 +148,19 @@ def test_confident_rows_keep_their_digits(compiled, dtype, c):
         np.testing.assert_allclose(value, want, rtol=200 * eps)
 
 
+def test_confident_rows_with_a_softcap(compiled, dtype):
+    """Of dense targets too: the largest class is found again in the second walk."""
+    rng = np.random.default_rng(9)
+    for c in (1, 6, 40):
+        scores, y = 8 * rng.standard_normal((200, c)).astype(dtype), rng.integers(0, c, 200)
+        scores[np.arange(200), y] += 35
+        loss, q = fl.Softmax(softcap=40.0), np.eye(c)[y]
+        _, grad = loss.value_and_grad(scores, q, reduction="none", backend=compiled)
+        _, expected = loss.value_and_grad(scores.astype(np.float64), q, reduction="none", backend="reference")
+        size = np.abs(expected).max(axis=1, keepdims=True)
+        assert (np.abs(grad - expected) <= 400 * float(np.finfo(dtype).eps) * size).all()
+
+
 def test_special_scores(compiled, dtype):
     """NaN and infinities as the contract has them, in each form."""
     inf, nan = np.inf, np.nan

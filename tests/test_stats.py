@@ -214,6 +214,14 @@ def test_bad_arguments(call, error, message):
         call()
 
 
+def test_a_target_must_have_a_class_weight():
+    loss, stats = fl.Softmax(class_weight=np.ones(3)), fl.Softmax().stats(np.zeros((2, 10)), np.array([1, 9]))
+    with pytest.raises(ValueError, match=r"targets\[1\] is 9, but scores have 3 classes"):
+        loss.value_from_stats(stats, np.array([1, 9]))
+    with pytest.raises(ValueError, match=r"targets\[1\] is 9, but scores have 3 classes"):
+        loss.gradient_from_stats(np.zeros((2, 3)), np.array([1, 9]), stats)
+
+
 def test_a_target_must_be_in_one_shard():
     loss, left, right = fl.Softmax(), S[:, :2], S[:, 2:]
     stats = loss.stats(left, Y).merge(loss.stats(right, Y, offset=2))

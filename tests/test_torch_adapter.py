@@ -676,6 +676,46 @@ def test_ml_dtypes_is_for_bfloat16_alone(monkeypatch):
         adapter.cross_entropy(scores.bfloat16(), target)
 
 
+# --- what users run into ----------------------------------------------------------------------------------------------
+def test_weights_have_no_gradient_and_say_so():
+    scores, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(3, requires_grad=True)
+    for loss in (adapter.cross_entropy, adapter.multi_margin_loss):
+        call = partial(loss, scores, target)
+        with pytest.raises(ValueError, match=r"weight requires a gradient.*weight.detach"):
+            call(weight=weight)
+        transformed = torch.func.grad(lambda w, call=call: call(weight=w))
+        with pytest.raises(ValueError, match=r"weight requires a gradient.*weight.detach"):
+            transformed(weight.detach())
+        with torch.no_grad():
+            call(weight=weight)
+
+
+def test_a_loss_too_large_for_its_type_is_infinite():
+    scores, target = torch.zeros(4, 3), torch.tensor([1, 1, 2, 2])
+    scores[:, 0] = 3e38
+    for loss in (adapter.cross_entropy, adapter.multi_margin_loss):
+        assert loss(scores, target, reduction="sum") == torch.inf
+    weight = torch.full((3,), 1e30)
+    assert (adapter.cross_entropy(scores, target, weight, reduction="none") == torch.inf).all()
+
+
+def test_forward_mode_is_turned_away_without_gradients_too():
+    scores, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(scores, torch.ones(4, 3))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            adapter.cross_entropy(dual, target)
+        assert torch.isfinite(adapter.cross_entropy(scores, target))
+
+
+def test_a_change_of_sign_that_is_put_off():
+    scores, target = torch.view_as_complex(torch.randn(4, 3, 2)).conj().imag, torch.tensor([0, 1, 2, 0])
+    assert scores.is_neg()
+    expected = torch.nn.functional.cross_entropy(scores.resolve_neg(), target)
+    torch.testing.assert_close(adapter.cross_entropy(scores, target), expected)
+
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 # (They are run in test_docs.)
 EXAMPLES = [e for e in doctest.DocTestFinder(exclude_empty=True).find(adapter) if e.examples]

@@ -76,12 +76,19 @@ def _bfloat16() -> np.dtype[Any]:
 
 
 def _array(tensor: Tensor) -> Array:
-    """The tensor's memory as an array: never a copy."""
+    """The tensor's memory as an array: never a copy, but where PyTorch has put off a change of sign."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know
         array: Array = tensor.detach().view(torch.int16).numpy().view(_bfloat16())
     else:
         array = tensor.detach().numpy()
     return array
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A loss; infinite where it is too large for its type, as in PyTorch."""
+    return torch.scalar_tensor(value, dtype=torch.float64).to(dtype)
 
 
 def _tensor(array: Array) -> Tensor:
@@ -315,7 +322,7 @@ def _scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options:
         ]
         if reduction == "none":
             return torch.from_numpy(np.concatenate(values)).to(dtype).reshape(_rows_shape(input, target))
-        return torch.scalar_tensor(_quotient(sum(values), targets.total()), dtype=dtype)
+        return _scalar(_quotient(sum(values), targets.total()), dtype)
 
 
 def _scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -364,7 +371,7 @@ def _loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Ten
             n_threads=_threads(),
         )  # fmt: skip
     dtype = torch.float32 if wide else input.dtype
-    return torch.scalar_tensor(value, dtype=dtype), _tensor(gradient) if out is None else out
+    return _scalar(value, dtype), _tensor(gradient) if out is None else out
 
 
 def _rows_shape(input: Tensor, target: Tensor) -> Any:
@@ -460,7 +467,7 @@ def _linear_loss(
     if reduction == "none":
         loss = torch.from_numpy(value).to(dtype).reshape(_linear_rows_shape(input, linear_weight, target))
     else:
-        loss = torch.scalar_tensor(_quotient(value, total), dtype=dtype)
+        loss = _scalar(_quotient(value, total), dtype)
     return loss, *_gradients(arrays, [input, linear_weight, linear_bias], input)
 
 
@@ -497,6 +504,15 @@ def _is_plain(tensors: Any) -> bool:
     if _transforming() or _modes():
         return False
     return all(t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and t.is_cpu) for t in tensors)
+
+
+def _check_tangents(tensors: Any) -> None:
+    """Forward mode works where gradients are not asked for, too; there autograd, which turns it away, is not passed."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError("fastloss has no forward mode (jvp): use reverse mode, or PyTorch's own loss")
 
 
 class _Operator:
@@ -538,6 +554,7 @@ class _Operator:
         tensors = arguments[: self._n_tensors]
         if _is_plain(tensors):
             if not torch.is_grad_enabled():
+                _check_tangents(tensors)
                 return self._compute(*arguments)
             if self._eager is not None:
                 return self._eager(*arguments)
@@ -778,6 +795,8 @@ def _check_target(target: Tensor, rows: Any, scores: Any, probabilities: bool) -
 def _check_weight(weight: Tensor | None, n_classes: int) -> None:
     if weight is not None and weight.shape != (n_classes,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be ({n_classes},), a number for each class")
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight requires a gradient, which these losses do not have: use weight.detach()")
 
 
 def _entropy_options(target: Tensor, ignore_index: int | None, label_smoothing: float, reduction: str) -> _Options:

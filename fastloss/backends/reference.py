@@ -297,6 +297,7 @@ class ReferenceBackend(Backend):
                 return "Hessian products are not defined here for Softmax with z_loss or softcap"
         return None
 
+    @np.errstate(all="ignore")
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
