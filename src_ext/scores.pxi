@@ -19,7 +19,7 @@ cdef enum:
 cdef struct ScoresPass:
     Matrix scores, grad
     Indices targets
-    Matrix probabilities
+    Matrix probabilities  # of each row's classes; FROM_STATS: the stats
     Options options
     const real *multiplier
     real scale
@@ -210,40 +210,10 @@ cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssi
                       const real *mult, real scale, bint all_live, real *losses, const real *more,
                       real *extras) noexcept nogil:
     """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0."""
-    if o.kind == SOFTMAX and o.general and grad:
-        tile_losses_case(SOFTMAX, 1, True, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == SOFTMAX and o.general:
-        tile_losses_case(SOFTMAX, 1, True, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE and o.general:
-        tile_losses_case(HINGE, o.power, True, grad, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE_MAX and o.general:
-        tile_losses_case(HINGE_MAX, o.power, True, grad, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == SOFTMAX and grad:
-        tile_losses_case(SOFTMAX, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == SOFTMAX:
-        tile_losses_case(SOFTMAX, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE and o.power == 1 and grad:
-        tile_losses_case(HINGE, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE and o.power == 1:
-        tile_losses_case(HINGE, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE and grad:
-        tile_losses_case(HINGE, 2, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE:
-        tile_losses_case(HINGE, 2, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE_MAX and grad:
-        tile_losses_case(HINGE_MAX, o.power, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == HINGE_MAX:
-        tile_losses_case(HINGE_MAX, o.power, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == PROBABILITIES:
-        tile_losses_case(PROBABILITIES, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == LOG_PROBABILITIES:
-        tile_losses_case(LOG_PROBABILITIES, 1, False, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == ARGMAX:
-        tile_losses_case(ARGMAX, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    elif o.kind == FROM_STATS:
-        tile_losses_case(FROM_STATS, 1, True, True, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
-    else:
-        tile_losses_case(LOG_SUM, 1, False, False, o, tile, tiles, c, y, mult, scale, all_live, losses, more, extras)
+    cdef Call t
+    t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live = o, tile, tiles, c, y, mult, scale, all_live
+    t.losses, t.more, t.extras = losses, more, extras
+    by_kind(LANED, grad, &t)
 
 
 cdef inline Py_ssize_t batch_tiles(Py_ssize_t columns) noexcept nogil:
@@ -482,42 +452,79 @@ cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
 
 cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t ahead, const lane_int *y,
                        const real *mult, real *scratch, real *losses, real *extras) noexcept nogil:
-    cdef const Options *o = &s.options
-    cdef bint grad = s.grad.raw != NULL
-    if o.kind == SOFTMAX and o.general and grad:
-        group_losses_case(SOFTMAX, 1, True, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == SOFTMAX and o.general:
-        group_losses_case(SOFTMAX, 1, True, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE and o.general:
-        group_losses_case(HINGE, o.power, True, grad, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE_MAX and o.general:
-        group_losses_case(HINGE_MAX, o.power, True, grad, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == SOFTMAX and grad:
-        group_losses_case(SOFTMAX, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == SOFTMAX:
-        group_losses_case(SOFTMAX, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE and o.power == 1 and grad:
-        group_losses_case(HINGE, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE and o.power == 1:
-        group_losses_case(HINGE, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE and grad:
-        group_losses_case(HINGE, 2, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE:
-        group_losses_case(HINGE, 2, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE_MAX and grad:
-        group_losses_case(HINGE_MAX, o.power, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == HINGE_MAX:
-        group_losses_case(HINGE_MAX, o.power, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == PROBABILITIES:
-        group_losses_case(PROBABILITIES, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == LOG_PROBABILITIES:
-        group_losses_case(LOG_PROBABILITIES, 1, False, True, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == ARGMAX:
-        group_losses_case(ARGMAX, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
-    elif o.kind == FROM_STATS:
-        group_losses_case(FROM_STATS, 1, True, True, s, start, n, ahead, y, mult, scratch, losses, extras)
+    cdef Call t
+    t.o, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch = &s.options, s, start, n, ahead, y, mult, scratch
+    t.losses, t.extras = losses, extras
+    by_kind(ROWED, s.grad.raw != NULL, &t)
+
+
+# --- each kind is compiled for itself, in both layouts ---------------------------------------------------------------
+cdef struct Call:
+    const Options *o
+    const lane_int *y
+    const real *mult
+    real *losses
+    real *extras
+    # Tiles (LANED).
+    real *tile
+    const real *more
+    int tiles
+    Py_ssize_t c
+    real scale
+    bint all_live
+    # A group of rows (ROWED).
+    const ScoresPass *s
+    real *scratch
+    Py_ssize_t start, ahead
+    int n
+
+
+cdef inline void of_kind(int layout, int kind, int power, bint general, bint grad, const Call *t) noexcept nogil:
+    if layout == LANED:
+        tile_losses_case(kind, power, general, grad, t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live, t.losses,
+                         t.more, t.extras)
     else:
-        group_losses_case(LOG_SUM, 1, False, False, s, start, n, ahead, y, mult, scratch, losses, extras)
+        group_losses_case(kind, power, general, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
+                          t.extras)
+
+
+cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
+    """Kind, power and gradient or not as constants, so that each is compiled for its case alone."""
+    cdef int kind = t.o.kind, power = t.o.power
+    if kind == SOFTMAX and t.o.general and grad:
+        of_kind(layout, SOFTMAX, 1, True, True, t)
+    elif kind == SOFTMAX and t.o.general:
+        of_kind(layout, SOFTMAX, 1, True, False, t)
+    elif kind == HINGE and t.o.general:
+        of_kind(layout, HINGE, power, True, grad, t)
+    elif kind == HINGE_MAX and t.o.general:
+        of_kind(layout, HINGE_MAX, power, True, grad, t)
+    elif kind == SOFTMAX and grad:
+        of_kind(layout, SOFTMAX, 1, False, True, t)
+    elif kind == SOFTMAX:
+        of_kind(layout, SOFTMAX, 1, False, False, t)
+    elif kind == HINGE and power == 1 and grad:
+        of_kind(layout, HINGE, 1, False, True, t)
+    elif kind == HINGE and power == 1:
+        of_kind(layout, HINGE, 1, False, False, t)
+    elif kind == HINGE and grad:
+        of_kind(layout, HINGE, 2, False, True, t)
+    elif kind == HINGE:
+        of_kind(layout, HINGE, 2, False, False, t)
+    elif kind == HINGE_MAX and grad:
+        of_kind(layout, HINGE_MAX, power, False, True, t)
+    elif kind == HINGE_MAX:
+        of_kind(layout, HINGE_MAX, power, False, False, t)
+    elif kind == PROBABILITIES:
+        of_kind(layout, PROBABILITIES, 1, False, True, t)
+    elif kind == LOG_PROBABILITIES:
+        of_kind(layout, LOG_PROBABILITIES, 1, False, True, t)
+    elif kind == ARGMAX:
+        of_kind(layout, ARGMAX, 1, False, False, t)
+    elif kind == FROM_STATS:
+        of_kind(layout, FROM_STATS, 1, True, True, t)
+    else:
+        of_kind(layout, LOG_SUM, 1, False, False, t)
 
 
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:

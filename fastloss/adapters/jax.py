@@ -14,7 +14,7 @@ are computed by XLA). Where results differ, on purpose:
 
 XLA calls fastloss by its foreign function interface, on a thread of its own: `fastloss.use_backend` does not reach
 there, `FASTLOSS_BACKEND` and `fastloss.set_num_threads` do. Errors that depend on the values of arrays come when XLA
-has found them: as ValueError, or from within `jit` as `jax.errors.JaxRuntimeError` where JAX waits for the result.
+has found them, where JAX waits for the result: as `jax.errors.JaxRuntimeError`, or as the ValueError that it was.
 There is a handler for the CPU alone; XLA refuses to compile for other devices.
 
 Examples
