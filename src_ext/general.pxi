@@ -6,30 +6,37 @@
 #
 #     ℓ = U L − Σ u_j d_j + λ z²        gradient = ((U + 2 λ z) p − u) / T · bent'(s)        entropy = L − Σ p_j d_j
 #
-# No term of ℓ cancels another. In the gradient, U p − u does where one class has nearly all of both (`mark`): there it is
-# Σ_{j≠k} u_j p_k − u_k Σ_{j≠k} p_j. Where u is the same for all classes but the target ("flat"), the target's share waits
-# until rows are settled, and only it can be such a class; else ("dense") walks go over u too. Exponentials are kept for the
-# second walk; with a softcap they are computed again, from what is kept then, tanh.
+# No term of ℓ cancels another. In the gradient, U p − u does where one class has nearly all of both. So sums leave out one
+# class k, the pivot, whose entry is Σ_{j≠k} u_j p_k − u_k Σ_{j≠k} p_j. Where u is the same for all classes but the target
+# ("flat"), only the target can be such a class, and walks go over the scores alone; else ("dense") they go over u too, and
+# the pivot is the lowest class that has the maximum. As in the plain form, only blocks that hold the pivot or the target
+# look at where their lanes are.
+#
+# Exponentials are kept for the second walk; with a softcap they are kept times the slope where u is 0 but at the target,
+# else computed again, from what is kept then, tanh.
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
 # Shards of the classes. Stats are the first walk's: the maximum and the sum of exponentials. The gradient from the stats of
 # all shards is one walk, from a maximum and a factor that are given.
-#
-# The largest class: a walk that looks for where the maximum is.
 
 cdef struct Found:
     # Sums over a row of what is walked over, each of its lanes on its own.
-    vec others  # e where it is not 1
-    vec tops  # how many are 1
+    vec others  # e of all classes but the pivot
     vec away  # dense: Σ u_j (−d_j); flat: Σ (−d_j)
-    vec u_others  # dense: u where e is not 1, and where it is
-    vec u_tops
+    vec u_others  # dense: u of all classes but the pivot, and of it
+    vec u_pivot
     vec spread  # Σ e_j (−d_j)
 
 
-cdef inline bint is_dense(const Options *o) noexcept nogil:
-    return o.probabilities or o.class_weight != NULL
+cdef inline bint pivots_on_top(const Options *o) noexcept nogil:
+    """Whether the pivot is the largest class, not the target."""
+    return o.general and o.kind == SOFTMAX and (o.dense or o.shard)
+
+
+cdef inline bint keeps_slope(const Options *o) noexcept nogil:
+    """Whether exponentials are kept times the slope of the softcap."""
+    return not o.bends or (o.elsewhere == 0 and not o.dense)
 
 
 cdef inline vec class_numbers(int layout, bint part, const real *of_class, Py_ssize_t k, const Walk *w) noexcept nogil:
@@ -51,14 +58,21 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 # --- softcap ---------------------------------------------------------------------------------------------------------
 # c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
 # is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
-cdef inline vec bent(const Options *o, vec s, vec *keep) noexcept nogil:
-    """The bent scores, and what is kept of them."""
-    cdef vec t, short_of_one, far
-    cdef mask finite
-    if o.softcap < 0:
+cdef inline vec bent(const Options *o, vec s, vec *keep, vec *slope) noexcept nogil:
+    """The bent scores, what is kept of them, and the slope there."""
+    cdef vec t, short_of_one, far, one = vset(1), x
+    cdef mask finite, near
+    if not o.bends:
         return s
-    t = vtanh(mul(s, vset(o.per_softcap)), &short_of_one)
+    x = mul(s, vset(o.per_softcap))
+    near = vlt(vabs(x), vset(NEAR_TANH))
+    if all_lanes(near):  # as nearly always: then it is half the work
+        t = tanh_near(x)
+        keep[0], slope[0] = t, sub(one, mul(t, t))
+        return mul(t, vset(o.softcap))
+    t = vtanh(x, &short_of_one)
     finite = veq(sub(s, s), vset(0))
+    slope[0] = choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one)
     far = with_sign(mul(vmax(short_of_one, vset(1 / FAR_TANH)), vset(FAR_TANH)), s)
     keep[0] = choose(finite, choose(vlt(vset(0.5), short_of_one), t, far), s)
     return choose(finite, mul(t, vset(o.softcap)), s)
@@ -75,171 +89,190 @@ cdef inline vec unbent(const Options *o, vec kept, vec *slope) noexcept nogil:
 
 
 # --- softmax ---------------------------------------------------------------------------------------------------------
-cdef inline vec target_part(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k, ivec cls) noexcept nogil:
+cdef inline vec target_part(int layout, bint part, bint careful, const Options *o, const Walk *w, Py_ssize_t k,
+                            ivec cls) noexcept nogil:
     """Vector k of a dense u."""
     cdef vec u
-    if o.probabilities:
-        u = row_numbers(layout, part, w, k)
-    else:
-        u = choose(ieq(cls, w.target), vset(o.at_target), vset(o.elsewhere))
+    if not o.probabilities:
+        u = class_numbers(layout, part, o.class_weight, k, w)
+        return mul(u, choose(ieq(cls, w.target), vset(o.weighted_target), vset(1))) if careful else u
+    u = row_numbers(layout, part, w, k)
     return u if o.class_weight == NULL else mul(u, class_numbers(layout, part, o.class_weight, k, w))
 
 
-cdef inline vec less_product(vec total, vec weight, vec d) noexcept nogil:
-    """total − weight · d; d may be −inf where the weight is 0."""
-    return sub(total, mul(weight, choose(veq(weight, vset(0)), weight, d)))
+cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start) noexcept nogil:
+    """`is_careful` of a walk with a pivot."""
+    return is_careful(layout, w, start) or start == w.pivot_block
 
 
-cdef inline vec general_step(int layout, bint part, bint dense, const Options *o, const Walk *w, Py_ssize_t k, ivec cls,
-                             vec m, Found *f, vec *keep) noexcept nogil:
+cdef inline void general_step(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
+                              Py_ssize_t k, ivec cls, vec m, Found *f, vec *keep) noexcept nogil:
     """Vector k of the first walk, and what is kept of it."""
-    cdef vec one = vset(1), d, e, u
-    cdef mask top
-    d = mul(sub(bent(o, fetch(layout, part, w, k, <real> -INFINITY), keep), m), vset(o.per_temperature))
+    cdef vec d, e, u, slope
+    cdef mask pivot
+    d = mul(sub(bent(o, fetch(layout, part, w, k, <real> -INFINITY), keep, &slope), m), vset(o.per_temperature))
     e = vexp(d, vset(0))
-    if o.softcap < 0:
+    if not o.bends:
         keep[0] = e
-    top = veq(e, one)
-    f.others, f.tops = add_unless(top, f.others, e), add_where(top, f.tops, one)
+    elif keeps_slope(o):
+        keep[0] = mul(e, slope)
+    if careful:
+        pivot = ieq(cls, w.pivot)
+        f.others = add_unless(pivot, f.others, e)
+    else:
+        f.others = add(f.others, e)
     if dense:
-        u = target_part(layout, part, o, w, k, cls)
-        f.u_others, f.u_tops = add_unless(top, f.u_others, u), add_where(top, f.u_tops, u)
+        u = target_part(layout, part, careful, o, w, k, cls)
+        if careful:
+            f.u_others, f.u_pivot = add_unless(pivot, f.u_others, u), add_where(pivot, f.u_pivot, u)
+        else:
+            f.u_others = add(f.u_others, u)
         f.away = less_product(f.away, u, d)
     elif o.elsewhere != 0:
         f.away = sub(f.away, choose(past_end(layout, w, cls), vset(0), d) if part else d)
     if o.entropy:
         f.spread = less_product(f.spread, e, d)
-    return e
 
 
 cdef inline Found nothing_found() noexcept nogil:
     cdef Found f
     cdef vec zero = vset(0)
-    f.others, f.tops, f.away, f.u_others, f.u_tops, f.spread = zero, zero, zero, zero, zero, zero
+    f.others, f.away, f.u_others, f.u_pivot, f.spread = zero, zero, zero, zero, zero
     return f
 
 
-cdef inline void add_exactly(vec *total, vec *lost, vec term) noexcept nogil:
-    cdef vec rest
-    total[0] = exact_sum(total[0], term, &rest)
-    lost[0] = add(lost[0], rest)
+cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps_some, const Options *o, const Walk *w,
+                                Py_ssize_t start, vec m, vec *last) noexcept nogil:
+    cdef Found f = nothing_found()
+    cdef vec keep = vset(0)
+    cdef ivec cls = classes_of(layout, start)
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        general_step(layout, False, careful, dense, o, w, k, cls, m, &f, &keep)
+        fetch_ahead(layout, keeps_some, w, k)
+        if layout == ROWED and dense and o.probabilities:
+            prefetch(w.more + w.more_ahead + k * LANES)
+        if keeps_some:
+            vstore(kept(layout, w, k), keep)
+        if careful:
+            cls = next_classes(layout, cls)
+    if careful and whole < stop:
+        general_step(layout, True, True, dense, o, w, whole, cls, m, &f, last)
+    return f
 
 
 cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Options *o, const Walk *w, State *s,
                               vec *last) noexcept nogil:
-    """Blocks of 16 vectors: their sums are added up exactly, so that rounding does not grow with the classes."""
-    cdef Found f, all = nothing_found(), lost = nothing_found()
-    cdef vec keep = vset(0), m = bent(o, s.m, &keep)
-    cdef ivec cls = classes_of(layout, 0)
-    cdef Py_ssize_t start, k, stop, whole
+    """Blocks of 16 vectors, whose sums are added up so that rounding does not grow with the classes."""
+    cdef Found f, all = nothing_found(), lost = all
+    cdef vec keep = vset(0), slope, m = bent(o, s.m, &keep, &slope)
+    cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
-        f = nothing_found()
-        stop = min(w.vectors, start + 16)
-        whole = whole_vectors(layout, True, w, stop)
-        for k in range(start, whole):
-            general_step(layout, False, dense, o, w, k, cls, m, &f, &keep)
-            fetch_ahead(layout, keeps_some, w, k)
-            if layout == ROWED and dense and o.probabilities:
-                prefetch(w.more + w.more_ahead + k * LANES)
-            if keeps_some:
-                vstore(kept(layout, w, k), keep)
-            if dense:
-                cls = next_classes(layout, cls)
-        if layout == ROWED and whole < stop:
-            if not dense:
-                cls = classes_of(layout, whole)
-            general_step(layout, True, dense, o, w, whole, cls, m, &f, last)
-        add_exactly(&all.others, &lost.others, f.others)
-        add_exactly(&all.away, &lost.away, f.away)
+        if holds_either(layout, w, start):
+            f = general_block(layout, True, dense, keeps_some, o, w, start, m, last)
+        else:
+            f = general_block(layout, False, dense, keeps_some, o, w, start, m, last)
+        add_block(start, f.others, &all.others, &lost.others)
+        if dense or o.elsewhere != 0:
+            add_block(start, f.away, &all.away, &lost.away)
         if dense:
-            add_exactly(&all.u_others, &lost.u_others, f.u_others)
-        all.tops, all.u_tops, all.spread = add(all.tops, f.tops), add(all.u_tops, f.u_tops), add(all.spread, f.spread)
+            add_block(start, f.u_others, &all.u_others, &lost.u_others)
+            all.u_pivot = add(all.u_pivot, f.u_pivot)
+        all.spread = add(all.spread, f.spread)
     # What an infinite sum lost is NaN.
     s.a, s.b = add(all.others, lost.others), choose(veq(lost.away, lost.away), add(all.away, lost.away), all.away)
-    s.more[0], s.more[1], s.more[2] = all.tops, add(all.u_others, lost.u_others), all.u_tops
-    s.more[3] = all.spread
+    s.more[0], s.more[1], s.more[2] = add(all.u_others, lost.u_others), all.u_pivot, all.spread
 
 
 cdef inline void open_general(int layout, bint keeps_some, const Options *o, const Walk *w, State *s, vec *last) noexcept nogil:
-    if is_dense(o):
+    if o.dense:
         walk_general(layout, True, keeps_some, o, w, s, last)
     else:
         walk_general(layout, False, keeps_some, o, w, s, last)
 
 
+cdef inline void fold_general(const Options *o, const vec *b, const vec *u_others, const vec *u_pivot, const vec *spread,
+                              State *s) noexcept nogil:
+    """What the lanes of LANES rows hold, one row a lane (ROWED), of what `fold` leaves out."""
+    s.b = s.more[0] = s.more[1] = s.more[2] = vset(0)
+    if o.dense:
+        s.more[0], s.more[1] = transposed_sum(u_others, 1), transposed_sum(u_pivot, 1)
+    if o.dense or o.elsewhere != 0:
+        s.b = transposed_sum(b, 1)
+    if o.entropy:
+        s.more[2] = transposed_sum(spread, 1)
+
+
 cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Leaves in `more` what is left to ask for: z, and the entropy."""
-    cdef vec zero = vset(0), one = vset(1), others = s.a, away = s.b, tops = s.more[0], u_others = s.more[1]
-    cdef vec u_tops = s.more[2], u, d, e = zero, m, z, rest, loss, slope = one, top_pull, least = vset(o.at_target), keep = zero
-    cdef vec total = exact_sum(tops, others, &rest), size = vlog(total, div(rest, total), zero, &d)
-    cdef mask alone
-    m = bent(o, s.m, &keep)
-    if is_dense(o):
-        u = add(u_others, u_tops)
-    else:
-        d = mul(sub(bent(o, s.target, &keep), m), vset(o.per_temperature))
-        e = vexp(d, zero)
-        if o.softcap >= 0:
-            unbent(o, keep, &slope)
-        u = vset(o.at_target + o.elsewhere * (o.classes - 1))
-        u_others, u_tops = vset(o.elsewhere * (o.classes - 1)), least
+    cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, m, d, e, total, rest
+    cdef vec size, loss, pull, z, keep = zero, slope = vset(1)
+    m = bent(o, s.m, &keep, &slope)
+    d = mul(sub(bent(o, s.m if pivots_on_top(o) else s.target, &keep, &slope), m), vset(o.per_temperature))
+    e = vexp(d, zero)
+    total = exact_sum(e, others, &rest)
+    size = vlog(total, div(rest, total), zero, &rest)
+    if not o.dense:
+        u_others, u_pivot = vset(o.elsewhere * (o.classes - 1)), vset(o.at_target)
         # at_target is (1 − ε) + ε / C, whose second part is among the others.
         away = less_product(mul(away, vset(o.elsewhere)) if o.elsewhere != 0 else zero, vset(o.at_target - o.elsewhere), d)
+    u = add(u_others, u_pivot)
     z = add(mul(m, vset(o.per_temperature)), size)
     loss = add(mul(u, size), away)
-    top_pull = sub(u_others, mul(u_tops, others))
+    pull = sub(mul(u_others, e), mul(u_pivot, others))
+    s.more[0], s.more[1] = z, add(size, div(s.more[2], total))
+    if o.shard:
+        s.more[0], s.more[1] = s.m, add(others, sub(e, vset(1)))  # NaN where m is infinite
     if o.z_loss != 0:
         loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
         z = mul(vset(2 * o.z_loss), z)
-        u, top_pull = add(u, z), add(top_pull, z)
-        z = mul(z, vset(1 / (2 * o.z_loss)))
+        u, pull = add(u, z), add(pull, mul(z, e))
     if grad:
-        factor = mul(factor, vset(o.per_temperature))
-        alone = veq(tops, one)
-        s.a, s.b, s.c = div(mul(factor, u), total), div(mul(factor, top_pull), total), factor
-        s.mark = choose(alone, one, vset(<real> NAN))
-        if not is_dense(o):  # s.b is the entry of the target, complete
-            s.b = mul(choose(veq(e, s.mark), s.b, sub(mul(s.a, e), mul(factor, least))), slope)
-    s.more[0], s.more[1] = z, add(size, div(s.more[3], total))
-    if o.shard:
-        s.more[0], s.more[1] = s.m, add(others, sub(tops, one))
+        s.c = mul(factor, vset(o.per_temperature))
+        s.a, s.b = div(mul(s.c, u), total), mul(div(mul(s.c, pull), total), slope)
     return loss
 
 
-cdef inline vec general_slope(int layout, bint part, bint dense, const Options *o, const Walk *w, Py_ssize_t k, ivec cls,
-                              const State *s, vec m, vec last) noexcept nogil:
+cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
+                              Py_ssize_t k, ivec cls, const State *s, vec m, vec last) noexcept nogil:
     """Vector k of the gradient; where u is flat but for the target's entry."""
     cdef vec e = last if part else vload(kept(layout, w, k)), slope = vset(1), g
-    if o.softcap >= 0:
+    if not keeps_slope(o):
         e = vexp(mul(sub(unbent(o, e, &slope), m), vset(o.per_temperature)), vset(0))
-    if dense:
-        g = choose(veq(e, s.mark), s.b, sub(mul(s.a, e), mul(s.c, target_part(layout, part, o, w, k, cls))))
-    else:
-        g = sub(mul(s.a, e), mul(s.c, vset(o.elsewhere)))
-    return g if o.softcap < 0 else mul(g, slope)
+    g = sub(mul(s.a, e), mul(s.c, target_part(layout, part, careful, o, w, k, cls) if dense else vset(o.elsewhere)))
+    return g if keeps_slope(o) else mul(g, slope)
+
+
+cdef inline void back_block(int layout, bint careful, bint dense, const Options *o, const Walk *w, Py_ssize_t start,
+                            const State *s, vec m, vec last) noexcept nogil:
+    cdef ivec cls = classes_of(layout, start)
+    cdef vec g
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    for k in range(start, whole):
+        g = general_slope(layout, False, careful, dense, o, w, k, cls, s, m, last)
+        if layout == LANED:
+            g = choose(ieq(cls, w.pivot), s.b, g)
+        put(layout, False, w, k, g)
+        if careful:
+            cls = next_classes(layout, cls)
+    if careful and whole < stop:
+        put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, m, last))
 
 
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
-    cdef ivec cls = classes_of(layout, 0)
-    cdef vec keep = s.m, slope, m = bent(o, s.m, &keep), g
-    if o.softcap >= 0:
-        m = unbent(o, keep, &slope)  # as scores are, so that e is exactly 1 at the largest
-    for k in range(whole):
-        g = general_slope(layout, False, dense, o, w, k, cls, s, m, last)
-        if layout == LANED and not dense:
-            g = choose(ieq(cls, w.target), s.b, g)
-        put(layout, False, w, k, g)
-        if layout == LANED or dense:
-            cls = next_classes(layout, cls)
-    if layout == ROWED and whole < w.vectors:
-        put(layout, True, w, whole, general_slope(layout, True, dense, o, w, whole, cls, s, m, last))
-    if layout == ROWED and not dense:
-        put_at_target(ROWED, w, s.b)
+    cdef vec keep = s.m, slope, m = bent(o, s.m, &keep, &slope)
+    cdef Py_ssize_t start
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            back_block(layout, True, dense, o, w, start, s, m, last)
+        else:
+            back_block(layout, False, dense, o, w, start, s, m, last)
+    if layout == ROWED and 0 <= ifirst(w.pivot):
+        sstore_one(w.dst + ifirst(w.pivot), first_lane(s.b))
 
 
 cdef inline void close_general(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    if is_dense(o):
+    if o.dense:
         walk_back(layout, True, o, w, s, last)
     else:
         walk_back(layout, False, o, w, s, last)
@@ -258,31 +291,66 @@ cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, ve
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
-        g = bent(o, g, &keep)
-        if o.softcap >= 0:
-            unbent(o, keep, &slope)
+        g = bent(o, g, &keep, &slope)
         g = mul(mul(vexp(mul(sub(g, m), vset(o.per_temperature)), vset(0)), pull), slope)
         fetch_ahead(layout, True, w, k)
         put(layout, layout == ROWED and k == whole, w, k, g)
     put_at_target(layout, w, mul(stat(layout, o, w, 2), factor))
-    s.a = s.b = s.more[0] = s.more[1] = s.more[2] = s.more[3] = vset(0)
+    s.a = s.b = s.more[0] = s.more[1] = s.more[2] = vset(0)
 
 
 # --- the largest class -----------------------------------------------------------------------------------------------
-cdef inline void open_argmax(int layout, const Walk *w, State *s) noexcept nogil:
-    """The lowest class that has the maximum, or the first NaN; as a class number in the lanes' bits."""
-    cdef ivec none = iset(<lane_int> w.classes), top = none, bad = none, cls = classes_of(layout, 0)
-    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+cdef inline lane_int class_of(bint bad, const Walk *w, vec m) noexcept nogil:
+    """The lowest class whose score is m, or (`bad`) is NaN; -1: none (ROWED)."""
+    cdef Py_ssize_t k, least
     cdef vec x
-    cdef mask right
-    for k in range(whole):
-        x = fetch(layout, False, w, k, 0)
-        top, bad = imin(top, ichoose(veq(x, s.m), cls, none)), imin(bad, ichoose(veq(x, x), none, cls))
-        cls = next_classes(layout, cls)
-    if layout == ROWED and whole < w.vectors:
-        x = fetch(layout, True, w, whole, 0)
-        right = mandnot(veq(x, s.m), past_end(layout, w, cls))
-        top, bad = imin(top, ichoose(right, cls, none)), imin(bad, ichoose(veq(x, x), none, cls))
-    if layout == ROWED:
-        top, bad = iset(lane_least(top)), iset(lane_least(bad))
-    s.a = ivec_bits(ichoose(ige(bad, none), top, bad))
+    cdef mask found, nothing = vlt(m, m)
+    for k in range(w.vectors):
+        x = fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY)
+        found = mandnot(veq(m, m), veq(x, x)) if bad else veq(x, m)
+        if not none_of(found):
+            least = k * LANES + first_of(found)
+            return <lane_int> least if least < w.classes else -1
+    return -1
+
+
+cdef inline lane_int row_argmax(const Walk *w) noexcept nogil:
+    """The lowest class that has the maximum, or the first NaN (ROWED)."""
+    cdef vec m = vset(<real> -INFINITY), x
+    cdef mask bad = vlt(m, m)
+    cdef Py_ssize_t k
+    for k in range(w.vectors):
+        x = fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY)
+        m, bad = vmax(m, x), mor(bad, unordered(x, x))
+    if not none_of(bad):
+        return class_of(True, w, vset(0))
+    return class_of(False, w, vset(lane_greatest(m)))
+
+
+cdef inline void aim_at_pivot(Walk *w, lane_int pivot) noexcept nogil:
+    """(ROWED)"""
+    w.pivot, w.pivot_block = iset(pivot), pivot // (16 * LANES) * 16
+
+
+cdef inline ivec tile_top(const Walk *w, vec m) noexcept nogil:
+    """The lowest class of each lane whose score is m; -1: none (LANED)."""
+    cdef ivec top = iset(-1)
+    cdef Py_ssize_t k
+    for k in range(w.vectors - 1, -1, -1):
+        top = ichoose(veq(vload(w.tile + k * TILE), m), iset(<lane_int> k), top)
+    return top
+
+
+cdef inline ivec tile_argmax(const Walk *w) noexcept nogil:
+    """The same of each lane (LANED)."""
+    cdef ivec cls = iset(0), top = cls, bad = iset(<lane_int> w.classes)
+    cdef vec x, m = vload(w.tile)
+    cdef mask more
+    cdef Py_ssize_t k
+    for k in range(w.vectors):
+        x = vload(w.tile + k * TILE)
+        more = vlt(m, x)
+        m, top = choose(more, x, m), ichoose(more, cls, top)
+        bad = imin(bad, ichoose(unordered(x, x), cls, bad))
+        cls = next_classes(LANED, cls)
+    return ichoose(ige(bad, iset(<lane_int> w.classes)), top, bad)

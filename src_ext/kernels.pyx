@@ -45,6 +45,7 @@ cdef extern from "simd.h" nogil:
     real sone(const stored *) noexcept
     void sstore_one(stored *, real) noexcept
     ivec iload(const lane_int *) noexcept
+    void istore(lane_int *, ivec) noexcept
     ivec iset(lane_int) noexcept
     ivec iota() noexcept
     mask vlt(vec, vec) noexcept
@@ -55,6 +56,9 @@ cdef extern from "simd.h" nogil:
     mask mor(mask, mask) noexcept
     mask mandnot(mask, mask) noexcept
     bint all_lanes(mask) noexcept
+    bint none_of(mask) noexcept
+    int first_of(mask) noexcept
+    mask unordered(vec, vec) noexcept
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
     vec add_unless(mask, vec, vec) noexcept
@@ -63,18 +67,20 @@ cdef extern from "simd.h" nogil:
     vec add_where(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    const real FL_NEAR, RAISED, RAISED_BITS, FAR_TANH
+    const real FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
     vec nearest_steps(vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vtanh(vec, vec *) noexcept
+    vec tanh_near(vec) noexcept
+    vec less_product(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
-    vec ivec_bits(ivec) noexcept
     lane_int lane_least(ivec) noexcept
+    real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
     vec transposed_max(const vec *, Py_ssize_t) noexcept
     vec exact_transposed_sum(const vec *, const vec *, vec *) noexcept

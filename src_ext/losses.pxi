@@ -26,8 +26,15 @@ cdef enum:
     PROBABILITIES = 3
     LOG_PROBABILITIES = 4
     LOG_SUM = 5
-    ARGMAX = 6
-    FROM_STATS = 7
+    FROM_STATS = 6
+
+cdef enum:
+    # Forms that a row loss is compiled in.
+    PLAIN = 0
+    FLAT = 1  # the general softmax, as in general.pxi: without a softcap,
+    DENSE = 2
+    BENT = 3  # and with one
+    ANY = 4  # the other general ones
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -42,13 +49,26 @@ cdef struct Options:
     real z_loss
     real softcap, per_softcap  # negative: none; and 1 / it
     real per_temperature
-    const real *class_weight  # NULL: all 1
+    const real *class_weight  # what u is multiplied by, smoothing / C of an index target included; NULL: all 1
+    real weighted_target  # u of an index target, and 1 of other classes, before that
     bint probabilities  # u comes with the rows
+    bint dense  # u is not the same for all classes but the target
+    bint bends  # there is a softcap
     bint entropy  # is wanted
     const real *pairs  # margins, C of each target, in place of `margin`, which is then 0; or NULL
     bint counts_target
     bint shard  # stats of some of the classes are wanted, no loss
     Py_ssize_t stats_step  # numbers from one of a row's stats to the next (FROM_STATS)
+
+cdef inline void fix_form(Options *o, int form) noexcept nogil:
+    """What a form says of the options, as constants."""
+    o.general = form != PLAIN
+    if form == FLAT or form == DENSE:
+        o.bends, o.dense = False, form == DENSE
+        o.probabilities = o.probabilities and form == DENSE
+    elif form == BENT:
+        o.bends = True
+
 
 cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
@@ -62,6 +82,8 @@ cdef struct Walk:
     Py_ssize_t ahead_step
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
+    ivec pivot  # the same of the class that the general form's sums leave out
+    Py_ssize_t pivot_block
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
 
@@ -70,6 +92,7 @@ cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *m
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
     w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = NULL, 0, 0, 0, more, 0
+    w.pivot, w.pivot_block = target, 0
     return w
 
 
@@ -79,6 +102,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = src, 0, 0, more, 0
+    w.pivot, w.pivot_block = w.target, w.target_block
     return w
 
 
@@ -197,8 +221,7 @@ cdef struct State:
     vec b
     vec low  # what a lacks, as rounded (hinge)
     vec c  # and in the general form
-    vec mark
-    vec more[4]
+    vec more[3]
 
 
 cdef struct Sum:
@@ -666,8 +689,6 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
         open_general(layout, grad, o, w, s, last)
     elif o.kind == SOFTMAX:
         s.a = row_exps(layout, grad, w, s.m, &s.b, last)
-    elif o.kind == ARGMAX:
-        open_argmax(layout, w, s)
     elif o.kind == FROM_STATS:
         open_from_stats(layout, o, w, factor, s)
     elif o.kind == HINGE_MAX:
@@ -684,19 +705,13 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
 
 cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
     """What the lanes of LANES rows hold, one row a lane (ROWED)."""
-    cdef real firsts[16]
-    cdef int i
     if o.kind == HINGE_MAX:
         s.a = transposed_max(a, 1)
-    elif o.kind == ARGMAX:  # is the same in all lanes of a row
-        for i in range(LANES):
-            firsts[i] = first_lane(a[i])
-        s.a = vload(firsts)
     elif has_low(o):
         s.a = exact_transposed_sum(a, low if folds_low(o) else NULL, &s.low)
     else:
         s.a = transposed_sum(a, 1)
-    if o.general or not keeps(o):
+    if not keeps(o):
         s.b = transposed_sum(b, 1)
 
 
@@ -719,7 +734,7 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
         return settle_general(grad, o, s, factor)
     if o.kind == SOFTMAX:
         return settle_softmax(layout, grad, s, factor)
-    if o.kind == ARGMAX or o.kind == FROM_STATS:
+    if o.kind == FROM_STATS:
         return s.a
     if o.kind == HINGE:
         return settle_hinge(o, s, factor)
@@ -744,7 +759,7 @@ cdef inline void close_rows(int layout, const Options *o, const Walk *w, const S
 
 cdef dict _KINDS = {
     "softmax": SOFTMAX, "hinge": HINGE, "transform softmax": PROBABILITIES, "transform log_softmax": LOG_PROBABILITIES,
-    "transform logsumexp": LOG_SUM, "transform argmax": ARGMAX,
+    "transform logsumexp": LOG_SUM,
 }
 
 
@@ -762,12 +777,13 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
         smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy, o.shard = general
-        o.general, o.z_loss, o.softcap = True, <real> z_loss, <real> softcap
+        o.general, o.z_loss, o.softcap, o.bends = True, <real> z_loss, <real> softcap, softcap >= 0
         o.per_softcap = <real> (1 / softcap)
         o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
         o.at_target = <real> (1 - smoothing + smoothing / c)
         m = loan.matrix(class_weight, False)
-        o.class_weight = m.data
+        o.class_weight, o.dense = m.data, m.data != NULL
+        o.weighted_target = <real> ((1 - smoothing + smoothing / c) / (smoothing / c)) if smoothing else 1
         m = loan.matrix(pairs, False)
         o.pairs = m.data
         if o.pairs != NULL:

@@ -27,6 +27,7 @@ cdef struct ScoresPass:
     Py_ssize_t row_loss_stride
     real *z  # log-sum-exps, and entropies, where they are asked for; contiguous
     real *entropy
+    lane_int *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t segment
     bint laned
     bint streams  # the gradient goes past the caches
@@ -143,7 +144,7 @@ cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const la
     return walk_lanes(tile + at, c, iload(y + g * LANES), more)
 
 
-cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, const Options *options, real *tile,
+cdef inline void tile_losses_case(int kind, int power, int form, bint grad, const Options *options, real *tile,
                                   int tiles, Py_ssize_t c, const lane_int *y, const real *mult, real scale,
                                   bint all_live, real *losses, const real *more, real *extras) noexcept nogil:
     # Each step is for all groups of rows before the next, so that none waits for another's result.
@@ -155,20 +156,27 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
     cdef vec b[128]
     cdef vec low[128]
     cdef State general_state[128]
+    cdef ivec pivot[128]
     cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
     cdef Walk w
     cdef State s
     cdef int g, groups = tiles * (TILE // LANES)
     cdef Py_ssize_t k
-    own.kind, own.power, own.general = kind, power, general
+    cdef bint general = form != PLAIN
+    own.kind, own.power = kind, power
+    fix_form(&own, form)
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
+        if general:
+            pivot[g] = tile_top(&w, m[g]) if pivots_on_top(o) else w.target
         aim(o, &m[g], &target[g])
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
+        if general:
+            w.pivot = pivot[g]
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
         if has_low(o):
@@ -198,6 +206,7 @@ cdef inline void tile_losses_case(int kind, int power, bint general, bint grad, 
         w = walk_group(o, tile, c, y, g, more)
         if general:
             s = general_state[g]
+            w.pivot = pivot[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         close_rows(LANED, o, &w, &s, last)
         if not all_live:
@@ -225,6 +234,24 @@ cdef inline void keep_extras(const ScoresPass *s, const real *extras, Py_ssize_t
         memcpy(s.z + row, extras, n * sizeof(real))
     if s.entropy != NULL:
         memcpy(s.entropy + row, extras + EXTRAS, n * sizeof(real))
+
+
+cdef inline void keep_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult, real *tile) noexcept nogil:
+    """The largest classes of n rows; 0 where the multiplier is 0. tile: theirs, transposed, or NULL."""
+    cdef lane_int some[16]
+    cdef Walk w
+    cdef int i, g
+    if tile != NULL:
+        for i in range(TILE // LANES):
+            g = i * LANES
+            w = walk_lanes(tile + g, s.scores.columns, iset(0), NULL)
+            istore(some + g, tile_argmax(&w))
+    for i in range(n):
+        if tile == NULL and mult[i] != 0:
+            w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
+            s.top[row + i] = row_argmax(&w)
+        else:
+            s.top[row + i] = some[i] if mult[i] != 0 else 0
 
 
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
@@ -255,6 +282,8 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
+            if s.top != NULL:
+                keep_tops(s, row + i * TILE, min(TILE, n - i * TILE), mult + i * TILE, tile + i * c * TILE)
             if kept_more != NULL:
                 for r in range(i * TILE, i * TILE + TILE):
                     rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
@@ -314,30 +343,28 @@ cdef inline void settle_group(bint grad, const Options *o, int n, const vec *fir
 
 
 cdef inline void settle_general_group(bint grad, const Options *o, int n, const vec *first, const vec *second,
-                                      const vec *low, vec found[4][32], const real *m, const real *target,
-                                      const real *mult, real factor, real *a, real *b, real *coefficient, real *mark,
-                                      real *losses, real *extras) noexcept nogil:
+                                      const vec *low, vec found[3][32], const real *m, const real *target,
+                                      const real *mult, real factor, real *a, real *b, real *coefficient, real *losses,
+                                      real *extras) noexcept nogil:
     """The same for the general form."""
     cdef State state
     cdef Py_ssize_t v, g
-    cdef int e
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
         state.m, state.target = vload(m + g), vload(target + g)
         fold(o, first + g, second + g, low + g, &state)
-        for e in range(4):
-            state.more[e] = transposed_sum(found[e] + g, 1)
+        if o.kind == SOFTMAX:
+            fold_general(o, second + g, found[0] + g, found[1] + g, found[2] + g, &state)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
         vstore(coefficient + g, state.c)
-        vstore(mark + g, state.mark)
         if extras != NULL:
             vstore(extras + g, state.more[0])
             vstore(extras + EXTRAS + g, state.more[1])
 
 
-cdef inline void group_losses_case(int kind, int power, bint general, bint grad, const ScoresPass *s, Py_ssize_t start,
+cdef inline void group_losses_case(int kind, int power, int form, bint grad, const ScoresPass *s, Py_ssize_t start,
                                    int n, Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
                                    real *losses, real *extras) noexcept nogil:
     """Row losses, and gradients, of n <= GROUP_ROWS rows that are contiguous; both 0 where the multiplier is 0.
@@ -357,9 +384,9 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     cdef real a[32]
     cdef real b[32]
     # The same for the general form.
-    cdef vec found[4][32]
+    cdef vec found[3][32]
     cdef real coefficient[32]
-    cdef real mark[32]
+    cdef lane_int pivot[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
@@ -372,14 +399,16 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef bint halves = s.streams and s.scores.row_stride == c
     cdef const real *more = NULL
-    cdef int i, r, e
-    own.kind, own.power, own.general = kind, power, general
+    cdef int i, r
+    cdef bint general = form != PLAIN
+    own.kind, own.power = kind, power
+    fix_form(&own, form)
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = low[i] = end
         if general:
-            found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
+            found[0][i] = found[1][i] = found[2][i] = end
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
     for i in range(n):
@@ -392,7 +421,7 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
     for i in range(n):
         first[i] = second[i] = low[i] = end
         if general:
-            found[0][i] = found[1][i] = found[2][i] = found[3][i] = end
+            found[0][i] = found[1][i] = found[2][i] = end
         if mult[i] == 0:
             continue
         if general:
@@ -403,17 +432,18 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
             w.more_ahead = ahead * s.probabilities.row_stride
+            pivot[i] = class_of(False, &w, vset(m[i])) if pivots_on_top(o) else y[i]
+            aim_at_pivot(&w, pivot[i])
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
         if has_low(o):
             low[i] = state.low
         if general:
-            for e in range(4):
-                found[e][i] = state.more[e]
+            found[0][i], found[1][i], found[2][i] = state.more[0], state.more[1], state.more[2]
     if general:
-        settle_general_group(grad, o, n, first, second, low, found, m, target, mult, s.scale, a, b, coefficient, mark,
-                             losses, extras)
+        settle_general_group(grad, o, n, first, second, low, found, m, target, mult, s.scale, a, b, coefficient, losses,
+                             extras)
     else:
         settle_group(grad, o, n, first, second, low, m, target, mult, s.scale, a, b, losses)
     for r in range(n):
@@ -428,9 +458,11 @@ cdef inline void group_losses_case(int kind, int power, bint general, bint grad,
         elif grad:
             if general:
                 more = row_more(o, &s.probabilities, start + i, c, y[i])
-                state.c, state.mark = vset(coefficient[i]), vset(mark[i])
+                state.c = vset(coefficient[i])
             w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
                          kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
+            if general:
+                aim_at_pivot(&w, pivot[i])
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             close_rows(ROWED, o, &w, &state, last[i])
     if grad and s.streams:
@@ -479,52 +511,56 @@ cdef struct Call:
     int n
 
 
-cdef inline void of_kind(int layout, int kind, int power, bint general, bint grad, const Call *t) noexcept nogil:
+cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, const Call *t) noexcept nogil:
     if layout == LANED:
-        tile_losses_case(kind, power, general, grad, t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live, t.losses,
+        tile_losses_case(kind, power, form, grad, t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live, t.losses,
                          t.more, t.extras)
     else:
-        group_losses_case(kind, power, general, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
+        group_losses_case(kind, power, form, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
                           t.extras)
 
 
 cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
     """Kind, power and gradient or not as constants, so that each is compiled for its case alone."""
     cdef int kind = t.o.kind, power = t.o.power
-    if kind == SOFTMAX and t.o.general and grad:
-        of_kind(layout, SOFTMAX, 1, True, True, t)
+    if kind == SOFTMAX and t.o.general and t.o.bends:
+        of_kind(layout, SOFTMAX, 1, BENT, grad, t)
+    elif kind == SOFTMAX and t.o.general and t.o.dense and grad:
+        of_kind(layout, SOFTMAX, 1, DENSE, True, t)
+    elif kind == SOFTMAX and t.o.general and t.o.dense:
+        of_kind(layout, SOFTMAX, 1, DENSE, False, t)
+    elif kind == SOFTMAX and t.o.general and grad:
+        of_kind(layout, SOFTMAX, 1, FLAT, True, t)
     elif kind == SOFTMAX and t.o.general:
-        of_kind(layout, SOFTMAX, 1, True, False, t)
+        of_kind(layout, SOFTMAX, 1, FLAT, False, t)
     elif kind == HINGE and t.o.general:
-        of_kind(layout, HINGE, power, True, grad, t)
+        of_kind(layout, HINGE, power, ANY, grad, t)
     elif kind == HINGE_MAX and t.o.general:
-        of_kind(layout, HINGE_MAX, power, True, grad, t)
+        of_kind(layout, HINGE_MAX, power, ANY, grad, t)
     elif kind == SOFTMAX and grad:
-        of_kind(layout, SOFTMAX, 1, False, True, t)
+        of_kind(layout, SOFTMAX, 1, PLAIN, True, t)
     elif kind == SOFTMAX:
-        of_kind(layout, SOFTMAX, 1, False, False, t)
+        of_kind(layout, SOFTMAX, 1, PLAIN, False, t)
     elif kind == HINGE and power == 1 and grad:
-        of_kind(layout, HINGE, 1, False, True, t)
+        of_kind(layout, HINGE, 1, PLAIN, True, t)
     elif kind == HINGE and power == 1:
-        of_kind(layout, HINGE, 1, False, False, t)
+        of_kind(layout, HINGE, 1, PLAIN, False, t)
     elif kind == HINGE and grad:
-        of_kind(layout, HINGE, 2, False, True, t)
+        of_kind(layout, HINGE, 2, PLAIN, True, t)
     elif kind == HINGE:
-        of_kind(layout, HINGE, 2, False, False, t)
+        of_kind(layout, HINGE, 2, PLAIN, False, t)
     elif kind == HINGE_MAX and grad:
-        of_kind(layout, HINGE_MAX, power, False, True, t)
+        of_kind(layout, HINGE_MAX, power, PLAIN, True, t)
     elif kind == HINGE_MAX:
-        of_kind(layout, HINGE_MAX, power, False, False, t)
+        of_kind(layout, HINGE_MAX, power, PLAIN, False, t)
     elif kind == PROBABILITIES:
-        of_kind(layout, PROBABILITIES, 1, False, True, t)
+        of_kind(layout, PROBABILITIES, 1, PLAIN, True, t)
     elif kind == LOG_PROBABILITIES:
-        of_kind(layout, LOG_PROBABILITIES, 1, False, True, t)
-    elif kind == ARGMAX:
-        of_kind(layout, ARGMAX, 1, False, False, t)
+        of_kind(layout, LOG_PROBABILITIES, 1, PLAIN, True, t)
     elif kind == FROM_STATS:
-        of_kind(layout, FROM_STATS, 1, True, True, t)
+        of_kind(layout, FROM_STATS, 1, ANY, True, t)
     else:
-        of_kind(layout, LOG_SUM, 1, False, False, t)
+        of_kind(layout, LOG_SUM, 1, PLAIN, False, t)
 
 
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -547,6 +583,8 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         if s.multiplier != NULL:
             for i in range(n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
+        if s.top != NULL:
+            keep_tops(s, row, n, mult, NULL)
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
         keep_extras(s, extras, row, n)
         for i in range(n, GROUP_ROWS):
@@ -648,6 +686,8 @@ cdef double scores_long(ScoresPass *s, int n_threads) except? -1:
     tile_multipliers(s.multiplier, 0, <int> n, 16, p.mult)
     convert(&s.targets, 0, <int> n, p.y)
     with nogil:
+        if s.top != NULL:
+            keep_tops(s, 0, <int> n, p.mult, NULL)
         if shifts(o):
             p.walk = LOOK
             share(long_block, &p, n * p.blocks, n_threads)
@@ -736,8 +776,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
         work *= EXP_WORK
-    if (not s.laned and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES and not s.options.general
-            and s.options.kind != ARGMAX):
+    if (not s.laned and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES and not s.options.general):
         # Three regions, not one, cost a little more.
         return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
@@ -763,6 +802,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
 cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabilities, Options *o) except -1:
     """Class indices; in the general form also probabilities of the classes of each row."""
     o.probabilities = o.general and targets is not None and targets.ndim == 2
+    o.dense = o.dense or o.probabilities
     indices[0] = loan.indices(None if o.probabilities else targets)
     probabilities[0] = loan.matrix(targets if o.probabilities else None, False)
     if o.probabilities and probabilities.column_stride != 1:
@@ -770,10 +810,12 @@ cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabiliti
     return 0
 
 
-def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads, z=None, entropy=None):
+def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads, z=None, entropy=None,
+               top=None):
     """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`.
 
-    In the general form also log-sum-exps and entropies, into `z` and `entropy`, contiguous.
+    The largest classes into `top`, contiguous, of a lane's type, given as `real`; in the general form also log-sum-exps
+    and entropies, into `z` and `entropy`, contiguous.
     """
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
@@ -790,6 +832,8 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
     if entropy is not None:
         m = loan.matrix(entropy, True)
         s.entropy = m.data
+    m = loan.matrix(top, True)
+    s.top = <lane_int *> <void *> m.data
     read_options(&s.options, row_loss, loan, s.scores.columns)
     read_targets(loan, targets, &s.targets, &s.probabilities, &s.options)
     return run_scores(&s, n_threads)
@@ -807,6 +851,7 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(grad, True), loan.indices(targets)
     m = loan.matrix(multiplier, False)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = m.data, <real> scale, NULL, 0, NULL, NULL
+    s.top = NULL
     s.probabilities = loan.matrix(stats, False)
     read_options(&s.options, row_loss, loan, s.scores.columns)
     s.options.kind, s.options.stats_step = FROM_STATS, s.probabilities.row_stride
@@ -814,16 +859,16 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
 
 
 def transform(kind, scores, out, int n_threads):
-    """softmax, log_softmax (out like scores), logsumexp or argmax (out a vector of `real`, whose bits are the classes that
-    argmax finds) of the rows of `scores`."""
+    """softmax, log_softmax (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(None, False), loan.indices(None)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = NULL, 1, NULL, 0, NULL, NULL
+    s.top = NULL
     s.probabilities = loan.matrix(None, False)
     read_options(&s.options, ("transform " + kind, 0, 1, "", None), loan, s.scores.columns)
-    if s.options.kind == LOG_SUM or s.options.kind == ARGMAX:
+    if s.options.kind == LOG_SUM:
         m = loan.matrix(out, True)
         s.row_loss, s.row_loss_stride = m.data, m.column_stride
     else:

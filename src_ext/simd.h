@@ -142,6 +142,11 @@ FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
 FL_INLINE int all_lanes(mask m) { return m == (mask)((1u << LANES) - 1u); }
+FL_INLINE int none_of(mask m) { return m == 0; }
+/* The lowest lane of a mask that is not empty. */
+FL_INLINE int first_of(mask m) { return __builtin_ctz(m); }
+/* Where one of both is NaN. */
+FL_INLINE mask unordered(vec a, vec b) { return FL_COMPARE(cmp)(a, b, _CMP_UNORD_Q); }
 /* The first n lanes of p, the others `fill`; and the first n lanes of v to p. n in [0, LANES]. */
 FL_INLINE vec vload_part(const real *p, ptrdiff_t n, real fill) {
     return VOP(mask_loadu)(vset(fill), (mask)((1u << n) - 1u), p);
@@ -163,6 +168,17 @@ FL_INLINE int all_lanes(mask m) {
     lane_int all = -1;
     for (int k = 0; k < LANES; k++) all &= m[k];
     return all != 0;
+#endif
+}
+FL_INLINE mask unordered(vec a, vec b) { return (mask)((a != a) | (b != b)); }
+FL_INLINE int none_of(mask m) { return all_lanes(~m); }
+FL_INLINE int first_of(mask m) {
+#ifdef __x86_64__
+    return __builtin_ctz((unsigned)VOP(movemask)((vec)m));
+#else
+    int k = 0;
+    while (!m[k]) k++;
+    return k;
 #endif
 }
 FL_INLINE vec choose(mask m, vec a, vec b) {
@@ -214,6 +230,15 @@ FL_INLINE vec add_where(mask m, vec a, vec b) {
     return VOP(mask_add)(a, m, a, b);
 #else
     return a + choose(m, b, vset(0));
+#endif
+}
+
+/* total - weight * d, but total where weight is 0: d may be infinite there. */
+FL_INLINE vec less_product(vec total, vec weight, vec d) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(mask3_fnmadd)(weight, d, total, FL_COMPARE(cmp)(weight, vset(0), _CMP_NEQ_UQ));
+#else
+    return total - weight * choose(veq(weight, vset(0)), weight, d);
 #endif
 }
 
@@ -384,7 +409,6 @@ FL_INLINE vec zip_high(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ZIP_HIGH); }
 
 FL_INLINE real first_lane(vec v) { return v[0]; }
 FL_INLINE lane_int ifirst(ivec v) { return v[0]; }
-FL_INLINE vec ivec_bits(ivec v) { return (vec)v; }
 #ifdef FL_MASK_REGISTERS
 #define FL_INTEGER(name) FL_PASTE(FL_PASTE(_mm512_, name), FL_PASTE(_epi, FASTLOSS_BITS_))
 #if FASTLOSS_BITS == 32
@@ -405,6 +429,16 @@ FL_INLINE lane_int lane_least(ivec v) {
     return least;
 }
 #endif
+
+FL_INLINE real lane_greatest(vec v) {
+#ifdef FL_MASK_REGISTERS
+    return FL_PASTE(FL_PREFIX, FL_PASTE(reduce_max_, FL_SUFFIX))(v);
+#else
+    real top = v[0];
+    for (int k = 1; k < LANES; k++) top = top < v[k] ? v[k] : top;
+    return top;
+#endif
+}
 
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
@@ -735,11 +769,11 @@ FL_INLINE vec reciprocal(vec v) {
 #endif
 }
 
-/* tanh x, and 1 - |tanh x| in full. Near 0 an odd polynomial, whose coefficients interpolate (tanh(x) / x - 1) / x^2 at
- * Chebyshev points of x^2 (1.3e-9 in float, 1.1e-17 in double); from 1/2 on by exp(-2 |x|). */
-FL_INLINE vec vtanh(vec x, vec *short_of_one) {
-    vec size = vabs(x), e = vexp(vset(-2) * size, vset(0)), one = vset(1), z = x * x;
-    vec r = reciprocal(one + e), far = (one - e) * r;
+/* tanh x for |x| < NEAR_TANH: an odd polynomial, whose coefficients interpolate (tanh(x) / x - 1) / x^2 at Chebyshev points
+ * of x^2 (1.3e-9 in float, 1.1e-17 in double). */
+#define NEAR_TANH ((real)0.5)
+FL_INLINE vec tanh_near(vec x) {
+    vec z = x * x;
 #if FASTLOSS_BITS == 32
     vec q = vset(-0x1.c7033cp-8f);
     q = q * z + vset(0x1.5fc692p-6f);
@@ -758,8 +792,14 @@ FL_INLINE vec vtanh(vec x, vec *short_of_one) {
     q = q * z + vset(0x1.1111111110c21p-3);
     q = q * z + vset(-0x1.5555555555555p-2);
 #endif
+    return q * z * x + x;
+}
+/* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). */
+FL_INLINE vec vtanh(vec x, vec *short_of_one) {
+    vec size = vabs(x), e = vexp(vset(-2) * size, vset(0)), one = vset(1);
+    vec r = reciprocal(one + e), far = (one - e) * r;
     *short_of_one = vset(2) * e * r;
-    return choose(vlt(size, vset((real)0.5)), q * z * x + x, with_sign(far, x));
+    return choose(vlt(size, vset(NEAR_TANH)), tanh_near(x), with_sign(far, x));
 }
 
 /* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.

@@ -74,6 +74,8 @@ def general_options(
     """The same for the general form, in the compute type `dtype`."""
     if loss.kind == "softmax":
         weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
+        if weight is not None and not probabilities:  # what is not the target's has smoothing / C of its weight
+            weight = weight * dtype.type(loss.label_smoothing / len(weight))
         softcap = -1.0 if loss.softcap is None else loss.softcap
         numbers = loss.label_smoothing, loss.z_loss, softcap, loss.temperature
         return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
@@ -158,19 +160,19 @@ class CythonBackend(Backend):
         """`score_rows` with all that a plain call has not."""
         dtype = compute_dtype(scores.dtype, "scores")
         scores, grad = bits(scores), bits(grad)
-        if "argmax" in extras:  # before the gradient, which may be written to the scores
-            found = np.empty(len(scores), np.int64 if dtype == np.float64 else np.int32)
-            kernels.transform("argmax", scores, found.view(dtype), n_threads)
-            extras["argmax"][...] = found if multiplier is None else np.where(multiplier == 0, 0, found)
         z, entropy = extras.get("lse"), extras.get("entropy")
         if loss.general or targets.ndim == 2 or z is not None or entropy is not None:
             options = general_options(loss, targets.ndim == 2, dtype, entropy is not None)
             targets = class_targets(targets, dtype)
         else:
             options = row_options(loss)
+        top = np.empty(len(scores), np.int64 if dtype == np.float64 else np.int32) if "argmax" in extras else None
         value: float = kernels.score_rows(
-            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy
-        )
+            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy,
+            None if top is None else top.view(dtype),
+        )  # fmt: skip
+        if top is not None:
+            extras["argmax"][...] = top
         return value
 
     def linear_rows(
