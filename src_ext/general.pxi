@@ -58,34 +58,39 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 # --- softcap ---------------------------------------------------------------------------------------------------------
 # c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
 # is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
-cdef inline vec bent(const Options *o, vec s, vec *keep, vec *slope) noexcept nogil:
-    """The bent scores, what is kept of them, and the slope there."""
+cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *slope) noexcept nogil:
+    """d of the scores s, what is kept of them, and the slope there. origin: of the maximum, `origin_of_distance`."""
     cdef vec t, short_of_one, far, one = vset(1), x
-    cdef mask finite, near
+    cdef mask finite
     if not o.bends:
-        return s
+        return mul(sub(s, origin), vset(o.per_temperature))
     x = mul(s, vset(o.per_softcap))
-    near = vlt(vabs(x), vset(NEAR_TANH))
-    if all_lanes(near):  # as nearly always: then it is half the work
+    if all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))):  # as nearly always: then it is half the work
         t = tanh_near(x)
         keep[0], slope[0] = t, sub(one, mul(t, t))
-        return mul(t, vset(o.softcap))
+        return sub(mul(t, vset(o.bent_unit)), origin)
     t = vtanh(x, &short_of_one)
     finite = veq(sub(s, s), vset(0))
     slope[0] = choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one)
     far = with_sign(mul(vmax(short_of_one, vset(1 / FAR_TANH)), vset(FAR_TANH)), s)
     keep[0] = choose(finite, choose(vlt(vset(0.5), short_of_one), t, far), s)
-    return choose(finite, mul(t, vset(o.softcap)), s)
+    return sub(choose(finite, mul(t, vset(o.bent_unit)), s), origin)
 
 
-cdef inline vec unbent(const Options *o, vec kept, vec *slope) noexcept nogil:
-    """The bent scores from what was kept, and the slope there."""
+cdef inline vec origin_of_distance(const Options *o, vec m) noexcept nogil:
+    """What distances from the maximum m are computed with: m itself, or where there is a softcap bent(m) / T."""
+    cdef vec keep, slope
+    return distance(o, m, vset(0), &keep, &slope) if o.bends else m
+
+
+cdef inline vec distance_again(const Options *o, vec kept, vec origin, vec *slope) noexcept nogil:
+    """The same from what was kept, with a softcap."""
     cdef vec one = vset(1), size = vabs(kept), t
     cdef mask near = vlt(size, one), finite = veq(sub(kept, kept), vset(0))
     size = choose(near, sub(one, size), mul(size, vset(1 / FAR_TANH)))  # 1 − |tanh|
     t = choose(near, kept, with_sign(sub(one, size), kept))
     slope[0] = choose(finite, mul(size, sub(vset(2), size)), one)
-    return choose(finite, mul(t, vset(o.softcap)), kept)
+    return sub(choose(finite, mul(t, vset(o.bent_unit)), kept), origin)
 
 
 # --- softmax ---------------------------------------------------------------------------------------------------------
@@ -106,11 +111,11 @@ cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start) noexc
 
 
 cdef inline void general_step(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
-                              Py_ssize_t k, ivec cls, vec m, Found *f, vec *keep) noexcept nogil:
+                              Py_ssize_t k, ivec cls, vec origin, Found *f, vec *keep) noexcept nogil:
     """Vector k of the first walk, and what is kept of it."""
     cdef vec d, e, u, slope
     cdef mask pivot
-    d = mul(sub(bent(o, fetch(layout, part, w, k, <real> -INFINITY), keep, &slope), m), vset(o.per_temperature))
+    d = distance(o, fetch(layout, part, w, k, <real> -INFINITY), origin, keep, &slope)
     e = vexp(d, vset(0))
     if not o.bends:
         keep[0] = e
@@ -142,13 +147,13 @@ cdef inline Found nothing_found() noexcept nogil:
 
 
 cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps_some, const Options *o, const Walk *w,
-                                Py_ssize_t start, vec m, vec *last) noexcept nogil:
+                                Py_ssize_t start, vec origin, vec *last) noexcept nogil:
     cdef Found f = nothing_found()
     cdef vec keep = vset(0)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        general_step(layout, False, careful, dense, o, w, k, cls, m, &f, &keep)
+        general_step(layout, False, careful, dense, o, w, k, cls, origin, &f, &keep)
         fetch_ahead(layout, keeps_some, w, k)
         if layout == ROWED and dense and o.probabilities:
             prefetch(w.more + w.more_ahead + k * LANES)
@@ -157,7 +162,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        general_step(layout, True, True, dense, o, w, whole, cls, m, &f, last)
+        general_step(layout, True, True, dense, o, w, whole, cls, origin, &f, last)
     return f
 
 
@@ -165,13 +170,13 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
                               vec *last) noexcept nogil:
     """Blocks of 16 vectors, whose sums are added up so that rounding does not grow with the classes."""
     cdef Found f, all = nothing_found(), lost = all
-    cdef vec keep = vset(0), slope, m = bent(o, s.m, &keep, &slope)
+    cdef vec origin = origin_of_distance(o, s.m)
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if holds_either(layout, w, start):
-            f = general_block(layout, True, dense, keeps_some, o, w, start, m, last)
+            f = general_block(layout, True, dense, keeps_some, o, w, start, origin, last)
         else:
-            f = general_block(layout, False, dense, keeps_some, o, w, start, m, last)
+            f = general_block(layout, False, dense, keeps_some, o, w, start, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
@@ -205,10 +210,10 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
 
 cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Leaves in `more` what is left to ask for: z, and the entropy."""
-    cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, m, d, e, total, rest
+    cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, origin, d, e, total, rest
     cdef vec size, loss, pull, z, keep = zero, slope = vset(1)
-    m = bent(o, s.m, &keep, &slope)
-    d = mul(sub(bent(o, s.m if pivots_on_top(o) else s.target, &keep, &slope), m), vset(o.per_temperature))
+    origin = origin_of_distance(o, s.m)
+    d = distance(o, s.m if pivots_on_top(o) else s.target, origin, &keep, &slope)
     e = vexp(d, zero)
     total = exact_sum(e, others, &rest)
     size = vlog(total, div(rest, total), zero, &rest)
@@ -217,12 +222,12 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
         # at_target is (1 − ε) + ε / C, whose second part is among the others.
         away = less_product(mul(away, vset(o.elsewhere)) if o.elsewhere != 0 else zero, vset(o.at_target - o.elsewhere), d)
     u = add(u_others, u_pivot)
-    z = add(mul(m, vset(o.per_temperature)), size)
+    z = add(origin if o.bends else mul(origin, vset(o.per_temperature)), size)
     loss = add(mul(u, size), away)
     pull = sub(mul(u_others, e), mul(u_pivot, others))
     s.more[0], s.more[1] = z, add(size, div(s.more[2], total))
     if o.shard:
-        s.more[0], s.more[1] = s.m, add(others, sub(e, vset(1)))  # NaN where m is infinite
+        s.more[0], s.more[1] = s.m, add(others, sub(d, d))  # NaN where m is infinite
     if o.z_loss != 0:
         loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
         z = mul(vset(2 * o.z_loss), z)
@@ -234,39 +239,39 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
 
 
 cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
-                              Py_ssize_t k, ivec cls, const State *s, vec m, vec last) noexcept nogil:
+                              Py_ssize_t k, ivec cls, const State *s, vec origin, vec last) noexcept nogil:
     """Vector k of the gradient; where u is flat but for the target's entry."""
     cdef vec e = last if part else vload(kept(layout, w, k)), slope = vset(1), g
     if not keeps_slope(o):
-        e = vexp(mul(sub(unbent(o, e, &slope), m), vset(o.per_temperature)), vset(0))
+        e = vexp(distance_again(o, e, origin, &slope), vset(0))
     g = sub(mul(s.a, e), mul(s.c, target_part(layout, part, careful, o, w, k, cls) if dense else vset(o.elsewhere)))
     return g if keeps_slope(o) else mul(g, slope)
 
 
 cdef inline void back_block(int layout, bint careful, bint dense, const Options *o, const Walk *w, Py_ssize_t start,
-                            const State *s, vec m, vec last) noexcept nogil:
+                            const State *s, vec origin, vec last) noexcept nogil:
     cdef ivec cls = classes_of(layout, start)
     cdef vec g
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        g = general_slope(layout, False, careful, dense, o, w, k, cls, s, m, last)
+        g = general_slope(layout, False, careful, dense, o, w, k, cls, s, origin, last)
         if layout == LANED:
             g = choose(ieq(cls, w.pivot), s.b, g)
         put(layout, False, w, k, g)
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, m, last))
+        put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, origin, last))
 
 
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    cdef vec keep = s.m, slope, m = bent(o, s.m, &keep, &slope)
+    cdef vec origin = origin_of_distance(o, s.m)
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            back_block(layout, True, dense, o, w, start, s, m, last)
+            back_block(layout, True, dense, o, w, start, s, origin, last)
         else:
-            back_block(layout, False, dense, o, w, start, s, m, last)
+            back_block(layout, False, dense, o, w, start, s, origin, last)
     if layout == ROWED and 0 <= ifirst(w.pivot):
         sstore_one(w.dst + ifirst(w.pivot), first_lane(s.b))
 
@@ -285,14 +290,13 @@ cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcep
 
 
 cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
-    """The gradient, complete. Stats: the maximum times T; the factor of exponentials; the target's entry."""
+    """The gradient, complete. Stats: the origin of distances; the factor of exponentials; the target's entry."""
     cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g
     cdef vec pull = mul(mul(stat(layout, o, w, 1), vset(o.per_temperature)), factor)
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
-        g = bent(o, g, &keep, &slope)
-        g = mul(mul(vexp(mul(sub(g, m), vset(o.per_temperature)), vset(0)), pull), slope)
+        g = mul(mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull), slope)
         fetch_ahead(layout, True, w, k)
         put(layout, layout == ROWED and k == whole, w, k, g)
     put_at_target(layout, w, mul(stat(layout, o, w, 2), factor))
@@ -304,7 +308,7 @@ cdef inline lane_int class_of(bint bad, const Walk *w, vec m) noexcept nogil:
     """The lowest class whose score is m, or (`bad`) is NaN; -1: none (ROWED)."""
     cdef Py_ssize_t k, least
     cdef vec x
-    cdef mask found, nothing = vlt(m, m)
+    cdef mask found
     for k in range(w.vectors):
         x = fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY)
         found = mandnot(veq(m, m), veq(x, x)) if bad else veq(x, m)

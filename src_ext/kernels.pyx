@@ -461,14 +461,17 @@ cdef struct UnfitPass:
 
 cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef UnfitPass *p = <UnfitPass *> job
-    cdef Py_ssize_t start, last, i, stop = min(p.size, (k + 1) * p.segment)
-    cdef bint bad
+    cdef Py_ssize_t start, last, i, v, stop = min(p.size, (k + 1) * p.segment)
+    cdef vec zero = vset(0), inf = vset(<real> INFINITY), x
+    cdef mask bad, all_true = veq(zero, zero)
     p.found[k] = -1
-    for start in range(k * p.segment, stop, 1024):  # by blocks, as in `outside_typed`
-        last, bad = min(stop, start + 1024), False
-        for i in range(start, last):
-            bad |= not (0 <= p.numbers[i]) or not (p.numbers[i] < INFINITY)
-        if bad:
+    for start in range(k * p.segment, stop, 1024):  # by blocks, so that the position is found afterwards
+        last, bad = min(stop, start + 1024), vlt(zero, zero)
+        for v in range((last - start + LANES - 1) // LANES):
+            i = start + v * LANES
+            x = vload(p.numbers + i) if i + LANES <= stop else vload_part(p.numbers + i, stop - i, 0)
+            bad = mor(bad, mandnot(all_true, mandnot(vlt(x, inf), vlt(x, zero))))
+        if not none_of(bad):
             for i in range(start, last):
                 if not 0 <= p.numbers[i] < INFINITY:
                     p.found[k] = i

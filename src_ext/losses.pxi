@@ -47,7 +47,7 @@ cdef struct Options:
     bint general
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     real z_loss
-    real softcap, per_softcap  # negative: none; and 1 / it
+    real per_softcap, bent_unit  # 1 / softcap; and softcap / T
     real per_temperature
     const real *class_weight  # what u is multiplied by, smoothing / C of an index target included; NULL: all 1
     real weighted_target  # u of an index target, and 1 of other classes, before that
@@ -777,8 +777,8 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
         smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy, o.shard = general
-        o.general, o.z_loss, o.softcap, o.bends = True, <real> z_loss, <real> softcap, softcap >= 0
-        o.per_softcap = <real> (1 / softcap)
+        o.general, o.z_loss, o.bends = True, <real> z_loss, softcap >= 0
+        o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
         o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
         o.at_target = <real> (1 - smoothing + smoothing / c)
         m = loan.matrix(class_weight, False)

@@ -75,6 +75,14 @@ cdef inline void fetch_rows(const Matrix *a, Py_ssize_t start, Py_ssize_t stop, 
                 prefetch(p + 64 * j)
 
 
+cdef inline void fetch_numbers(const Matrix *a, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """The same of numbers to compute with."""
+    cdef Py_ssize_t j, bytes_ = max(<Py_ssize_t> 0, stop - start) * a.columns * <Py_ssize_t> sizeof(real)
+    if a.row_stride == a.columns:
+        for j in range((bytes_ + 63) // 64):
+            prefetch(<const char *> (a.data + start * a.row_stride) + 64 * j)
+
+
 cdef inline void store_tile(const Matrix *a, Py_ssize_t row, int n, const real *tile) noexcept nogil:
     cdef stored *p = a.raw + row * a.row_stride
     cdef Py_ssize_t j, i, g, u, v
@@ -281,6 +289,8 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         for i in range(tiles):
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
+            if s.options.probabilities:
+                fetch_numbers(&s.probabilities, next, min(next + TILE, stop))
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
             if s.top != NULL:
                 keep_tops(s, row + i * TILE, min(TILE, n - i * TILE), mult + i * TILE, tile + i * c * TILE)
@@ -842,7 +852,7 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
 def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double scale, grad, int n_threads):
     """The gradient of a shard of the classes, times scale, into `grad`.
 
-    targets: the target's column in the shard, or -1. stats (3, N + 16): of each row the maximum, in the bent scores; the
+    targets: the target's column in the shard, or -1. stats (3, N + 16): of each row the maximum times T, with a softcap the bent maximum / T; the
     factor of its exponentials; the target's entry.
     """
     cdef _Loan loan = _Loan()

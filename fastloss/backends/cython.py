@@ -237,7 +237,7 @@ class CythonBackend(Backend):
         with np.errstate(all="ignore"):
             rows, columns, entries = reference.target_entries(loss, scores, targets, offset, stats)
             column[rows], given[2, rows] = columns, entries
-            given[0, : len(scores)] = stats.maximum * loss.temperature
+            given[0, : len(scores)] = stats.maximum * (loss.temperature if loss.softcap is None else 1)
             given[1, : len(scores)] = reference.stats_factors(loss, stats)
         weight = None if multiplier is None else multiplier.astype(dtype)
         kernels.gradient_from_stats(options, numbers, column, given, weight, scale, bits(grad), n_threads)
