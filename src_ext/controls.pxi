@@ -6,11 +6,12 @@
 #   read            every vector of the source, added up
 #   exp, log        the kernels' own functions of the source, added up; the source is to fit into the cache
 #   multiply-add    12 chains of them in registers, 4096 steps each, of source[0] and source[1]
+#   transpose       target = source, matrices, by transposed tiles of 16 rows, as few classes are handled
 
 cdef enum Control:
-    COPY, STREAM, PASS, READ, EXP, LOG, MULTIPLY_ADD
+    COPY, STREAM, PASS, READ, EXP, LOG, MULTIPLY_ADD, TRANSPOSE
 
-CONTROLS = ("copy", "stream", "pass", "read", "exp", "log", "multiply-add")
+CONTROLS = ("copy", "stream", "pass", "read", "exp", "log", "multiply-add", "transpose")
 
 
 cdef inline vec multiply_add_chains(vec x, vec y) noexcept nogil:
@@ -57,17 +58,42 @@ cdef void control_part(Control what, const real *p, real *q, Py_ssize_t n, Py_ss
         vstore(last, result)  # within the loop: each repetition counts
 
 
+cdef void transpose_part(const Matrix *s, const Matrix *t, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t repeats,
+                         real *tile) noexcept nogil:
+    cdef Py_ssize_t k
+    for _ in range(repeats):
+        for k in range((stop - start) // TILE):
+            load_tile(s, start + k * TILE, TILE, tile)
+            store_tile(t, start + k * TILE, TILE, tile)
+
+
+cdef Py_ssize_t transposes(_Loan loan, source, target, Py_ssize_t repeats, int n_threads) except -1:
+    cdef Matrix s = loan.scores(source, False), t = loan.scores(target, True)
+    cdef Py_ssize_t n = s.rows // TILE // max(1, n_threads) * TILE, k
+    cdef real tiles[8 * 32 * TILE]
+    if s.rows != t.rows or s.columns != t.columns or s.columns > 32 or not 1 <= n_threads <= 8:
+        raise ValueError("source and target must have the same shape, at most 32 columns; n_threads is from 1 to 8")
+    with nogil:
+        for k in prange(n_threads, schedule="static", num_threads=n_threads):
+            transpose_part(&s, &t, k * n, (k + 1) * n, repeats, &tiles[k * 32 * TILE])
+    return n * n_threads * s.columns * repeats
+
+
 def control(kind, source, target, Py_ssize_t repeats, int n_threads):
     """Do it; the number of multiply-adds done, or of numbers gone over, by all threads and repetitions.
 
-    source and target are contiguous, of equal length, and begin at a multiple of 64 bytes. Each thread takes as many
-    whole vectors; the rest is left out.
+    source and target are contiguous, of equal length, and begin at a multiple of 64 bytes; for "transpose" any matrices.
+    Each thread takes as many whole vectors, or tiles; the rest is left out.
     """
     cdef _Loan loan = _Loan()
-    cdef Matrix s = loan.matrix(source, False), t = loan.matrix(target, True)
     cdef Control what = CONTROLS.index(kind)
-    cdef Py_ssize_t n = s.columns // LANES // max(1, n_threads), k
+    cdef Matrix s, t
+    cdef Py_ssize_t n, k
     cdef real last[64 * 32]
+    if what == TRANSPOSE:
+        return transposes(loan, source, target, repeats, n_threads)
+    s, t = loan.matrix(source, False), loan.matrix(target, True)
+    n = s.columns // LANES // max(1, n_threads)
     if s.columns != t.columns or s.columns < 2 or <size_t> s.data % 64 or <size_t> t.data % 64:
         raise ValueError("source and target must be of equal length, at least 2, and begin at a multiple of 64 bytes")
     if not 1 <= n_threads <= 64:
