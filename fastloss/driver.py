@@ -96,8 +96,9 @@ def fold(
         return UNWEIGHTED
     inside = weight is not None and loss.weighs_inside(probabilities=False)
     outside = None if inside else weight
-    multiplier, top, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
-    unit = 1.0
+    multiplier, top, total, unit = None, 1.0, float(len(targets)), 1.0
+    if sample_weight is not None or outside is not None or ignored is not None:
+        multiplier, top, total = backend.weigh(targets, outside, ignored, sample_weight, dtype, n_threads)
     if top > 0 and not 1e-10 < top < 1e10:
         unit = math.ldexp(0.5, math.frexp(top)[1])  # 2^1024 would overflow
         sample_weight = (np.ones(len(targets)) if sample_weight is None else sample_weight) / unit

@@ -65,7 +65,7 @@ cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *sl
     if not o.bends:
         return mul(sub(s, origin), vset(o.per_temperature))
     x = mul(s, vset(o.per_softcap))
-    if all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))):  # as nearly always: then it is half the work
+    if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # as nearly always: then it is half the work
         t = tanh_near(x)
         keep[0], slope[0] = t, sub(one, mul(t, t))
         return sub(mul(t, vset(o.bent_unit)), origin)

@@ -30,7 +30,7 @@ cdef extern from "simd.h" nogil:
         pass
     ctypedef struct mask:
         pass
-    const int LANES, TILE, ROWS, DOT_BLOCK, OUTER_BLOCK
+    const int LANES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
     const bint STORED_IS_REAL
     const char STORED_FORMAT
     vec vload(const real *) noexcept
@@ -80,6 +80,7 @@ cdef extern from "simd.h" nogil:
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
     lane_int lane_least(ivec) noexcept
+    vec look_up(vec, ivec) noexcept
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *, Py_ssize_t) noexcept
     vec transposed_max(const vec *, Py_ssize_t) noexcept
@@ -104,12 +105,14 @@ cdef extern from "simd.h" nogil:
     void prefetch_to_write(const void *) noexcept
     unsigned flush_to_zero() noexcept
     void restore_mode(unsigned) noexcept
+    bint is_likely "__builtin_expect" (bint, int) noexcept
     # Arithmetic on vectors is C's.
     vec add "FL_ADD" (vec, vec) noexcept
     vec sub "FL_SUB" (vec, vec) noexcept
     vec mul "FL_MUL" (vec, vec) noexcept
     vec div "FL_DIV" (vec, vec) noexcept
     ivec iadd "FL_ADD" (ivec, ivec) noexcept
+    ivec imul "FL_MUL" (ivec, ivec) noexcept
 
 cdef extern from *:
     """

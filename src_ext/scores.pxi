@@ -141,6 +141,18 @@ cdef inline void load_more(const real **rows, Py_ssize_t c, real *tile) noexcept
             gather_rows(rows + g, j, min(<Py_ssize_t> LANES, c - j), tile + j * TILE + g)
 
 
+cdef inline void look_up_pairs(const Options *o, const lane_int *y, Py_ssize_t c, real *tile) noexcept nogil:
+    """The same of margins that all fit in a register; rows whose target is no class get any of them."""
+    cdef vec table = vload_part(o.pairs, c * c, 0)
+    cdef ivec first
+    cdef Py_ssize_t j, g, v
+    for v in range(TILE // LANES):
+        g = v * LANES
+        first = imul(iload(y + g), iset(<lane_int> c))
+        for j in range(c):
+            vstore(tile + j * TILE + g, look_up(table, iadd(first, iset(<lane_int> j))))
+
+
 cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const lane_int *y, int g,
                             const real *more) noexcept nogil:
     """The walk over group g of LANES rows: tiles hold TILE / LANES groups each."""
@@ -294,7 +306,9 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
             if s.top != NULL:
                 keep_tops(s, row + i * TILE, min(TILE, n - i * TILE), mult + i * TILE, tile + i * c * TILE)
-            if kept_more != NULL:
+            if kept_more != NULL and s.options.pairs != NULL and c * c <= TABLE:
+                look_up_pairs(&s.options, y + i * TILE, c, kept_more + i * c * TILE)
+            elif kept_more != NULL:
                 for r in range(i * TILE, i * TILE + TILE):
                     rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
                 load_more(rows, c, kept_more + i * c * TILE)

@@ -485,6 +485,15 @@ FL_INLINE real lane_greatest(vec v) {
 #endif
 }
 
+/* Entries of a table that fits in a register, TABLE numbers; by the low bits of the indices. */
+#ifdef FL_MASK_REGISTERS
+#define TABLE LANES
+FL_INLINE vec look_up(vec table, ivec at) { return FL_PASTE(FL_PREFIX, FL_PASTE(permutexvar_, FL_SUFFIX))((__m512i)at, table); }
+#else
+#define TABLE 0
+FL_INLINE vec look_up(vec table, ivec at) { return table; }
+#endif
+
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
  */
@@ -956,8 +965,8 @@ FL_INLINE vec tanh_near(vec x) {
 #endif
     return q * z * x + x;
 }
-/* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). */
-FL_INLINE vec vtanh(vec x, vec *short_of_one) {
+/* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). Not inline: it is seldom needed, and takes many registers. */
+static __attribute__((noinline)) vec vtanh(vec x, vec *short_of_one) {
     vec size = vabs(x), e = vexp(vset(-2) * size, vset(0)), one = vset(1);
     vec r = reciprocal(one + e), far = (one - e) * r;
     *short_of_one = vset(2) * e * r;
