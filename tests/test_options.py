@@ -191,6 +191,46 @@ def test_argmax_takes_the_lowest_class_or_the_first_nan(compiled, dtype):
             np.testing.assert_array_equal(extras["argmax"], scores.argmax(axis=1))
 
 
+@pytest.mark.parametrize("c", [2, 10, 33, 200])
+def test_argmax_is_of_the_scores_that_the_gradient_overwrites(compiled, dtype, c):
+    """Rows that are skipped have class 0."""
+    rng = np.random.default_rng(10)
+    scores, y, weight = rng.standard_normal((37, c)).astype(dtype), rng.integers(0, c, 37), rng.integers(0, 2, 37)
+    scores[3, c // 2] = scores[5, 0] = np.nan
+    expected = np.where(weight == 0, 0, scores.argmax(axis=1))
+    for loss in (fl.Softmax(), fl.Softmax(z_loss=0.1), fl.Hinge(), fl.Hinge(over="max"), fl.Hinge(count_target=True)):
+        some = scores.copy()
+        *_, extras = loss.value_and_grad(
+            some, y, out=some, sample_weight=weight, outputs=("argmax",), reduction="none", backend=compiled
+        )
+        np.testing.assert_array_equal(extras["argmax"], expected)
+
+
+@pytest.mark.parametrize("c", [2, 20, 40, 500])
+def test_smoothing_where_one_class_has_all_weight(compiled, dtype, c):
+    """It has nearly all probability too, and is not the target: the gradient is tiny, and exact to its last places."""
+    rng = np.random.default_rng(11)
+    scores, y, weight = rng.standard_normal((50, c)).astype(dtype), rng.integers(1, c, 50), np.zeros(c)
+    weight[0] = 3
+    scores[:, 0] += np.linspace(5, 60, 50, dtype=dtype)
+    loss = fl.Softmax(label_smoothing=0.1, class_weight=weight)
+    _, grad = loss.value_and_grad(scores, y, reduction="none", backend=compiled)
+    _, expected = loss.value_and_grad(scores.astype(np.float64), y, reduction="none", backend="reference")
+    size = np.abs(expected).max(axis=1, keepdims=True)
+    assert (np.abs(grad - expected) <= 200 * float(np.finfo(dtype).eps) * size).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_probabilities_that_are_unfit_are_found_wherever_they_stand(compiled, dtype, bad):
+    numbers = np.zeros((7, 300), dtype)
+    numbers[0, 0] = -0.0
+    backend = fl.backends.get(compiled)
+    assert backend.first_unfit(numbers) == -1
+    for place in (2099, 2098, 1024, 1023, 16, 15, 1, 0):
+        numbers.reshape(-1)[place] = bad
+        assert backend.first_unfit(numbers, 2) == place
+
+
 # --- the linear layer ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("x_dtype", [np.float32, np.float64, np.uint8, np.float16])
 @pytest.mark.parametrize("name", ["all", "smoothing", "sum, power 2, pairs, count_target", "max, power 1, pairs"])

@@ -74,10 +74,11 @@ def general_options(
     """The same for the general form, in the compute type `dtype`."""
     if loss.kind == "softmax":
         weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
-        if weight is not None and not probabilities:  # what is not the target's has smoothing / C of its weight
-            weight = weight * dtype.type(loss.label_smoothing / len(weight))
-        softcap = -1.0 if loss.softcap is None else loss.softcap
-        numbers = loss.label_smoothing, loss.z_loss, softcap, loss.temperature
+        softcap, smoothing = -1.0 if loss.softcap is None else loss.softcap, loss.label_smoothing
+        if weight is not None and not probabilities:  # of all but the target, smoothing / C included: normal
+            smoothing = max(smoothing, 1e-30 * len(weight))
+            weight = weight * dtype.type(smoothing / len(weight))
+        numbers = smoothing, loss.z_loss, softcap, loss.temperature
         return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
     pairs = loss.converted("pair_margins", dtype)
     return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
