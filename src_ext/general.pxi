@@ -68,13 +68,13 @@ cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *sl
     if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # as nearly always: then it is half the work
         t = tanh_near(x)
         keep[0], slope[0] = t, sub(one, mul(t, t))
-        return sub(mul(t, vset(o.bent_unit)), origin)
+        return product_less(t, vset(o.bent_unit), origin)
     t = vtanh(x, &short_of_one)
     finite = veq(sub(s, s), vset(0))
     slope[0] = choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one)
     far = with_sign(mul(vmax(short_of_one, vset(1 / FAR_TANH)), vset(FAR_TANH)), s)
     keep[0] = choose(finite, choose(vlt(vset(0.5), short_of_one), t, far), s)
-    return sub(choose(finite, mul(t, vset(o.bent_unit)), s), origin)
+    return choose(finite, product_less(t, vset(o.bent_unit), origin), sub(s, origin))
 
 
 cdef inline vec origin_of_distance(const Options *o, vec m) noexcept nogil:
@@ -90,7 +90,7 @@ cdef inline vec distance_again(const Options *o, vec kept, vec origin, vec *slop
     size = choose(near, sub(one, size), mul(size, vset(1 / FAR_TANH)))  # 1 − |tanh|
     t = choose(near, kept, with_sign(sub(one, size), kept))
     slope[0] = choose(finite, mul(size, sub(vset(2), size)), one)
-    return sub(choose(finite, mul(t, vset(o.bent_unit)), kept), origin)
+    return choose(finite, product_less(t, vset(o.bent_unit), origin), sub(kept, origin))
 
 
 # --- softmax ---------------------------------------------------------------------------------------------------------
@@ -210,11 +210,17 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
 
 cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Leaves in `more` what is left to ask for: z, and the entropy."""
-    cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, origin, d, e, total, rest
-    cdef vec size, loss, pull, z, keep = zero, slope = vset(1)
+    cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, origin, off, d, e
+    cdef vec total, rest
+    cdef vec size, loss, pull, z, keep = zero, slope = vset(1), again = vset(1)
     origin = origin_of_distance(o, s.m)
-    d = distance(o, s.m if pivots_on_top(o) else s.target, origin, &keep, &slope)
+    off = distance(o, s.m, origin, &keep, &slope)
+    d = sub(distance(o, s.m if pivots_on_top(o) else s.target, origin, &keep, &slope), off)
     e = vexp(d, zero)
+    if o.bends:  # the origin is rounded, the maximum's distance from it is not 0
+        again = sub(again, off)
+        others, origin = mul(others, again), add(origin, off)
+        away = add(away, mul(off, add(u_others, u_pivot) if o.dense else vset(o.classes)))
     total = exact_sum(e, others, &rest)
     size = vlog(total, div(rest, total), zero, &rest)
     if not o.dense:
@@ -225,7 +231,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     z = add(origin if o.bends else mul(origin, vset(o.per_temperature)), size)
     loss = add(mul(u, size), away)
     pull = sub(mul(u_others, e), mul(u_pivot, others))
-    s.more[0], s.more[1] = z, add(size, div(s.more[2], total))
+    s.more[0], s.more[1] = z, add(size, add(div(s.more[2], total), sub(vset(1), again)))
     if o.shard:
         s.more[0], s.more[1] = s.m, add(others, sub(d, d))  # NaN where m is infinite
     if o.z_loss != 0:
@@ -234,7 +240,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
         u, pull = add(u, z), add(pull, mul(z, e))
     if grad:
         s.c = mul(factor, vset(o.per_temperature))
-        s.a, s.b = div(mul(s.c, u), total), mul(div(mul(s.c, pull), total), slope)
+        s.a, s.b = mul(div(mul(s.c, u), total), again), mul(div(mul(s.c, pull), total), slope)
     return loss
 
 

@@ -76,6 +76,7 @@ cdef extern from "simd.h" nogil:
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
     vec less_product(vec, vec, vec) noexcept
+    vec product_less(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept

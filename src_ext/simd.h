@@ -278,6 +278,18 @@ FL_INLINE vec add_where(mask m, vec a, vec b) {
 #endif
 }
 
+/* a b - c, rounded once where the target can, and the same wherever it stands: what a compiler fuses depends on its place. */
+FL_INLINE vec product_less(vec a, vec b, vec c) {
+#if defined(__x86_64__) && defined(__FMA__)
+    return VOP(fmsub)(a, b, c);
+#elif defined(__x86_64__)
+    return a * b - c;
+#else
+    for (int k = 0; k < LANES; k++) a[k] = sizeof(real) == 4 ? (real)fmaf((float)a[k], (float)b[k], (float)-c[k]) : (real)fma(a[k], b[k], -c[k]);
+    return a;
+#endif
+}
+
 /* total - weight * d, but total where weight is 0: d may be infinite there. */
 FL_INLINE vec less_product(vec total, vec weight, vec d) {
 #ifdef FL_MASK_REGISTERS
