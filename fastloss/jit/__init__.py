@@ -1,0 +1,1 @@
+"""Kernels that Numba compiles at run time, for the backends `numba` and `cuda`."""
