@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,9 +26,9 @@ class NumbaBackend(reference.ReferenceBackend):
     name = "numba"
 
     def __init__(self) -> None:
-        import numba  # an installation that is broken is no backend
-
-        self._version = numba.__version__
+        # Now, not at the first call; and an installation of Numba that is broken is no backend.
+        self._version: str = import_module("numba").__version__
+        self._features = import_module("fastloss.jit.features")
 
     def __str__(self) -> str:
         return f"compiled as it is used by Numba {self._version}"
@@ -40,15 +41,12 @@ class NumbaBackend(reference.ReferenceBackend):
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
-        from fastloss.jit import features, placeholder
-
-        if dX is not None or not features.can_fuse(X, W) or loss.kind != "softmax" or loss.general or targets.ndim == 2:
+        if dX is not None or not self._features.can_fuse(X, W):
             return blocks.linear_rows(
                 self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows,
                 n_threads,
             )  # fmt: skip
-        options = np.empty(0, W.dtype)
-        return features.linear_rows(
-            placeholder.LOSSES[loss.kind], options, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss,
-            n_threads,
-        )  # fmt: skip
+        value: float = self._features.linear_rows(
+            loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+        )
+        return value
