@@ -227,13 +227,7 @@ class CythonBackend(Backend):
         tops, rest = np.full(len(scores), -np.inf, dtype), np.zeros(len(scores), dtype)
         if scores.size:
             kernels.score_rows(options, numbers, None, None, 1.0, None, None, n_threads, tops, rest)
-        with np.errstate(all="ignore"):
-            maximum = np.asarray(reference.map_scores(loss, tops.astype(np.float64))[0])
-            stats = reference.with_targets(loss, scores, targets, offset, maximum, rest.astype(np.float64))
-            empty = np.flatnonzero(tops == -np.inf)  # exp(−inf − −inf) is NaN there, whether the row has one or not
-            if len(empty):
-                stats.rest[empty] = reference.softmax_stats(loss, scores[empty], targets[empty], offset).rest
-        return stats
+        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest)
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,

@@ -10,18 +10,24 @@ functions of its own (`helper`), which are inlined and keep their order.
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray, types  # type: ignore[attr-defined]
+from llvmlite import ir
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+MOST_THREADS = 256  # that are kept; each starts when it is first of use
+SHARES = 4  # of the work, for each thread, so that a slow one holds up no other
 
 helper = numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
 reducer = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
@@ -213,3 +219,56 @@ def put(context, address, x):
 def numbers_at(address, count, like):
     """Numbers that lie one after the other, as an array."""
     return carray(pointer(address, like), (count,))
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget() -> None:
+    global _pool, _lock
+    _pool, _lock = None, threading.RLock()  # a child has none of its parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _submit(task: Callable[[], None]) -> Future[None] | None:
+    """A task for another thread; None where the interpreter is about to end and starts none any more."""
+    global _pool
+    if _pool is None:
+        with _lock:
+            _pool = _pool or ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="fastloss")
+    try:
+        return _pool.submit(task)
+    except RuntimeError:
+        return None
+
+
+def run(task: Callable[[int, int], None], count: int, n_threads: int) -> None:
+    """task(first, last) for ranges that make up range(count), on threads that are kept, the caller's among them.
+
+    Threads take ranges as they come to it: an order of events that results must not depend on.
+    """
+    n_threads = min(n_threads, count)
+    if n_threads <= 1:
+        task(0, count)
+        return
+    parts = SHARES * n_threads
+    left = deque((k * count // parts, (k + 1) * count // parts) for k in range(parts))
+
+    def work() -> None:
+        while True:
+            try:
+                first, last = left.popleft()
+            except IndexError:
+                return
+            if last > first:
+                task(first, last)
+
+    others = [_submit(work) for _ in range(n_threads - 1)]
+    work()
+    for other in others:
+        if other is not None and not other.cancel():
+            other.result()

@@ -122,9 +122,12 @@ def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
         for k in range(first, last):
             i, stop = k * segment, min(n_rows, (k + 1) * segment)
             dW = partial[k]
-            dW[:] = 0
-            pulls[:] = 0
-            totals[:] = 0
+            for j in range(dW.size):
+                dW[j] = 0
+            for r in range(size):
+                totals[r] = 0
+                for c in range(classes):
+                    pulls[c, r] = 0
             address_at, tile_at = address.ctypes.data, tile.ctypes.data
             while i < stop:
                 n = 0
@@ -180,25 +183,13 @@ def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
     return segments
 
 
-def adder(compute: str) -> Any:
-    """The sums of the segments in their order, scaled."""
-    real = getattr(types, compute)
-
-    @numba.njit(
-        types.void(types.Array(real, 2, "C"), real, types.Array(real, 1, "C"), types.intp, types.intp),
-        nogil=True, error_model="numpy",
-    )  # fmt: skip
-    def add_up(partial, scale, total, start, stop):
-        to = total[start:stop]  # counted from 0: indices that might be negative are not vectorised
-        to[:] = partial[0, start:stop]
-        for s in range(1, len(partial)):
-            term = partial[s, start:stop]
-            for j in range(len(to)):
-                to[j] += term[j]
-        for j in range(len(to)):
-            to[j] *= scale
-
-    return add_up
+def add_up(partial: Array, scale: Any, total: Array, part: slice) -> None:
+    """The sums of the segments in their order, scaled; each of NumPy's calls adds one to one, in no other order."""
+    to = total[part]
+    to[...] = partial[0, part]
+    for term in partial[1:, part]:
+        to += term
+    to *= scale
 
 
 def parts(n: int, n_threads: int) -> list[slice]:
@@ -269,10 +260,8 @@ def linear_rows(
         if dW is not None:
             total = np.zeros(partial_size, W.dtype)
             if segments:
-                add_up, scaled = cpu.made(adder, kind.real), W.dtype.type(scale)
-                workers.run(
-                    lambda part: add_up(partial, scaled, total, part.start, part.stop), parts(partial_size, useful)
-                )
+                scaled = W.dtype.type(scale)
+                workers.run(lambda part: add_up(partial, scaled, total, part), split(partial_size, useful))
             for block in outer_blocks:
                 part = block.panel(total, vectors, lanes).transpose(1, 0, 2).reshape(block.classes, panel)
                 dW[block.first : block.first + block.classes] = part[:, :features]

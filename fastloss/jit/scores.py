@@ -19,18 +19,22 @@ multiplier 0 are not read.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import types
 
+from fastloss._checks import Array
 from fastloss.jit import cpu, rowmath
 from fastloss.jit.rowmath import Plan
 
 FEW_CLASSES = 40  # up to here rows are tiled
 TILE = 64  # rows of a tile
-BLOCK = 512  # classes of a block
+# Classes of a block. Equal terms are all rounded the same way, and there are that many of them in a vector's lane:
+BLOCKS = {("hinge", np.float32): 1024, ("hinge", np.float64): 32, ("softmax", np.float32): 256}
+BLOCK = 128
 PAD = 16  # classes that rows are padded to a multiple of
 GROUP_BYTES = 24 << 10  # of a group of rows, unless one is larger,
 SEGMENTS = 64  # at most,
@@ -109,7 +113,7 @@ def _tiled(plan: Plan, row: Any, real: Any) -> Walks:
     )  # fmt: skip
     is_max, closes, has_target = plan.kind == "hinge max", plan.closes, plan.has_target
     knows_class = not probabilities and plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard
-    counts = plan.counts_target
+    counts, exactly = plan.counts_target, plan.kind == "hinge"
 
     @cpu.helper
     def number(more, table, y, work, k, c, r):
@@ -159,7 +163,11 @@ def _tiled(plan: Plan, row: Any, real: Any) -> Walks:
             if is_max:
                 work[SUMS + r] = top(work[SUMS + r], top(t0, u0))
             else:
-                total, lost = exact_sum(work[SUMS + r], t0 + u0)
+                both = t0 + u0
+                if exactly:
+                    both, lost = exact_sum(t0, u0)
+                    work[LOW + r] += lost
+                total, lost = exact_sum(work[SUMS + r], both)
                 work[SUMS + r] = total
                 work[LOW + r] += lost
             if terms > 1:
@@ -221,7 +229,7 @@ def _tiled(plan: Plan, row: Any, real: Any) -> Walks:
     @cpu.helper
     def _give_to_the_largest(tile, y, work, c, n):
         for r in range(n):
-            largest, at = work[SUMS + r], -1
+            largest, at = work[N1 + r], -1
             for k in range(c):
                 if at < 0 and k != y[r] and (tile[k, r] == largest or tile[k, r] != tile[k, r]):
                     at = k
@@ -282,18 +290,21 @@ def _rowed(plan: Plan, row: Any, real: Any) -> Any:
     zero, none = real(0), real(-np.inf)
     probabilities, weights, pairs = plan.probabilities, plan.weights, plan.pairs
     is_max, wide = plan.kind == "hinge max", real is np.float32
+    size = BLOCKS.get((plan.kind, real), BLOCK)
+    # Terms of the hinge are as large as their sum's rounding allows; those of the softmax only matter by a logarithm.
+    sum_type = np.float64 if plan.kind == "hinge" else real
     excludes = plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard and not probabilities
 
     def block_walk(is_careful):
         @cpu.reducer
         def walk(kept, more, weight, y, known, options):
-            t0, t1, t2, t3, t4, t5 = none if is_max else zero, zero, zero, zero, zero, zero
+            t0, t1, t2, t3, t4, t5 = none if is_max else sum_type(0), zero, zero, zero, zero, zero
             for j in range(kept.size):
                 q = more[j] if probabilities or pairs else zero
                 w = weight[j] if weights else zero
                 k, u0, u1, u2, u3, u4, u5 = step(kept[j], q, w, is_careful and j == y, known, options)
                 kept[j] = k
-                t0 = top(t0, u0) if is_max else t0 + u0
+                t0 = top(t0, u0) if is_max else t0 + sum_type(u0)
                 t1 += u1
                 t2 += u2
                 t3 += u3
@@ -317,8 +328,8 @@ def _rowed(plan: Plan, row: Any, real: Any) -> Any:
         # The row's terms, and what the first lacks.
         t0, low = np.float64(none if is_max else zero), np.float64(0)
         t1, t2, t3, t4, t5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
-        for a in range(0, c, BLOCK):
-            b = min(c, a + BLOCK)
+        for a in range(0, c, size):
+            b = min(c, a + size)
             part = more[a:b] if probabilities or pairs else more
             some = weight[a:b] if weights else weight
             if excludes and a <= y < b:
@@ -418,7 +429,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
     def give(out, kept, work, r, y):
         # What is not like other entries.
         if is_max:
-            at = largest(kept, y, work[SUMS + r])
+            at = largest(kept, y, work[N1 + r])
             if at < out.size:
                 out[at] = save(work[NUMBERS + r])
                 out[y] = save(work[ENTRY + r])
@@ -550,3 +561,212 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
         cpu.set_rounding_of_tiny(mode)
 
     return kernel
+
+
+# --- from Python ----------------------------------------------------------------------------------------------------
+PARALLEL = 1 << 15  # numbers for each thread, at least
+NO_TARGETS = np.empty(0, np.int64)
+
+
+def raw(array: Array) -> Array:
+    """16-bit floats as the integers that their bits are, which Numba has; other numbers as they are."""
+    return array.view(np.uint16) if array.itemsize == 2 else array
+
+
+class Nothing(NamedTuple):
+    """Arguments that are left out, in a compute type."""
+
+    vector: Array
+    matrix: Array
+
+    @classmethod
+    @functools.cache
+    def of(cls, real: Any) -> Nothing:
+        return cls(np.empty(0, real), np.empty((0, 0), real))
+
+
+@functools.cache
+def no_gradient(dtype: np.dtype[Any]) -> Array:
+    return raw(np.empty((0, 0), dtype))
+
+
+def run(
+    plan: Plan, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None, n_threads: int,
+) -> float:  # fmt: skip
+    """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
+    n, c = scores.shape
+    tiled = c <= FEW_CLASSES
+    kernel = cpu.made(rows_kernel, plan, scores.dtype.name, tiled, grad is not None)
+    if not n:
+        return 0.0
+    real = table.dtype
+    none = Nothing.of(real)
+    q, y = none.matrix, targets
+    if plan.probabilities:
+        q, y = np.require(targets, real, ["C", "A"]), NO_TARGETS
+    elif y.dtype != np.int64 or not y.flags.c_contiguous or not y.flags.aligned:
+        y = np.require(y, np.int64, ["C", "A"])
+    if not scores.flags.aligned:
+        scores = scores.copy()
+    segments = min(SEGMENTS, -(-scores.size * real.itemsize // SEGMENT_BYTES))
+    segment = -(-n // segments)
+    if tiled:
+        segment = -(-segment // TILE) * TILE
+    segments = -(-n // segment)
+    sums = np.empty(segments)
+    vector = none.vector
+    arguments = (
+        raw(scores), y, vector if multiplier is None else np.require(multiplier, real, ["C", "A"]), real.type(scale),
+        no_gradient(scores.dtype) if grad is None else raw(grad), vector if losses is None else losses,
+        vector if z is None else z, vector if entropy is None else entropy, q, table, sums, segment,
+    )  # fmt: skip
+    cpu.run(lambda first, last: kernel(*arguments, first, last), segments, min(n_threads, scores.size // PARALLEL))
+    return float(sums[0]) if segments == 1 else float(sums.sum())
+
+
+def score_rows(
+    loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float, grad: Array | None,
+    row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+) -> float:  # fmt: skip
+    """`Backend.score_rows`."""
+    if "argmax" in extras:  # before the gradient, which may be written to the scores
+        find_largest(scores, multiplier, extras["argmax"], n_threads)
+    z, entropy = extras.get("lse"), extras.get("entropy")
+    plan = rowmath.plan_of(loss, targets.ndim == 2, z is not None, entropy is not None)
+    real = np.float64 if scores.dtype == np.float64 else np.float32
+    table = options_of(loss, scores.shape[1], plan, real)
+    return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
+
+
+TRANSFORMS = {"softmax": Plan("p"), "log_softmax": Plan("log p"), "logsumexp": Plan("lse")}
+
+
+def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
+    """`Backend.transform`."""
+    if not scores.size:
+        out[...] = 0
+        return
+    real = np.float64 if scores.dtype == np.float64 else np.float32
+    grad, losses = (None, out) if kind == "logsumexp" else (out, None)
+    if losses is not None and losses.dtype != real:
+        losses = np.empty(len(scores), real)
+    table = np.zeros(8, real)
+    run(TRANSFORMS[kind], table, scores, NO_TARGETS, None, 1.0, grad, losses, None, None, n_threads)
+    if losses is not None and losses is not out:
+        out[...] = losses
+
+
+def shard_sums(loss: Any, scores: Array, n_threads: int) -> tuple[Array, Array]:
+    """Of some of the classes: each row's largest score, and Σ exp(d) but for one that has it."""
+    real = np.float64 if scores.dtype == np.float64 else np.float32
+    tops, rest = np.full(len(scores), -np.inf, real), np.zeros(len(scores), real)
+    if scores.size:
+        plan = rowmath.plan_of(loss, False, shard=True)
+        table = rowmath.numbers_of(loss, scores.shape[1], real)
+        run(plan, table, scores, NO_TARGETS, None, 1.0, None, None, tops, rest, n_threads)
+    return tops, rest
+
+
+# --- the largest class, and gradients from stats --------------------------------------------------------------------
+def largest_kernel(dtype: str) -> Any:
+    """The lowest class that has the row's maximum, or the first NaN."""
+    stored = cpu.storage(dtype)
+    load, like, none = stored.load, stored.like(0), stored.real(-np.inf)
+
+    @cpu.reducer
+    def look(row):
+        m = none
+        for j in range(row.size):
+            m = cpu.larger(m, load(row[j]))
+        return m
+
+    @numba.njit(
+        types.void(
+            types.Array(stored.kind, 2, "A", readonly=True), types.Array(types.boolean, 1, "C"),
+            types.Array(types.intp, 1, "A"), types.intp, types.intp,
+        ),
+        nogil=True, error_model="numpy",
+    )  # fmt: skip
+    def kernel(scores, skipped, found, first, last):
+        c, step = scores.shape[1], scores.strides[1]
+        for i in range(first, last):
+            found[i] = 0
+            if skipped.size and skipped[i]:
+                continue
+            at = scores.ctypes.data + i * scores.strides[0]
+            if step == scores.itemsize:
+                m = look(cpu.numbers_at(at, c, like))
+            else:
+                m = none
+                for j in range(c):
+                    m = cpu.larger(m, load(cpu.get(at + j * step, like)))
+            for j in range(c):
+                x = load(cpu.get(at + j * step, like))
+                if x == m or x != x:
+                    found[i] = j
+                    break
+
+    return kernel
+
+
+def find_largest(scores: Array, multiplier: Array | None, found: Array, n_threads: int) -> None:
+    """The largest class of each row; 0 for rows that are skipped."""
+    skipped = np.empty(0, np.bool_) if multiplier is None else multiplier == 0
+    kernel = cpu.made(largest_kernel, scores.dtype.name)
+    numbers = raw(scores if scores.flags.aligned else scores.copy())
+    threads = min(n_threads, scores.size // PARALLEL)
+    cpu.run(lambda first, last: kernel(numbers, skipped, found, first, last), len(scores), threads)
+
+
+def from_stats_kernel(plan: Plan, dtype: str) -> Any:
+    """The gradient for some of the classes, from the stats of all."""
+    stored = cpu.storage(dtype)
+    row = rowmath.build(plan, cpu.helper, cpu.tools(stored.real))
+    entry, load, save, like, zero = row.from_stats, stored.load, stored.save, stored.like(0), stored.real(0)
+    number = getattr(types, np.dtype(stored.real).name)
+    numbers, words = types.Array(number, 1, "C"), types.Array(types.int64, 1, "C")
+
+    @numba.njit(
+        types.void(
+            types.Array(stored.kind, 2, "A", readonly=True), words, numbers, numbers, numbers, numbers,
+            types.Array(stored.kind, 2, "A"), numbers, types.intp, types.intp,
+        ),
+        nogil=True, error_model="numpy",
+    )  # fmt: skip
+    def kernel(scores, column, top, pull, at_target, weight, grad, table, first, last):
+        mode = cpu.set_rounding_of_tiny(np.int32(-1))
+        options = (table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7])
+        c, step, out_step = scores.shape[1], scores.strides[1], grad.strides[1]
+        for i in range(first, last):
+            source, to = scores.ctypes.data + i * scores.strides[0], grad.ctypes.data + i * grad.strides[0]
+            m, factor = top[i], pull[i] * weight[i] * options[rowmath.PER_TEMPERATURE]
+            if weight[i] == zero:
+                for j in range(c):
+                    cpu.put(to + j * out_step, save(zero))
+            elif step == scores.itemsize and out_step == step:
+                row, out = cpu.numbers_at(source, c, like), cpu.numbers_at(to, c, like)
+                for j in range(c):
+                    out[j] = save(entry(load(row[j]), m, factor, options))
+            else:
+                for j in range(c):
+                    cpu.put(to + j * out_step, save(entry(load(cpu.get(source + j * step, like)), m, factor, options)))
+            if column[i] >= 0 and weight[i] != zero:
+                cpu.put(to + column[i] * out_step, save(at_target[i] * weight[i]))
+        cpu.set_rounding_of_tiny(mode)
+
+    return kernel
+
+
+def gradient_from_stats(
+    loss: Any, scores: Array, column: Array, top: Array, pull: Array, at_target: Array, weight: Array, grad: Array,
+    n_threads: int,
+) -> None:  # fmt: skip
+    """The gradient of a shard: each row's column of the target (−1: none), maximum times T, factor of exponentials,
+    entry at the target, and multiplier.
+    """
+    kernel = cpu.made(from_stats_kernel, rowmath.plan_of(loss, False, shard=True), scores.dtype.name)
+    numbers, real = raw(scores if scores.flags.aligned else scores.copy()), top.dtype
+    given = column, top, pull, at_target, weight, raw(grad), rowmath.numbers_of(loss, scores.shape[1], real)
+    threads = min(n_threads, scores.size // PARALLEL)
+    cpu.run(lambda first, last: kernel(numbers, *given, first, last), len(scores), threads)
