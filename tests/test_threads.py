@@ -3,9 +3,12 @@
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from threadpoolctl import ThreadpoolController, threadpool_info
 
 import fastloss as fl
 from fastloss import blocks, threads
-from tests.conftest import BACKENDS, COMPILED
+from tests.conftest import BACKENDS, COMPILED, ONE_OF_EACH
 
 THREADS = (1, 2, 3, 5)
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
@@ -298,7 +301,7 @@ def grandchild(backend, expected, queue):
 
 @needs_fork
 @forking
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_forked_child_forks(backend):
     expected, context = everything(backend), multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -311,7 +314,7 @@ def test_forked_child_forks(backend):
 
 @needs_fork
 @forking
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_fork_while_another_thread_computes(backend):
     """What another thread holds at the moment of the fork (locks, the switch of the BLAS) must not stop the child."""
     X, y = np.random.default_rng(3).standard_normal((64, 4)), np.arange(64)
@@ -330,6 +333,38 @@ def test_fork_while_another_thread_computes(backend):
         stop.set()
         thread.join()
     assert outcomes == ["same"] * 8
+
+
+@needs_fork
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_run_time_compilation_is_safe_whatever_the_threading_layer(layer):
+    """The first calls of a process, which compile, from four threads at once; then children, which compile others."""
+    code = """
+import os, threading, numpy as np, fastloss as fl
+X, y = np.random.default_rng(0).standard_normal((20000, 20)), np.arange(20000) % 10
+W, outcomes = np.linspace(-1, 1, 210).reshape(10, 21), []
+def call(loss):
+    objective = fl.LinearObjective(loss, X, y, backend="numba", n_threads=2)
+    return objective.value_and_grad(W)[0], loss.value(X[:, :10], y, backend="numba", n_threads=2)
+threads = [threading.Thread(target=lambda: outcomes.append(call(fl.Softmax()))) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+codes = []
+for loss in (fl.Softmax(), fl.Hinge()):
+    pid = os.fork()
+    if pid == 0:
+        found = call(loss)
+        os._exit(7 if loss.kind == "hinge" or found == outcomes[0] else 8)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(codes, len(set(outcomes)), len(outcomes))
+"""
+    root = str(Path(fl.__file__).parents[1])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FASTLOSS_", "NUMBA_"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        env=kept | {"PYTHONPATH": root, "NUMBA_THREADING_LAYER": layer},
+    )  # fmt: skip
+    assert done.stdout.split("\n")[0] == "[7, 7] 1 4", done.stdout + done.stderr
 
 
 @needs_fork
@@ -371,7 +406,7 @@ def test_concurrent_callers(backend, n_threads):
             assert bits(found) == bits(alone[k % 4])
 
 
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_one_objective_serves_several_threads(backend):
     scores, y, _ = scores_problem(5000, 10, np.float32)
     objective = fl.LinearObjective(fl.Softmax(), scores, y, backend=backend)
