@@ -3,9 +3,12 @@
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,6 +333,38 @@ def test_fork_while_another_thread_computes(backend):
         stop.set()
         thread.join()
     assert outcomes == ["same"] * 8
+
+
+@needs_fork
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_run_time_compilation_is_safe_whatever_the_threading_layer(layer):
+    """The first calls of a process, which compile, from four threads at once; then children, which compile others."""
+    code = """
+import os, threading, numpy as np, fastloss as fl
+X, y = np.random.default_rng(0).standard_normal((20000, 20)), np.arange(20000) % 10
+W, outcomes = np.linspace(-1, 1, 210).reshape(10, 21), []
+def call(loss):
+    objective = fl.LinearObjective(loss, X, y, backend="numba", n_threads=2)
+    return objective.value_and_grad(W)[0], loss.value(X[:, :10], y, backend="numba", n_threads=2)
+threads = [threading.Thread(target=lambda: outcomes.append(call(fl.Softmax()))) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+codes = []
+for loss in (fl.Softmax(), fl.Hinge()):
+    pid = os.fork()
+    if pid == 0:
+        found = call(loss)
+        os._exit(7 if loss.kind == "hinge" or found == outcomes[0] else 8)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(codes, len(set(outcomes)), len(outcomes))
+"""
+    root = str(Path(fl.__file__).parents[1])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FASTLOSS_", "NUMBA_"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        env=kept | {"PYTHONPATH": root, "NUMBA_THREADING_LAYER": layer},
+    )  # fmt: skip
+    assert done.stdout.split("\n")[0] == "[7, 7] 1 4", done.stdout + done.stderr
 
 
 @needs_fork

@@ -104,17 +104,12 @@ class NumbaBackend(reference.ReferenceBackend):
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
-        from fastloss.jit import placeholder
-
-        beyond = loss.kind != "softmax" or loss.general or targets.ndim == 2
-        if dX is not None or not self._features.can_fuse(X, W) or beyond:
+        if dX is not None or not self._features.can_fuse(X, W):
             return blocks.linear_rows(
                 self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows,
                 n_threads,
             )  # fmt: skip
-        options = np.empty(0, W.dtype)
         value: float = self._features.linear_rows(
-            placeholder.LOSSES[loss.kind], options, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss,
-            n_threads,
-        )  # fmt: skip
+            loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
+        )
         return value

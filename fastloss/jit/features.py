@@ -11,9 +11,7 @@ order: the same bits for any number of threads.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ from numba import types
 
 from fastloss._checks import Array
 from fastloss.blocks import Workers, split
-from fastloss.jit import products
+from fastloss.jit import cpu, products, rowmath, scores
 
 FEW_CLASSES = 64
 PANEL_BYTES = 1 << 20  # of W: above, the sums of all segments would take over 64 MB
@@ -76,7 +74,7 @@ def split_classes(classes: int, most: int) -> list[Block]:
 
 def product(which: Callable[..., None], kind: products.Kind, classes: int) -> Any:
     """A compiled product."""
-    return compiled(products.compiled, which, kind, classes)
+    return cpu.made(products.compiled, which, kind, classes)
 
 
 def table(which: Callable[..., None], kind: products.Kind, blocks: list[Block], vectors: int) -> Array:
@@ -95,8 +93,9 @@ def tile_rows(row_bytes: int) -> int:
     return rows
 
 
-def segment_kernel(tile_losses: Any, real: Any) -> Any:
-    """The work on some segments, for a function that takes tiles of scores to losses and gradients."""
+def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
+    """The work on some segments, for a row loss in a type."""
+    real, tile_losses = getattr(types, compute), scores.tile_losses(plan, getattr(np, compute))
     word, numbers, table = types.intp, types.Array(real, 1, "C", readonly=True), types.Array(types.int64, 2, "C")
     words, matrix = types.Array(types.int64, 1, "C", readonly=True), types.Array(real, 2, "C", readonly=True)
     signature = types.void(
@@ -112,20 +111,24 @@ def segment_kernel(tile_losses: Any, real: Any) -> Any:
         sums, first, last,
     ):  # fmt: skip
         classes = bias.size
-        scores = np.empty((classes, size), bias.dtype)
+        mode = cpu.set_rounding_of_tiny(np.int32(-1))
+        tile = np.empty((classes, size), bias.dtype)
         more = np.empty((probabilities.shape[1], size), bias.dtype)
         copies = np.empty(size * row_bytes if copy_row else 0, np.uint8)
         pulls, totals = np.empty((classes, size), bias.dtype), np.empty(size, np.float64)
         place, address = np.empty(size, np.int64), np.empty(size, np.int64)
         y, weight, lost = np.zeros(size, np.int64), np.empty(size, bias.dtype), np.empty(size, bias.dtype)
-        address_at, copies_at, scores_at = address.ctypes.data, copies.ctypes.data, scores.ctypes.data
         itemsize = bias.itemsize
         for k in range(first, last):
             i, stop = k * segment, min(n_rows, (k + 1) * segment)
             dW = partial[k]
-            dW[:] = 0
-            pulls[:] = 0
-            totals[:] = 0
+            for j in range(dW.size):
+                dW[j] = 0
+            for r in range(size):
+                totals[r] = 0
+                for c in range(classes):
+                    pulls[c, r] = 0
+            address_at, tile_at = address.ctypes.data, tile.ctypes.data
             while i < stop:
                 n = 0
                 while n < size and i < stop:
@@ -133,7 +136,7 @@ def segment_kernel(tile_losses: Any, real: Any) -> Any:
                     if m != 0:
                         row = X + (rows[i] if rows.size else i) * row_stride
                         if copy_row:
-                            to = copies_at + n * row_bytes
+                            to = copies.ctypes.data + n * row_bytes  # taken here: a last use frees it
                             products.call(copy_row, row, n_features, 0, feature_stride, 0, to, 0, 0)
                             row = to
                         place[n], address[n], weight[n] = i, row, m
@@ -151,13 +154,13 @@ def segment_kernel(tile_losses: Any, real: Any) -> Any:
                     address[r] = zeros
                 for c in range(classes):
                     for r in range(filled):
-                        scores[c, r] = bias[c]
+                        tile[c, r] = bias[c]
                 for b in range(len(dots)):
-                    at = scores_at + dots[b, 1] * size * itemsize
+                    at = tile_at + dots[b, 1] * size * itemsize
                     products.call(
                         dots[b, 0], address_at, filled, at, size, centre, W + dots[b, 2] * itemsize, whole, left
                     )
-                tile_losses(scores, n, y, more, weight, lost, wants_gradient, options)
+                tile_losses(tile, n, y, more, weight, lost, wants_gradient, options)
                 for r in range(n):
                     totals[r] += np.float64(weight[r]) * np.float64(lost[r])
                 if losses.size:
@@ -166,50 +169,27 @@ def segment_kernel(tile_losses: Any, real: Any) -> Any:
                 if wants_gradient:
                     for c in range(classes):
                         for r in range(n):
-                            pulls[c, r] += scores[c, r]
+                            pulls[c, r] += tile[c, r]
                     for b in range(len(outers)):
-                        at = scores_at + outers[b, 1] * size * itemsize
+                        at = tile_at + outers[b, 1] * size * itemsize
                         panel = dW.ctypes.data + outers[b, 2] * itemsize
                         products.call(outers[b, 0], address_at, n, at, size, centre, panel, whole, left)
             for r in range(size):
                 sums[k, classes] += totals[r]
                 for c in range(classes):
                     sums[k, c] += pulls[c, r]
+        cpu.set_rounding_of_tiny(mode)
 
     return segments
 
 
-def adder(real: Any) -> Any:
-    """The sums of the segments in their order, scaled."""
-
-    @numba.njit(
-        types.void(types.Array(real, 2, "C"), real, types.Array(real, 1, "C"), types.intp, types.intp),
-        nogil=True, error_model="numpy",
-    )  # fmt: skip
-    def add_up(partial, scale, total, start, stop):
-        for j in range(start, stop):
-            total[j] = partial[0, j]
-        for s in range(1, len(partial)):
-            for j in range(start, stop):
-                total[j] += partial[s, j]
-        for j in range(start, stop):
-            total[j] *= scale
-
-    return add_up
-
-
-_lock = threading.RLock()
-
-
-@functools.cache
-def _compiled(factory: Callable[..., Any], *what: Any) -> Any:
-    return factory(*what)
-
-
-def compiled(factory: Callable[..., Any], *what: Any) -> Any:
-    """What a factory makes, made once whichever thread asks first."""
-    with _lock:
-        return _compiled(factory, *what)
+def add_up(partial: Array, scale: Any, total: Array, part: slice) -> None:
+    """The sums of the segments in their order, scaled; each of NumPy's calls adds one to one, in no other order."""
+    to = total[part]
+    to[...] = partial[0, part]
+    for term in partial[1:, part]:
+        to += term
+    to *= scale
 
 
 def parts(n: int, n_threads: int) -> list[slice]:
@@ -219,18 +199,14 @@ def parts(n: int, n_threads: int) -> list[slice]:
 
 # --- the layer ------------------------------------------------------------------------------------------------------
 def linear_rows(
-    tile_losses: Any, options: Array, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None,
-    targets: Array, multiplier: Array | None, scale: float, dW: Array | None, db: Array | None,
-    row_loss: Array | None, n_threads: int,
+    loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
+    multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, row_loss: Array | None, n_threads: int,
 ) -> float:  # fmt: skip
-    """`Backend.linear_rows` for few classes, without dX.
-
-    tile_losses(scores (C, R), n, y, probabilities (C, R), weights, losses, wants_gradient, options) turns the first n
-    columns of a tile into the weighted gradients, if wanted, and gives their unweighted losses.
-    """
+    """`Backend.linear_rows` for few classes (`can_fuse`), without dX."""
     (classes, features), n = W.shape, len(X) if rows is None else len(rows)
     kind = products.Kind(X.dtype.name, W.dtype.name, centre is not None)
-    lanes, real = kind.lanes, getattr(types, kind.real)
+    plan, lanes = rowmath.plan_of(loss, targets.ndim == 2), kind.lanes
+    options = scores.options_of(loss, classes, plan, getattr(np, kind.real))
     vectors, whole = -(-features // lanes), features // lanes
     panel = vectors * lanes
     wants_gradient = dW is not None or db is not None
@@ -266,7 +242,7 @@ def linear_rows(
     partial = aligned(segments * partial_size, W.dtype).reshape(segments, partial_size)
     sums = np.zeros((segments, classes + 1))
 
-    kernel = compiled(segment_kernel, tile_losses, real)
+    kernel = cpu.made(segment_kernel, plan, kind.real)
     copies = X.strides[1] != X.itemsize and features > 1
     zeros = np.zeros(features, X.dtype)
     arguments = (
@@ -284,10 +260,8 @@ def linear_rows(
         if dW is not None:
             total = np.zeros(partial_size, W.dtype)
             if segments:
-                add_up, scaled = compiled(adder, real), W.dtype.type(scale)
-                workers.run(
-                    lambda part: add_up(partial, scaled, total, part.start, part.stop), parts(partial_size, useful)
-                )
+                scaled = W.dtype.type(scale)
+                workers.run(lambda part: add_up(partial, scaled, total, part), split(partial_size, useful))
             for block in outer_blocks:
                 part = block.panel(total, vectors, lanes).transpose(1, 0, 2).reshape(block.classes, panel)
                 dW[block.first : block.first + block.classes] = part[:, :features]
