@@ -151,7 +151,7 @@ def tools(real: Any) -> SimpleNamespace:
 
 # --- numbers as they are stored -------------------------------------------------------------------------------------
 @helper
-def _same(x):
+def same(x):
     return x
 
 
@@ -172,7 +172,7 @@ def storage(dtype: str) -> SimpleNamespace:
     """How numbers of a type are stored and converted: `kind` (of arrays), `real`, `load(raw)`, `save(x)`."""
     if dtype in ("float32", "float64"):
         real = getattr(np, dtype)
-        return SimpleNamespace(kind=getattr(types, dtype), like=real, real=real, load=_same, save=_same)
+        return SimpleNamespace(kind=getattr(types, dtype), like=real, real=real, load=same, save=same)
     load, save = (half_to_float, float_to_half) if dtype == "float16" else (_bfloat16_to_float, _float_to_bfloat16)
     return SimpleNamespace(kind=types.uint16, like=np.uint16, real=np.float32, load=load, save=save)
 

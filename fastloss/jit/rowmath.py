@@ -583,8 +583,8 @@ def _hinge(
     made.aim, made.step, made.settle, made.close = jit(aim), jit(step), jit(settle), jit(close)
 
 
-# The first term is the largest s_j − s_y of a wrong class, NaN if one is; margins are kept. The gradient, numbers[0], goes
-# to the lowest class whose margin is the largest, numbers[1], or to the first NaN.
+# The first term is the largest s_j − s_y of a wrong class, NaN if one is; margins are kept. The gradient, numbers[0],
+# goes to the lowest class whose margin is the largest, numbers[1], or to the first NaN.
 def _hinge_max(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:

@@ -36,7 +36,7 @@ TILE = 64  # rows of a tile
 BLOCKS = {("hinge", np.float32): 1024, ("hinge", np.float64): 32, ("softmax", np.float32): 256}
 BLOCK = 128
 PAD = 16  # classes that rows are padded to a multiple of
-GROUP_BYTES = 24 << 10  # of a group of rows, unless one is larger,
+GROUP_BYTES = 4 << 10  # of a group of rows, unless one is larger: with their scores and gradients, in the L1 cache
 SEGMENTS = 64  # at most,
 SEGMENT_BYTES = 16 << 10  # of scores each at least
 
@@ -284,8 +284,8 @@ def tile_losses(plan: Plan, real: Any) -> Any:
 
 
 # --- rowed ----------------------------------------------------------------------------------------------------------
-def _rowed(plan: Plan, row: Any, real: Any) -> Any:
-    """The walk along one row: its terms, added up."""
+def _rowed(plan: Plan, row: Any, real: Any, load: Any, save: Any, writes: bool, direct: bool) -> Any:
+    """The walk along one row: its terms, added up. `direct`: from the scores themselves, as they are stored."""
     step, top, exact_sum = row.step, row.top, row.functions.exact_sum
     zero, none = real(0), real(-np.inf)
     probabilities, weights, pairs = plan.probabilities, plan.weights, plan.pairs
@@ -297,13 +297,16 @@ def _rowed(plan: Plan, row: Any, real: Any) -> Any:
 
     def block_walk(is_careful):
         @cpu.reducer
-        def walk(kept, more, weight, y, known, options):
+        def walk(source, kept, more, weight, y, known, options):
             t0, t1, t2, t3, t4, t5 = none if is_max else sum_type(0), zero, zero, zero, zero, zero
-            for j in range(kept.size):
+            for j in range(source.size):
                 q = more[j] if probabilities or pairs else zero
                 w = weight[j] if weights else zero
-                k, u0, u1, u2, u3, u4, u5 = step(kept[j], q, w, is_careful and j == y, known, options)
-                kept[j] = k
+                # In place is said so: where two arrays may overlap, vectors are not made.
+                x = load(source[j]) if direct else kept[j]
+                k, u0, u1, u2, u3, u4, u5 = step(x, q, w, is_careful and j == y, known, options)
+                if writes:
+                    kept[j] = save(k)
                 t0 = top(t0, u0) if is_max else t0 + sum_type(u0)
                 t1 += u1
                 t2 += u2
@@ -324,8 +327,8 @@ def _rowed(plan: Plan, row: Any, real: Any) -> Any:
         return found, lost + rest
 
     @cpu.helper
-    def open_row(kept, more, weight, c, y, known, options):
-        # The row's terms, and what the first lacks.
+    def open_row(source, kept, more, weight, c, y, known, options):
+        # The row's terms, and what the first lacks. If direct, `source` and `kept` do not overlap; else they are one.
         t0, low = np.float64(none if is_max else zero), np.float64(0)
         t1, t2, t3, t4, t5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
         for a in range(0, c, size):
@@ -333,9 +336,9 @@ def _rowed(plan: Plan, row: Any, real: Any) -> Any:
             part = more[a:b] if probabilities or pairs else more
             some = weight[a:b] if weights else weight
             if excludes and a <= y < b:
-                u0, u1, u2, u3, u4, u5 = careful(kept[a:b], part, some, y - a, known, options)
+                u0, u1, u2, u3, u4, u5 = careful(source[a:b], kept[a:b], part, some, y - a, known, options)
             else:
-                u0, u1, u2, u3, u4, u5 = plain(kept[a:b], part, some, 0, known, options)
+                u0, u1, u2, u3, u4, u5 = plain(source[a:b], kept[a:b], part, some, 0, known, options)
             if is_max:
                 t0 = cpu.larger(t0, np.float64(u0))
             else:
@@ -369,13 +372,17 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
     has_target, is_max, counts, general = plan.has_target, plan.kind == "hinge max", plan.counts_target, plan.general
     with_targets = plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard and not probabilities
     padded = looks and not general
+    direct = plan.kind == "hinge"  # the first walk makes the gradient: from the scores to where it belongs
     if tiled:
         walks = _tiled(plan, row, real)
         open_tile, close_tile = walks.open, walks.close
         open_row = aim_rows = settle_rows = cpu.nothing
     else:
         open_tile = close_tile = cpu.nothing
-        open_row = _rowed(plan, row, real)
+        if direct:
+            open_row = _rowed(plan, row, real, load, save, wants_gradient, True)
+        else:
+            open_row = _rowed(plan, row, real, cpu.same, cpu.same, wants_gradient or is_max, False)
         aim_rows, settle_rows = _aim_and_settle(plan, row, real)
 
     @cpu.reducer
@@ -452,7 +459,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
             if pairs:
                 more = table[TABLE + y[r] * c : TABLE + (y[r] + 1) * c]
             known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-            t0, t1, t2, t3, t4, t5, low = open_row(tile[r], more, some, stop, y[r], known, options)
+            t0, t1, t2, t3, t4, t5, low = open_row(tile[r], tile[r], more, some, stop, y[r], known, options)
             work[SUMS + r], work[S1 + r], work[S2 + r], work[S3 + r] = t0, t1, t2, t3
             work[S4 + r], work[S5 + r], work[LOW + r] = t4, t5, low
         settle_rows(work, n, options)
@@ -464,12 +471,43 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                 known = work[KNOWN + r], work[K1 + r], work[K2 + r]
                 numbers = work[NUMBERS + r], work[N1 + r], work[N2 + r], work[N3 + r]
                 to = out_base + place[r] * out_strides[0]
-                out = cpu.numbers_at(to, c, like) if out_strides[1] == itemsize else buffer
+                out = cpu.numbers_at(to, c, like) if out_strides[1] == itemsize else buffer[:c]
                 finish(tile[r, :c], out, more, some, y[r], known, numbers, options)
                 give(out, tile[r, :c], work, r, y[r])
                 if out_strides[1] != itemsize:
                     for j in range(c):
                         cpu.put(to + j * out_strides[1], buffer[j])
+
+    @cpu.helper
+    def direct_group(base, strides, out_base, out_strides, place, y, q, table, work, tile, buffer, n, c, options):
+        for r in range(n):
+            work[OWN_SCORE + r] = load(cpu.get(base + place[r] * strides[0] + y[r] * strides[1], like))
+            if counts:
+                work[OWN_MARGIN + r] = table[TABLE + y[r] * (c + 1)] if pairs else options[rowmath.MARGIN]
+        aim_rows(work, n, options)
+        for r in range(n):
+            at, to = base + place[r] * strides[0], out_base + place[r] * out_strides[0]
+            more = table[TABLE + y[r] * c : TABLE + (y[r] + 1) * c] if pairs else table
+            source, out = buffer[:c], buffer[c:]
+            if strides[1] != itemsize or at == to:  # vectors are made only where what is read is not what is written
+                for j in range(c):
+                    buffer[j] = cpu.get(at + j * strides[1], like)
+            else:
+                source = cpu.numbers_at(at, c, like)
+            if wants_gradient and out_strides[1] == itemsize:
+                out = cpu.numbers_at(to, c, like)
+            known = work[KNOWN + r], work[K1 + r], work[K2 + r]
+            t0, t1, t2, t3, t4, t5, low = open_row(source, out, more, table, c, y[r], known, options)
+            work[SUMS + r], work[S1 + r], work[S2 + r], work[S3 + r] = t0, t1, t2, t3
+            work[S4 + r], work[S5 + r], work[LOW + r] = t4, t5, low
+            if wants_gradient and out_strides[1] != itemsize:
+                for j in range(c):
+                    cpu.put(to + j * out_strides[1], out[j])
+        settle_rows(work, n, options)
+        if wants_gradient:
+            for r in range(n):
+                to = out_base + place[r] * out_strides[0] + y[r] * out_strides[1]
+                cpu.put(to, save(work[ENTRY + r]))
 
     @cpu.helper
     def tiled_group(base, strides, out_base, out_strides, place, y, q, table, work, tile, more, n, c, options):
@@ -511,7 +549,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
         else:
             width = (c + PAD - 1) // PAD * PAD
             size = max(1, min(TILE, GROUP_BYTES // (width * work.itemsize)))
-            tile, buffer = np.empty((size, width), real), np.empty(c, stored_type)
+            tile, buffer = np.empty((size, width), real), np.empty(2 * c, stored_type)
         base, out_base = scores.ctypes.data, grad.ctypes.data
         for s in range(first, last):
             i, stop, total = s * segment, min(n_rows, (s + 1) * segment), 0.0
@@ -539,6 +577,11 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                 if tiled:
                     tiled_group(
                         base, scores.strides, out_base, grad.strides, place, y, q, table, work, tile, more, n, c,
+                        options,
+                    )  # fmt: skip
+                elif direct:
+                    direct_group(
+                        base, scores.strides, out_base, grad.strides, place, y, q, table, work, tile, buffer, n, c,
                         options,
                     )  # fmt: skip
                 else:
