@@ -13,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_ndarray = np.ndarray
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -200,7 +201,7 @@ def apart(out: Array, name: str, inputs: dict[str, object], in_place: str | None
     """Raise if `out` shares memory with an input, or is that input `in_place` only in part."""
     owner = out.flags.owndata
     for other_name, other in inputs.items():
-        if not isinstance(other, np.ndarray) or (other is out and other_name == in_place):
+        if other is None or not isinstance(other, _ndarray) or (other is out and other_name == in_place):
             continue
         if owner and other is not out and other.flags.owndata:  # found three times faster than by NumPy's bounds
             continue
