@@ -571,6 +571,7 @@ def _build_rows(plan: Plan) -> Any:
                 sy = s[at + y]
             if looks:
                 (m,) = reduce_top(s, (walk_top(s, at, k, stride, stop),), (none,), t, team)
+            syncthreads()  # the walk may write where another thread reads the target's score
             if counts_target and stop > 0:
                 own = own_margin(y, c, options, table_of)
             factor = factor_of(i, limit, w, upstream, total, grad_scale, flags)
