@@ -644,7 +644,9 @@ def _combiner(plan: Plan) -> Any:
 
     scope: dict[str, Any] = {}
     more = "".join(f", state[{k}] + own[{k}]" for k in range(2, width))
-    exec(f"def add(state, own): return (state[0] + (own[0] + own[1]), 0.0{more})", scope)
+    # What an infinite sum lost is NaN.
+    whole = "own[0] + own[1] if own[1] == own[1] else own[0]"
+    exec(f"def add(state, own): return (state[0] + ({whole}), 0.0{more})", scope)
     add = device.device_function(scope["add"])
 
     def as_is(state, m, own, own_m, known, own_known, count, options):
