@@ -31,7 +31,8 @@ if not SIMULATED:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         summary = done.stdout.strip().splitlines()[-1]
-        assert re.search(r"\d+ passed", summary) and "skipped" not in summary, summary
+        assert re.search(r"\d+ passed", summary), summary
+        assert "skipped" not in summary, summary
         print(f"in numba-cuda's simulator: {summary}")
 
     def test_the_reason_is_said_where_there_is_no_gpu():

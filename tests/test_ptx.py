@@ -30,7 +30,8 @@ if not INSTALLED:
 if SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 if PTXAS is None:
-    pytest.skip('no CUDA kernel was assembled: pip install "cuda-toolkit[nvcc]==13.*" brings ptxas', allow_module_level=True)
+    WHY = 'no CUDA kernel was assembled: pip install "cuda-toolkit[nvcc]==13.*" brings ptxas'
+    pytest.skip(WHY, allow_module_level=True)
 
 from fastloss.gpu import device, scores  # noqa: E402
 from fastloss.jit.rowmath import Plan as Row  # noqa: E402
@@ -79,9 +80,9 @@ def assemble(ptx, cc, folder):
 def test_scores_kernels(kernel, kind, dtype, cc, tmp_path):
     plan = scores.Plan(KINDS[kind], dtype, argmax=kind == "options")
     ptx = KERNELS[kernel](plan).ptx(cc)
-    assert re.search(r"ld\.global\.v4\.[bfu]32", ptx), "scores are not loaded in 16 bytes"
+    assert re.search(r"ld\.global\.(v4\.[bfu]32|v2\.[bfu]64)", ptx), "scores are not loaded in 16 bytes"
     if kind != "lse":
-        assert re.search(r"st\.global\.v4\.[bfu]32", ptx), "gradients are not stored in 16 bytes"
+        assert re.search(r"st\.global\.(v4\.[bfu]32|v2\.[bfu]64)", ptx), "gradients are not stored in 16 bytes"
     assert "ld.shared.v" in ptx
     assert not re.search(r"\.local\b|\bcall\.uni.*vprintf", ptx)
     assert not re.search(r"atom\.[a-z.]*\.f(16|32|64)|red\.[a-z.]*\.f(16|32|64)", ptx), "a sum depends on who is first"

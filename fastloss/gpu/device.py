@@ -215,6 +215,7 @@ class Kernel:
                 types = tuple(map(_type, self._signature))
                 dispatcher = cuda.jit(types, launch_bounds=(self._threads, 1))(self._build())
                 (compiled,) = dispatcher.overloads.values()
+                compiled.bind()
                 self._by_device[gpu] = compiled._codelibrary.get_cufunc(), {}
             return self._by_device[gpu]
 
