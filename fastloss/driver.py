@@ -247,6 +247,10 @@ class _Shard(NamedTuple):
 
 def _shard(loss: Any, scores: object, targets: object, offset: object, backend_name: str | None) -> _Shard:
     loss.check_shards()
+    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
+        raise backends.BackendError(
+            "stats of a shard of the classes have no kernel for a GPU yet; give the scores as an array of the host"
+        )
     s = checks.matrix(scores, "scores", "(N, C): a row of scores for each of N examples, for a shard of the classes")
     start = checks.integer(offset, "offset", low=0)
     known = None if loss.class_weight is None else len(loss.class_weight)

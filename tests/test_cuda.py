@@ -329,6 +329,8 @@ if SIMULATED:
         s, y = sample(4, 5, "float32")
         with pytest.raises(fl.BackendError, match="no kernel for a GPU yet"):
             fl.Softmax().stats(s, y, backend="cuda")
+        with pytest.raises(fl.BackendError, match="no kernel for a GPU yet"):
+            fl.Softmax().stats(to_device(s), y)
 
     def test_the_same_bits_every_time():
         s, y = sample(40, 12, "float32")
