@@ -15,8 +15,8 @@ PACKAGE = Path(fl.__file__).parent
 
 def importable(name):
     """An adapter has the name of the library that it needs."""
-    package, _, library = name.rpartition(".")
-    return package != "fastloss.adapters" or find_spec(library) is not None
+    _, room, library, *_ = (*name.split("."), "", "")
+    return room != "adapters" or find_spec(library) is not None
 
 
 # By their text, so that none is imported that needs a library which is not there.

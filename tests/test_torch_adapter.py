@@ -2,9 +2,9 @@
 
 import doctest
 import gc
-import importlib.util
 import itertools
 import re
+import subprocess
 import sys
 import tracemalloc
 from functools import partial
@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason='the adapter needs PyTorch: pip inst
 pytest.importorskip("ml_dtypes", reason='bfloat16 needs ml_dtypes: pip install "fastloss[torch]"')
 
 import fastloss.adapters.torch as adapter  # noqa: E402
+from fastloss.adapters.torch import _arrays, _compute, _operators  # noqa: E402
 
 F = torch.nn.functional
 ROOT = Path(__file__).parent.parent
@@ -301,15 +302,15 @@ def test_layouts(shape):
             (found,) = torch.autograd.grad(adapter.cross_entropy(leaf, target, reduction=reduction).sum(), leaf)
             (wanted,) = torch.autograd.grad(F.cross_entropy(leaf, target, reduction=reduction).sum(), leaf)
             close(found, wanted, name)
-            if x.numel() > adapter.SMALL or x.dim() > 2 or reduction == "none":
+            if x.numel() > _compute.SMALL or x.dim() > 2 or reduction == "none":
                 assert found.stride() == torch.empty_like(x).stride(), name
 
 
 def test_no_copy_where_the_class_axis_is_contiguous():
     for x in (torch.randn(6, 5), torch.randn(6, 5).T, torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)):
-        (matrix,) = adapter._matrices(x)
+        (matrix,) = _compute._matrices(x)
         assert matrix.data_ptr() == x.data_ptr()
-    samples = adapter._matrices(torch.randn(2, 7, 30, 40))  # nor where it is not, if samples are large
+    samples = _compute._matrices(torch.randn(2, 7, 30, 40))  # nor where it is not, if samples are large
     assert [s.shape for s in samples] == [(1200, 7)] * 2
 
 
@@ -321,7 +322,7 @@ def large_gradient(scores, target):
 def test_memory_of_large_gradients_is_used_again_but_never_while_it_is_held():
     adapter.empty_cache()
     scores = torch.randn(3000, 400, requires_grad=True)
-    assert scores.nbytes >= adapter.LARGE
+    assert scores.nbytes >= _arrays.LARGE
     target = torch.randint(0, 400, (3000,))
     first = large_gradient(scores, target)
     kept, view = first.clone(), first[5:7].numpy()
@@ -454,29 +455,29 @@ def test_opcheck(reduction):
     upstream = torch.randn(N if reduction == "none" else (), dtype=torch.float64)
     check, every = torch.library.opcheck, [True] * 3
     for options in (("softmax", 1, 1.0, 0.1, -100, reduction), ("hinge", 2, 0.5, 0.0, None, reduction)):
-        check(adapter.scores_loss.op, (scores, target, weight, *options, False))
-        check(adapter.scores_loss.op, (scores.detach().half(), target, None, *options, True))
-        check(adapter.scores_gradient.op, (upstream, scores.detach(), target, weight, *options))
+        check(_operators.scores_loss.op, (scores, target, weight, *options, False))
+        check(_operators.scores_loss.op, (scores.detach().half(), target, None, *options, True))
+        check(_operators.scores_gradient.op, (upstream, scores.detach(), target, weight, *options))
         layer = (input, linear, target, bias, weight)
-        check(adapter.linear_loss.op, (*layer, *options, False, None, every))
+        check(_operators.linear_loss.op, (*layer, *options, False, None, every))
         check(
-            adapter.linear_loss.op,
+            _operators.linear_loss.op,
             (input.detach(), linear, target, None, None, *options, False, 4, [False, True, False]),
         )
         plain = [t.detach() for t in layer]
-        check(adapter.linear_gradient.op, (upstream, *plain, *options, None, every))
+        check(_operators.linear_gradient.op, (upstream, *plain, *options, None, every))
     large = torch.randn(2, 300, 2000)  # its gradient is in memory that is kept
-    assert large.nbytes > adapter.LARGE
+    assert large.nbytes > _arrays.LARGE
     for x in (large, large.mT):
         target = torch.zeros(2, x.shape[2], dtype=torch.long)
         up = torch.randn(target.shape if reduction == "none" else ())
-        check(adapter.scores_gradient.op, (up, x, target, None, *options))
+        check(_operators.scores_gradient.op, (up, x, target, None, *options))
     q = torch.rand(3, 4, 5, 2).double()
     options = ("softmax", 1, 1.0, 0.1, None, reduction)
     upstream = torch.randn((3, 5, 2) if reduction == "none" else (), dtype=torch.float64)
     for x in (torch.randn(q.shape).double(), torch.randn(q.shape).double().to(memory_format=torch.channels_last)):
-        check(adapter.scores_loss.op, (x.requires_grad_(), q, None, *options, False))
-        check(adapter.scores_gradient.op, (upstream, x.detach(), q, None, *options))
+        check(_operators.scores_loss.op, (x.requires_grad_(), q, None, *options, False))
+        check(_operators.scores_gradient.op, (upstream, x.detach(), q, None, *options))
 
 
 def compiled_losses():
@@ -655,21 +656,16 @@ def test_tensors_on_a_gpu_raise_with_the_reason():
             adapter.linear_cross_entropy(torch.empty(4, 2), torch.empty(3, 2, device="cuda"), target)
 
 
-def load_again(name):
-    spec = importlib.util.spec_from_file_location("adapter_again", adapter.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-def test_without_pytorch_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r'pip install "fastloss\[torch\]"'):
-        load_again("torch")
+def test_without_pytorch_the_extra_is_named():
+    code = "import sys; sys.modules['torch'] = None; import fastloss.adapters.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError" in done.stderr
+    assert 'pip install "fastloss[torch]"' in done.stderr
 
 
 def test_ml_dtypes_is_for_bfloat16_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    adapter._bfloat16.cache_clear()
+    _arrays.bfloat16.cache_clear()
     scores, target = torch.randn(4, 3), torch.randint(0, 3, (4,))
     adapter.cross_entropy(scores, target)
     with pytest.raises(ImportError, match=r'bfloat16 tensors need ml_dtypes.*pip install "fastloss\[torch\]"'):
@@ -718,12 +714,12 @@ def test_a_change_of_sign_that_is_put_off():
 
 # --- documentation ----------------------------------------------------------------------------------------------------
 # (They are run in test_docs.)
-EXAMPLES = [e for e in doctest.DocTestFinder(exclude_empty=True).find(adapter) if e.examples]
+FINDER = doctest.DocTestFinder(exclude_empty=True)
 
 
 @pytest.mark.parametrize("name", adapter.__all__)
 def test_every_public_name_has_an_example(name):
-    assert any(example.name == f"{adapter.__name__}.{name}" for example in EXAMPLES)
+    assert any(example.examples for example in FINDER.find(getattr(adapter, name), name))
 
 
 def guide():

@@ -1,0 +1,262 @@
+"""The operators of `torch.library`, their derivatives, and how calls get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastloss.adapters.torch import _compute as compute
+from fastloss.adapters.torch._arrays import Tensor, torch
+from fastloss.adapters.torch._compute import Options
+
+transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
+def _is_plain(tensors: Any) -> bool:
+    """Whether tensors are on the CPU and nothing watches but autograd: no compiler, transform, mode, or subclass."""
+    if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if transforming() or _modes():
+        return False
+    return all(t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and t.is_cpu) for t in tensors)
+
+
+def _check_tangents(tensors: Any) -> None:
+    """Forward mode works where gradients are not asked for, too; there autograd, which turns it away, is not passed."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError("fastloss has no forward mode (jvp): use reverse mode, or PyTorch's own loss")
+
+
+class _Operator:
+    """A function of tensors and options as an operator of `torch.library`, and the shortest way to it.
+
+    Parameters
+    ----------
+    schema : str
+    function, fake : callable
+        What it does, and what shapes and strides come of it.
+    save, backward : callable
+        `setup_context` and `backward` of autograd.
+    eager : callable, optional
+        What a plain call goes to where gradients may be asked for, instead of the operator.
+    """
+
+    def __init__(
+        self, schema: str, function: Callable[..., Any], fake: Callable[..., Any], save: Callable[..., Any],
+        backward: Callable[..., Any], eager: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        name = "fastloss::" + function.__name__
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        torch.library.impl(name, "cpu")(function)
+        torch.library.register_fake(name)(fake)
+        torch.library.register_autograd(name, backward, setup_context=save)
+        self._function, self._eager = function, eager
+        self._n_tensors = schema.count("Tensor", 0, schema.index("str kind"))
+        namespace = torch.ops.fastloss
+        self.op = getattr(namespace, function.__name__).default
+        members = {
+            "forward": staticmethod(self.op),
+            "setup_context": staticmethod(save),
+            "backward": staticmethod(backward),
+            "generate_vmap_rule": True,
+        }
+        self._transformable = type(function.__name__, (torch.autograd.Function,), members)
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors = arguments[: self._n_tensors]
+        if _is_plain(tensors):
+            if not torch.is_grad_enabled():
+                _check_tangents(tensors)
+                return self._function(*arguments)
+            if self._eager is not None:
+                return self._eager(*arguments)
+        elif transforming is not None and not torch.compiler.is_compiling() and transforming():
+            return self._transformable.apply(*arguments)  # type: ignore[attr-defined]
+        return self.op(*arguments)
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
+    raise RuntimeError(
+        "fastloss has no second derivatives of its losses: the gradient cannot be differentiated again (it was made "
+        "with create_graph=True, or within torch.func); for that use the loss of torch.nn.functional"
+    )
+
+
+def _fake_scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    *rest, wide = options
+    shape = compute.rows_shape(input, target) if Options(*rest).reduction == "none" else ()
+    return input.new_empty(shape, dtype=torch.float32 if wide else input.dtype)
+
+
+def _save_scores(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _scores_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    input, target, weight = ctx.saved_tensors
+    *options, _ = ctx.options
+    gradient = target_gradient = None
+    if ctx.needs_input_grad[0]:
+        gradient = scores_gradient(upstream, input, target, weight, *options)
+    if ctx.needs_input_grad[1]:
+        target_gradient = _target_gradient(upstream, input, target, weight, Options(*options))
+    return gradient, target_gradient, *(None,) * (1 + len(ctx.options))
+
+
+def _target_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, o: Options) -> Tensor:
+    """Of probabilities: −w log p, by PyTorch."""
+    axis = 1 if input.dim() > 1 else 0
+    gradient = -torch.log_softmax(input.double(), axis) * (1 - o.label_smoothing)
+    if weight is not None:
+        gradient = gradient * weight.reshape(-1, *(1,) * (input.dim() - axis - 1))
+    if o.reduction == "none":
+        upstream = upstream.unsqueeze(axis)
+    elif o.reduction == "mean":
+        upstream = upstream / (input.numel() // input.shape[axis])
+    return (gradient * upstream).to(target.dtype)
+
+
+class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
+    """Where it can be one pass, the gradient is computed with the loss: nearly always its upstream factor is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, options: Any) -> Any:
+        ctx.save_for_backward(input, target, weight)
+        ctx.options, ctx.gradient = options, None
+        one_pass = weight is None and input.dim() == 2 and not target.is_floating_point() and options[5] != "none"
+        if one_pass and ctx.needs_input_grad[0]:
+            loss, ctx.gradient = compute.loss_and_gradient(input, target, options)
+            return loss
+        return compute.scores_loss(input, target, weight, *options)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None  # its own, to scale and give away: a second pass computes a new one
+        if gradient is not None and not torch.is_grad_enabled():
+            factor = upstream.item()
+            if factor == 1:
+                return gradient, None, None, None
+            if gradient.dtype.itemsize > 2:
+                return gradient.mul_(factor), None, None, None
+        del gradient  # 16-bit floats are rounded once
+        return *_scores_backward(ctx, upstream)[:3], None
+
+
+scores_gradient = _Operator(
+    f"(Tensor upstream, Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}) -> Tensor",
+    compute.scores_gradient,
+    lambda upstream, input, *rest: torch.empty_like(input),
+    _save_nothing,
+    _no_second_derivative,
+)
+scores_loss = _Operator(
+    f"(Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}, bool wide) -> Tensor",
+    compute.scores_loss,
+    _fake_scores_loss,
+    _save_scores,
+    _scores_backward,
+    lambda input, target, weight, *options: _EagerScores.apply(input, target, weight, options),
+)
+
+
+def _fake_gradients(tensors: Any, wrt: Any) -> tuple[Tensor, ...]:
+    empty = tensors[0].new_empty(0)
+    return tuple(t.new_empty(t.shape) if wanted else empty.new_empty(0) for t, wanted in zip(tensors, wrt, strict=True))
+
+
+def _fake_linear_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *rest, wide, _, wrt = options
+    shape = compute.linear_rows_shape(input, linear_weight, target) if Options(*rest).reduction == "none" else ()
+    loss = input.new_empty(shape, dtype=torch.float32 if wide else input.dtype)
+    return loss, *_fake_gradients(
+        (input, linear_weight, linear_bias), wrt if compute.scales_later(input, options) else (False,) * 3
+    )
+
+
+def _fake_linear_gradient(
+    upstream: Tensor, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients((input, linear_weight, linear_bias), rest[-1])
+
+
+def _save_linear(ctx: Any, inputs: Any, output: Any) -> None:
+    tensors, ctx.options = inputs[:5], inputs[5:]
+    grads = () if output is None else output[1:]
+    if output is not None:
+        ctx.mark_non_differentiable(*grads)
+    ctx.save_for_backward(*tensors, *grads)
+
+
+def _linear_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    tensors, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    *options, _, chunk_rows, _ = ctx.options
+    wrt = _wanted(ctx)
+    if torch.is_grad_enabled() or not grads or not compute.scales_later(tensors[0], ctx.options):
+        found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
+    else:
+        found = tuple(upstream * g for g in grads)
+    return _for_inputs(found, wrt, ctx.options)
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Whether there is to be a gradient of input, linear_weight, linear_bias."""
+    dX, dW, _, db, *_ = ctx.needs_input_grad
+    return [dX, dW, db]
+
+
+def _for_inputs(found: Any, wrt: list[bool], options: Any) -> tuple[Any, ...]:
+    dX, dW, db = (g if wanted else None for g, wanted in zip(found, wrt, strict=True))
+    return dX, dW, None, db, None, *(None,) * len(options)
+
+
+class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
+    """The gradients are the backward pass's own, to scale and give away: a second one computes new ones."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        _save_linear(ctx, arguments, None)
+        loss, *ctx.gradients = compute.linear_loss(*arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        found, ctx.gradients = ctx.gradients, None
+        *options, _, chunk_rows, _ = ctx.options
+        wrt = _wanted(ctx)
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or found is None or not compute.scales_later(tensors[0], ctx.options):
+            found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
+        elif (factor := upstream.item()) != 1:
+            for gradient in found:
+                gradient *= factor
+        return _for_inputs(found, wrt, ctx.options)
+
+
+_LAYER = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
+linear_gradient = _Operator(
+    f"(Tensor upstream, {_LAYER}, {compute.SCHEMA}, int? chunk_rows, bool[] wrt) -> (Tensor, Tensor, Tensor)",
+    compute.linear_gradient,
+    _fake_linear_gradient,
+    _save_nothing,
+    _no_second_derivative,
+)
+linear_loss = _Operator(
+    f"({_LAYER}, {compute.SCHEMA}, bool wide, int? chunk_rows, bool[] wrt) -> (Tensor, Tensor, Tensor, Tensor)",
+    compute.linear_loss,
+    _fake_linear_loss,
+    _save_linear,
+    _linear_backward,
+    lambda *arguments: (_EagerLinear.apply(*arguments),),
+)
