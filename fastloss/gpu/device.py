@@ -19,10 +19,17 @@ Helpers inside kernels
     Four numbers of shared memory; k is a multiple of 4.
 `load_index(p, i, kind)`
     An integer of any type: `kind` is its size, negative if it has no sign; p points to bytes.
-`add_and_fetch(p, i, n)`, `look(p, i)`
-    Integers that blocks share: an atomic sum (what was there before is returned), and a read that is not cached.
+`add_and_fetch(p, i, n)`, `least(p, i, n)`, `look(p, i)`
+    Of numbers (int64) that blocks share: an atomic sum, which returns what was there; an atomic minimum; and a read
+    that is not cached, of float64 too.
+`quotient(a, b)`
+    a // b for numbers from 0 to 2^32 − 1: others are divided by a function, which takes registers.
 `exp2(x)`, `fma(a, b, c)`
     One instruction each (exp2 of float32 is off by up to 2 units).
+`exp(x)`
+    Of the type of its argument.
+`larger(a, b)`, `bits(x)`, `float32_of(i)`, `float64_of(i)`
+    The maximum, NaN if one is; a number's bits as an integer of its size, and the reverse. Not in the simulator.
 `shuffle(x, k)`
     The x of the thread whose number in the warp differs in the bits of k. Not in the simulator.
 `reduction(merge, width)`
@@ -34,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -400,11 +408,22 @@ if SIMULATED:
         # Exact for float32, whose products float64 holds; close for float64.
         return type(c)(np.float64(a) * np.float64(b) + np.float64(c))
 
+    def quotient(a: Any, b: Any) -> Any:
+        return a // b
+
+    def least(p: Pointer, i: Any, n: Any) -> None:
+        with _atomics:
+            p[i] = min(p[i], n)
+
+    exp = np.exp
+
     def syncthreads() -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
 
     def threadfence() -> None:
         pass
+
+    threadfence_system = threadfence
 
     def thread_index() -> Any:
         return threading.current_thread().threadIdx.x  # type: ignore[attr-defined]
@@ -633,13 +652,66 @@ elif cuda is not None:
         return p.dtype(p, _t.int64, p.dtype), code
 
     @intrinsic
+    def quotient(typing: Any, a: Any, b: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            a, b = (builder.trunc(x, _I32) for x in args)
+            return builder.zext(builder.udiv(a, b), _I64)
+
+        return _t.int64(_t.int64, _t.int64), code
+
+    @intrinsic
+    def least(typing: Any, p: Any, i: Any, n: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.atomic_rmw("min", builder.gep(args[0], [args[1]]), args[2], "monotonic")
+            return context.get_dummy_value()
+
+        return _t.void(p, _t.int64, p.dtype), code
+
+    @intrinsic
     def look(typing: Any, p: Any, i: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             address = builder.gep(args[0], [args[1]])
-            kind = ir.FunctionType(_I64, [address.type])
-            return builder.call(ir.InlineAsm(kind, "ld.volatile.global.s64 $0, [$1];", "=l,l", True), [address])
+            kind, name, letter = (_F64, "f64", "d") if p.dtype == _t.float64 else (_I64, "s64", "l")
+            read = f"ld.volatile.global.{name} $0, [$1];"
+            return builder.call(ir.InlineAsm(ir.FunctionType(kind, [address.type]), read, f"={letter},l", True), [address])
 
-        return _t.int64(p, _t.int64), code
+        return p.dtype(p, _t.int64), code
+
+    @intrinsic
+    def bits(typing: Any, x: Any) -> Any:
+        integer = _t.int64 if x == _t.float64 else _t.int32
+
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], _I64 if x == _t.float64 else _I32)
+
+        return integer(x), code
+
+    def _number_of(result: Any, kind: Any, width: Any) -> Any:
+        @intrinsic
+        def number(typing: Any, i: Any) -> Any:
+            def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                i = builder.trunc(args[0], width) if args[0].type.width > width.width else args[0]
+                return builder.bitcast(i, kind)
+
+            return result(i), code
+
+        return number
+
+    float32_of, float64_of = _number_of(_t.float32, _F32, _I32), _number_of(_t.float64, _F64, _I64)
+
+    @intrinsic
+    def larger(typing: Any, a: Any, b: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if a == _t.float32:
+                pick = ir.InlineAsm(ir.FunctionType(_F32, [_F32, _F32]), "max.NaN.f32 $0, $1, $2;", "=f,f,f")
+                return builder.call(pick, args)
+            left, right = args
+            is_left = builder.or_(builder.fcmp_ordered(">=", left, right), builder.fcmp_unordered("uno", left, left))
+            return builder.select(is_left, left, right)
+
+        return a(a, a), code
+
+    exp = math.exp
 
     @intrinsic
     def exp2(typing: Any, x: Any) -> Any:
@@ -671,6 +743,7 @@ elif cuda is not None:
         return instruction
 
     syncthreads, threadfence = _call("llvm.nvvm.barrier0"), _call("llvm.nvvm.membar.gl")
+    threadfence_system = _call("llvm.nvvm.membar.sys")
     thread_index = _call("llvm.nvvm.read.ptx.sreg.tid.x", _t.int64)
     block_index = _call("llvm.nvvm.read.ptx.sreg.ctaid.x", _t.int64)
 
@@ -794,3 +867,48 @@ def reduction(merge: Any, width: int) -> Any:
         return x
 
     return device_function(reduce)
+
+
+# --- memory of our own -----------------------------------------------------------------------------------------------
+class Buffer:
+    """Memory on the current GPU that no array library knows of; `pointer` is its address.
+
+    Parameters
+    ----------
+    numbers : NumPy array, whose contents it gets
+    """
+
+    __slots__ = ("owner", "pointer", "size")
+
+    def __init__(self, numbers: Any) -> None:
+        self.size = numbers.size
+        self.owner = numbers.copy() if SIMULATED else cuda.to_device(numbers)
+        self.pointer = Pointer(self.owner) if SIMULATED else int(self.owner.device_ctypes_pointer.value)
+
+
+class Workspace:
+    """Buffers of a stream, kept from call to call, that grow. Calls on one stream follow each other, so they share."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Buffer] = {}
+
+    def get(self, name: str, count: int, dtype: Any, fill: int = 0) -> Any:
+        """A pointer to at least `count` numbers, which are `fill` when they are new."""
+        found = self._buffers.get(name)
+        if found is None or found.size < count:
+            size = 1 << max(4, (count - 1).bit_length())
+            found = self._buffers[name] = Buffer(np.full(size, fill, dtype))
+        return found.pointer
+
+
+    def words(self) -> Any:
+        """Three numbers (int64) that blocks share: 0, 0 and the largest there is; kernels leave them so."""
+        found = self._buffers.get("words")
+        if found is None:
+            found = self._buffers["words"] = Buffer(np.array([0, 0, np.iinfo(np.int64).max]))
+        return found.pointer
+
+
+@functools.lru_cache(maxsize=256)
+def workspace(gpu: int, stream: int) -> Workspace:
+    return Workspace()
