@@ -9,6 +9,7 @@ import numpy as np
 from fastloss import _checks as checks
 from fastloss import backends, blocks, driver, threads
 from fastloss._checks import Array
+from fastloss.gpu import arrays
 from fastloss.losses import Loss
 from fastloss.penalties import Penalty
 
@@ -69,6 +70,13 @@ class LinearObjective:
     >>> value, grad.shape
     (2.0, (3, 4))
     """
+
+    def __new__(cls, loss: Loss, X: object, *arguments: Any, **options: Any) -> LinearObjective:
+        if cls is LinearObjective and arrays.is_device(X):
+            from fastloss.gpu.linear import DeviceObjective
+
+            return super().__new__(DeviceObjective)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -404,6 +412,13 @@ def linear_value_and_grad(
     (1.6094, (5, 3))
     """
     _check_loss(loss)
+    if arrays.is_device(X):
+        from fastloss.gpu import linear as on_gpu
+
+        if backend not in (None, "cuda"):
+            raise backends.BackendError(f"backend {backend!r} cannot serve this call: X is on a GPU")
+        threads.resolve(n_threads)
+        return on_gpu.linear_call(loss, X, W, targets, b, wrt, sample_weight, reduction, upstream, chunk_rows)
     features = _features(X)
     weights = checks.matrix(W, "W", "(C, D): a row of D weights for each of C classes")
     n, d = features.shape

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastloss._checks import Array
+from fastloss.gpu import arrays
 
 #: NumPy's names of the types of scores.
 FLOATS = ("float32", "float64", "float16", "bfloat16")
@@ -275,7 +276,7 @@ class Numba(Source):
         self._simulated = device.SIMULATED
 
     def owns(self, array: object) -> bool:
-        return bool(self.cuda.is_cuda_array(array))
+        return arrays.is_device(array)
 
     def dtype(self, array: Any) -> str:
         return str(array.dtype.name)

@@ -48,13 +48,13 @@ class _Rows:
         Class weights of the targets.
     """
 
-    def __init__(self, target: Tensor, n_classes: int, weight: Tensor | None, o: Options) -> None:
+    def __init__(self, target: Tensor, n_classes: int, weight: Tensor | None, o: Options, like: Tensor) -> None:
         self.o, self.probabilities, self.factor = o, target.is_floating_point(), None
         if self.probabilities:
             if o.label_smoothing:
                 wide = target.float() if target.dtype.itemsize == 2 else target
                 target = wide * (1 - o.label_smoothing) + o.label_smoothing / n_classes
-            self.rows = target.movedim(1, -1).reshape(-1, n_classes).contiguous()
+            self.rows = target.movedim(1, -1).reshape(-1, n_classes).to(_real(like)).contiguous()
         else:
             self.rows = target.reshape(-1)
         smoothing = 0.0 if self.probabilities else o.label_smoothing
@@ -101,12 +101,12 @@ class _Rows:
             return values
         return values.sum() / self.total()
 
-    def pull(self, upstream: Tensor) -> Tensor:
-        """The factor of each row's gradient."""
+    def pull(self, upstream: Tensor, like: Tensor) -> Tensor:
+        """The factor of each row's gradient, in the type that `like` is computed in."""
         factors = upstream.double().reshape(-1) / self.total()
         if self.factor is not None:
             factors = factors * self.factor
-        return factors.expand(len(self.rows)).contiguous()
+        return factors.expand(len(self.rows)).to(_real(like)).contiguous()
 
 
 def _host(weight: Tensor) -> Any:
@@ -116,6 +116,11 @@ def _host(weight: Tensor) -> Any:
             "weight has negative numbers, which label smoothing and probabilities take on the CPU only: use weight.abs()"
         )
     return host
+
+
+def _real(tensor: Tensor) -> Any:
+    """The type that is computed in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: 
     *rest, wide = options
     o = Options(*rest)
     x, batch = compute.batched(input.detach(), target.detach())
-    rows, scores = _Rows(batch, x.shape[1], weight, o), _matrix(x)
+    rows, scores = _Rows(batch, x.shape[1], weight, o, input), _matrix(x)
     if rows.is_plain:
         value = rows.loss.value(scores, rows.rows, reduction=o.reduction)
     else:
@@ -146,12 +151,12 @@ def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Ten
     require("input", input)
     o = Options(*options)
     x, batch = compute.batched(input.detach(), target.detach())
-    rows = _Rows(batch, x.shape[1], weight, o)
+    rows = _Rows(batch, x.shape[1], weight, o, input)
     gradient = torch.empty_like(input)
     out, _ = compute.batched(gradient, target)
     found = _matrix(out)
     direct = out.dim() == 2 or found.data_ptr() == out.data_ptr()
-    rows.loss.value_and_grad(_matrix(x), rows.rows, out=found, reduction="none", upstream=rows.pull(upstream))
+    rows.loss.value_and_grad(_matrix(x), rows.rows, out=found, reduction="none", upstream=rows.pull(upstream, input))
     if not direct:
         moved = out.movedim(1, -1)
         moved.copy_(found.reshape(moved.shape))
@@ -163,7 +168,7 @@ def loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Tens
     require("input", input)
     *rest, wide = options
     o = Options(*rest)
-    rows = _Rows(target, input.shape[1], None, o)
+    rows = _Rows(target, input.shape[1], None, o, input)
     out = torch.empty_like(input)
     value, gradient = rows.loss.value_and_grad(input.detach(), rows.rows, out=out, reduction=o.reduction)
     return value.to(_loss_type(input, wide)), gradient
@@ -187,7 +192,7 @@ def _layer(
     classes, features = linear_weight.shape[0], input.shape[-1]
     X, W = input.detach().reshape(-1, features), linear_weight.detach().reshape(classes, -1, features)
     b = None if linear_bias is None else linear_bias.detach().reshape(classes, -1)
-    positions, factors = W.shape[1], None if upstream is None else rows.pull(upstream)
+    positions, factors = W.shape[1], None if upstream is None else rows.pull(upstream, input)
     whole = _is_whole(linear_weight, rows) and upstream is None
     values, found = [], []
     for p in range(positions):
@@ -232,7 +237,7 @@ def _filled(found: list[Tensor | None], input: Tensor) -> tuple[Tensor, ...]:
 
 def _layer_rows(input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, o: Options) -> _Rows:
     batch = target.detach() if input.dim() > 1 else target.detach()[None]
-    return _Rows(batch, linear_weight.shape[0], weight, o)
+    return _Rows(batch, linear_weight.shape[0], weight, o, input)
 
 
 def linear_loss(
