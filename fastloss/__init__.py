@@ -11,7 +11,7 @@ from fastloss.backends import BackendError, BackendWarning, Stats, list_backends
 from fastloss.linear import LinearObjective, linear_value_and_grad
 from fastloss.losses import Hinge, Loss, Softmax, log_softmax, logsumexp, softmax
 from fastloss.penalties import L1, L2, ElasticNet, MaxNorm, Penalty
-from fastloss.threads import get_num_threads, set_num_threads
+from fastloss.threads import get_num_threads, set_num_threads, synchronize
 
 __version__ = "0.1.0"
 
@@ -35,5 +35,6 @@ __all__ = [
     "logsumexp",
     "set_num_threads",
     "softmax",
+    "synchronize",
     "use_backend",
 ]

@@ -144,11 +144,36 @@ def check_upstream(upstream: object, reduction: str, n: int) -> float | Array:
     return checks.number(array[()], "upstream")
 
 
+def on_gpu(array: object, backend_name: str | None) -> bool:
+    """Whether an array is on a GPU, where `fastloss.gpu.driver` takes the call; raise if another backend is named.
+
+    Only asked for what is no NumPy array, so that a call with one costs nothing.
+    """
+    kind = type(array)
+    if not (hasattr(kind, "__cuda_array_interface__") or kind.__name__ == "FakeCUDAArray"):
+        return False
+    from fastloss.gpu import arrays
+
+    if not arrays.is_device(array):
+        return False
+    name = backends.named(backend_name)
+    if name not in (None, "cuda"):
+        raise backends.BackendError(f"backend {name!r} cannot serve this call: the arrays are on a GPU; use 'cuda'")
+    return True
+
+
 def scores_call(
     loss: Any, scores: object, targets: object, want_grad: bool, out: Array | None, sample_weight: object,
     reduction: str, upstream: object, outputs: tuple[str, ...], backend_name: str | None, n_threads: int | None,
+    check: bool = False,
 ) -> tuple[Any, Array | None, dict[str, Array]]:  # fmt: skip
     """Loss, gradient and extra outputs of given scores."""
+    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
+        from fastloss.gpu import driver as gpu
+
+        return gpu.scores_call(
+            loss, scores, targets, want_grad, out, sample_weight, reduction, upstream, outputs, check
+        )  # fmt: skip
     if reduction not in checks.REDUCTIONS:
         checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     s = checks.scores(scores)
@@ -329,6 +354,10 @@ def transform_call(
     kind: str, scores: object, out: Array | None, backend_name: str | None, n_threads: int | None
 ) -> Array:
     """softmax, log_softmax or logsumexp along the last axis."""
+    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
+        from fastloss.gpu import driver as gpu
+
+        return gpu.transform_call(kind, scores, out)  # type: ignore[no-any-return]
     s = checks.as_array(scores, "scores")
     if s.ndim == 0 or s.shape[-1] == 0:
         raise ValueError(f"scores has shape {s.shape}; it must be (N, C) with at least one class along the last axis")

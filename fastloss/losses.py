@@ -108,6 +108,7 @@ class Loss:
         outputs: tuple[str, ...] = (),
         backend: str | None = None,
         n_threads: int | None = None,
+        check: bool = False,
     ) -> Any:
         """The loss.
 
@@ -127,6 +128,14 @@ class Loss:
             A backend by name (see `fastloss.list_backends`), instead of the automatic choice.
         n_threads : int, optional
             Threads to use, instead of `fastloss.get_num_threads()`. Results do not depend on it.
+        check : bool
+            Of arrays on a GPU: wait for it, and raise for what it found to be wrong with them (see below).
+
+        Arrays may be on a GPU: CuPy's, PyTorch's CUDA tensors, numba-cuda's device arrays, or others with
+        `__cuda_array_interface__` (float16 to float64 scores). The call is then queued on the current stream of their
+        library, and does not wait; results are arrays of the same kind, the value one without dimensions (float64).
+        Targets outside the classes, and weights that are no weights, give rows of NaN there; the error is raised by the
+        next call, by `fastloss.synchronize()`, or at once with `check=True`.
 
         Returns
         -------
@@ -149,7 +158,7 @@ class Loss:
         2.9
         """
         value, _, extras = driver.scores_call(
-            self, scores, targets, False, None, sample_weight, reduction, None, outputs, backend, n_threads
+            self, scores, targets, False, None, sample_weight, reduction, None, outputs, backend, n_threads, check
         )
         return (value, extras) if outputs else value
 
@@ -165,6 +174,7 @@ class Loss:
         outputs: tuple[str, ...] = (),
         backend: str | None = None,
         n_threads: int | None = None,
+        check: bool = False,
     ) -> Any:
         """The loss and its gradient with respect to the scores.
 
@@ -191,7 +201,7 @@ class Loss:
         -2.1e-09
         """
         value, grad, extras = driver.scores_call(
-            self, scores, targets, True, out, sample_weight, reduction, upstream, outputs, backend, n_threads
+            self, scores, targets, True, out, sample_weight, reduction, upstream, outputs, backend, n_threads, check
         )
         return (value, grad, extras) if outputs else (value, grad)
 

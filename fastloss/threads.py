@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +100,24 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def synchronize() -> None:
+    """Wait for the GPU that this thread works on, and raise what calls found to be wrong with their arrays.
+
+    Calls with arrays on a GPU do not wait for it. Targets outside the classes give rows of NaN there, and an error in a
+    later call, or here. Without such calls there is nothing to wait for.
+
+    Raises
+    ------
+    ValueError
+        For a target, probability or weight that an earlier call was given on the GPU.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> fl.synchronize()
+    """
+    module = sys.modules.get("fastloss.gpu.driver")
+    if module is not None:
+        module.synchronize()

@@ -195,6 +195,7 @@ _TABLE: dict[str, tuple[str, str]] = {
     "cython-v3": ("fastloss.backends.cython", "v3"),
     "cython-v2": ("fastloss.backends.cython", "v2"),
     "cython-base": ("fastloss.backends.cython", "base"),
+    "cuda": ("fastloss.backends.cuda", "gpu"),
     "reference": ("fastloss.backends.reference", ""),
 }
 _AUTOMATIC = ("cython", "reference")
@@ -242,9 +243,14 @@ def get(name: str) -> Backend:
     return found
 
 
+def named(name: str | None) -> str | None:
+    """The backend that is asked for: by that name, by `use_backend`, or by FASTLOSS_BACKEND; None for any."""
+    return name or _forced.get() or _environment()
+
+
 def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> Backend:
     """The backend for a call: the one named (here, by `use_backend` or FASTLOSS_BACKEND), else the first that can."""
-    name = name or _forced.get() or _environment()
+    name = named(name)
     if name is not None:
         backend = get(name)
         reason = backend.why_not(verb, loss, dtype, needs)

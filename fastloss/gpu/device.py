@@ -137,7 +137,7 @@ def limits() -> Limits:
 @functools.cache
 def _limits(gpu: int) -> Limits:
     if SIMULATED:
-        return Limits(multiprocessors=2, shared_bytes=48 << 10, most_threads=32)
+        return Limits(multiprocessors=2, shared_bytes=48 << 10, most_threads=8)
     facts = cuda.gpus[gpu]
     return Limits(
         multiprocessors=facts.MULTIPROCESSOR_COUNT,
@@ -673,7 +673,8 @@ elif cuda is not None:
             address = builder.gep(args[0], [args[1]])
             kind, name, letter = (_F64, "f64", "d") if p.dtype == _t.float64 else (_I64, "s64", "l")
             read = f"ld.volatile.global.{name} $0, [$1];"
-            return builder.call(ir.InlineAsm(ir.FunctionType(kind, [address.type]), read, f"={letter},l", True), [address])
+            function = ir.FunctionType(kind, [address.type])
+            return builder.call(ir.InlineAsm(function, read, f"={letter},l", True), [address])
 
         return p.dtype(p, _t.int64), code
 
@@ -711,7 +712,7 @@ elif cuda is not None:
 
         return a(a, a), code
 
-    exp = math.exp
+    exp = math.exp  # type: ignore[assignment]
 
     @intrinsic
     def exp2(typing: Any, x: Any) -> Any:
@@ -912,3 +913,36 @@ class Workspace:
 @functools.lru_cache(maxsize=256)
 def workspace(gpu: int, stream: int) -> Workspace:
     return Workspace()
+
+
+class Lane:
+    """A stream of our own, with buffers on the host (pinned, so that copies overlap kernels) and on the GPU."""
+
+    def __init__(self) -> None:
+        self._stream = cuda.stream()
+        self.handle = 0 if SIMULATED else int(self._stream)
+        self._pairs: dict[str, tuple[Any, Any]] = {}
+
+    def host(self, name: str, count: int, dtype: Any) -> Any:
+        """`count` numbers of the host's buffer of that name."""
+        found = self._pairs.get(name)
+        if found is None or found[0].size < count or found[0].dtype != dtype:
+            found = self._pairs[name] = cuda.pinned_array(count, dtype), cuda.device_array(count, dtype)
+        return found[0][:count]
+
+    def pointer(self, name: str, kind: str | None = None) -> Any:
+        """The address of the GPU's buffer; `kind`: what its numbers are, if not what its dtype says."""
+        there = self._pairs[name][1]
+        return Pointer(there._ary, kind) if SIMULATED else int(there.device_ctypes_pointer.value)
+
+    def send(self, name: str, count: int) -> None:
+        here, there = self._pairs[name]
+        there[:count].copy_to_device(here[:count], stream=self._stream)
+
+    def fetch(self, name: str, count: int) -> None:
+        here, there = self._pairs[name]
+        there[:count].copy_to_host(here[:count], stream=self._stream)
+
+    def wait(self) -> None:
+        """Until all that was asked for is done."""
+        self._stream.synchronize()

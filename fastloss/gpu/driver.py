@@ -1,7 +1,7 @@
 """Calls with arrays on a GPU: the checks and the meaning of `fastloss.driver`, on the caller's stream, without waiting.
 
-What a host would have to wait for to check (targets, probabilities, weights on the GPU) is looked at by the kernels: such
-rows give NaN, and the error is raised by the next call, by `fastloss.synchronize()`, or by `check=True`.
+What a host would have to wait for to check (targets, probabilities, weights on the GPU) is looked at by the kernels:
+bad rows give NaN, and the error is raised by the next call, by `fastloss.synchronize()`, or by `check=True`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from fastloss import _checks as checks
 from fastloss import driver
-from fastloss.backends import BackendError, Backend
+from fastloss.backends import Backend, BackendError
 from fastloss.gpu import arrays, device, scores
 from fastloss.gpu.arrays import View
 from fastloss.jit import rowmath
@@ -31,14 +31,14 @@ def require() -> None:
 
 # --- errors that are found on the GPU --------------------------------------------------------------------------------
 @functools.cache
-def _errors(gpu: int) -> tuple[Any, Any]:
+def errors(gpu: int) -> tuple[Any, Any]:
     """The words in which kernels say what is wrong, as an array and as a pointer."""
     return device.mapped_words(4)
 
 
 def raise_errors(gpu: int) -> None:
     """Raise what an earlier call found to be wrong, once. Does not wait."""
-    words, _ = _errors(gpu)
+    words, _ = errors(gpu)
     code = int(words[0])
     if code == scores.NOTHING:
         return
@@ -53,21 +53,7 @@ def raise_errors(gpu: int) -> None:
 
 
 def synchronize() -> None:
-    """Wait for the GPU that this thread works on, and raise what calls found to be wrong with their arrays.
-
-    Calls with arrays on a GPU do not wait for it. Targets outside the classes give rows of NaN there, and an error in a
-    later call, or here.
-
-    Raises
-    ------
-    ValueError
-        For a target, probability or weight that an earlier call was given on the GPU.
-
-    Examples
-    --------
-    >>> import fastloss as fl
-    >>> fl.synchronize()  # nothing to wait for
-    """
+    """Wait for the GPU that this thread works on, and raise what calls found there."""
     if device.why_not() is None:
         device.synchronize()
         raise_errors(device.current_gpu())
@@ -112,12 +98,15 @@ def _targets(value: Any, like: View, loss: Any, n: int, c: int) -> View:
     is_float = view.dtype in device.REAL
     if view.ndim == 2 and (is_float or view.shape == (n, c)):
         if view.shape != (n, c):
-            raise ValueError(f"targets has shape {view.shape}; class probabilities must have the scores' shape {(n, c)}")
+            wanted = n, c
+            raise ValueError(
+                f"targets has shape {view.shape}; class probabilities must have the scores' shape {wanted}"
+            )
         loss.check_probabilities()
         if view.dtype != device.REAL[like.dtype]:
             raise TypeError(
-                f"targets has dtype {view.dtype}; class probabilities on a GPU must be {device.REAL[like.dtype]}, which "
-                "the loss is computed in"
+                f"targets has dtype {view.dtype}; class probabilities on a GPU must be {device.REAL[like.dtype]}, "
+                "which the loss is computed in"
             )
     elif view.shape != (n,):
         raise ValueError(f"targets has shape {view.shape}; it must be ({n},), a class for each row")
@@ -154,7 +143,7 @@ def _lead(view: View) -> int:
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
-def _options(loss: Any, plan: rowmath.Plan, c: int, dtype: str, gpu: int) -> Any:
+def options(loss: Any, plan: rowmath.Plan, c: int, dtype: str, gpu: int) -> Any:
     """A pointer to the options of a loss on a GPU: numbers, then class weights or margins of class pairs."""
     kept: dict[Any, device.Buffer] = loss.__dict__.setdefault("_on_gpu", {})
     key = plan, c, dtype, gpu
@@ -175,7 +164,7 @@ def _class_weight(loss: Any, gpu: int) -> Any:
 
 
 @functools.cache
-def _nothing(gpu: int, dtype: str) -> Any:
+def nothing(gpu: int, dtype: str) -> Any:
     """A pointer where none is needed."""
     return device.Buffer(np.zeros(16, dtype)).pointer
 
@@ -195,13 +184,12 @@ def _weigh(
         "float64" if weight is None else weight.dtype, has_classes, ignores, weight is not None,
         has_classes and loss.weighs_inside(False),
     )  # fmt: skip
-    nothing = _nothing(gpu, "float64")
     kernel.launch(
         blocks, threads, device.SCRATCH * scores.WIDTH * 8, stream, n, c,
-        targets.pointer if indices else _nothing(gpu, "uint8"), _index_kind(targets) if indices else 1,
-        loss.ignore_index if ignores else 0, _class_weight(loss, gpu) if has_classes else nothing,
-        nothing if weight is None else weight.pointer, weights, workspace.get("sums", blocks, np.float64),
-        workspace.words(), _errors(gpu)[1], total, blocks, threads,
+        targets.pointer if indices else nothing(gpu, "uint8"), _index_kind(targets) if indices else 1,
+        loss.ignore_index if ignores else 0, _class_weight(loss, gpu) if has_classes else nothing(gpu, "float64"),
+        nothing(gpu, "float64") if weight is None else weight.pointer, weights,
+        workspace.get("sums", blocks, np.float64), workspace.words(), errors(gpu)[1], total, blocks, threads,
     )  # fmt: skip
     return weights, total
 
@@ -216,7 +204,9 @@ def scores_call(
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     s = _scores(given)
     if s.ndim != 2 or s.shape[1] == 0:
-        raise ValueError(f"scores has shape {s.shape}; it must be (N, C): a row of C class scores for each of N examples")
+        raise ValueError(
+            f"scores has shape {s.shape}; it must be (N, C): a row of C class scores for each of N examples"
+        )
     with device.on(s.gpu):
         raise_errors(s.gpu)
         n, c = s.shape
@@ -245,7 +235,8 @@ def scores_call(
                 factor = checked
         target: View | None = None
         if out is not None:
-            target = _out(out, s, s.shape, {"scores": s, "targets": y, "sample_weight": weight, "upstream": pulled}, True)
+            inputs = {"scores": s, "targets": y, "sample_weight": weight, "upstream": pulled}
+            target = _out(out, s, s.shape, inputs, True)
         if n == 0:
             return _empty(s, loss, want_grad, target, reduction, outputs, real)
         return _run(loss, s, y, want_grad, target, weight, reduction, factor, pulled, outputs, real, check)
@@ -267,20 +258,20 @@ def _empty(
 
 
 def _run(
-    loss: Any, s: View, y: View, want_grad: bool, target: View | None, weight: View | None, reduction: str, factor: float,
-    pulled: View | None, outputs: tuple[str, ...], real: str, check: bool,
+    loss: Any, s: View, y: View, want_grad: bool, target: View | None, weight: View | None, reduction: str,
+    factor: float, pulled: View | None, outputs: tuple[str, ...], real: str, check: bool,
 ) -> tuple[Any, Any, dict[str, Any]]:  # fmt: skip
     n, c = s.shape
     gpu, stream, work = s.gpu, s.stream, s.contiguous()
     probabilities = y.ndim == 2
     row = rowmath.plan_of(loss, probabilities, z="lse" in outputs, entropy="entropy" in outputs)
     plan = scores.Plan(row, s.dtype, "argmax" in outputs)
-    flags, nothing = 0, functools.partial(_nothing, gpu)
+    flags, none = 0, functools.partial(nothing, gpu)
     grad = None
     if want_grad:
         flags |= scores.GRADIENT
         grad = target if target is not None and target.is_contiguous else s.empty(s.shape, s.dtype)
-    weights, total = nothing("float64"), nothing("float64")
+    weights, total = none("float64"), none("float64")
     if weight is not None or (not probabilities and (loss.class_weight is not None or loss.ignore_index is not None)):
         weights, total = _weigh(loss, y, weight, n, c, gpu, stream)
         flags |= scores.WEIGHTED
@@ -312,13 +303,13 @@ def _run(
         flags |= scores.PULLED
     arguments = scores.Arguments(
         work.pointer, work.pointer if grad is None else grad.pointer, _lead(work), 0 if grad is None else _lead(grad),
-        n, c, nothing("uint8") if probabilities else y.pointer, 1 if probabilities else _index_kind(y),
-        y.pointer if probabilities else nothing(real), _options(loss, row, c, s.dtype, gpu), weights,
-        nothing(real) if pulled is None else pulled.pointer, total, factor * mean, mean,
-        nothing("float64") if value is None else value.pointer, nothing(real) if values is None else values.pointer,
-        nothing(real) if extra is None else extra.pointer, nothing("int64") if index is None else index.pointer, flags,
+        n, c, none("uint8") if probabilities else y.pointer, 1 if probabilities else _index_kind(y),
+        y.pointer if probabilities else none(real), options(loss, row, c, s.dtype, gpu), weights,
+        none(real) if pulled is None else pulled.pointer, total, factor * mean, mean,
+        none("float64") if value is None else value.pointer, none(real) if values is None else values.pointer,
+        none(real) if extra is None else extra.pointer, none("int64") if index is None else index.pointer, flags,
     )  # fmt: skip
-    scores.launch(plan, arguments, gpu, stream, _errors(gpu)[1])
+    scores.launch(plan, arguments, gpu, stream, errors(gpu)[1])
     if grad is not None and target is not None and grad is not target:
         target.assign(grad)
         grad = target
@@ -330,7 +321,7 @@ def _run(
     return result.owner, None if grad is None else grad.owner, extras
 
 
-_TRANSFORMS = {"softmax": "p", "log_softmax": "log p", "logsumexp": "lse"}
+TRANSFORMS = {"softmax": "p", "log_softmax": "log p", "logsumexp": "lse"}
 
 
 def transform_call(kind: str, given: Any, out: Any) -> Any:
@@ -347,14 +338,14 @@ def transform_call(kind: str, given: Any, out: Any) -> Any:
         result = target if target is not None and target.is_contiguous else s.empty(shape, s.dtype)
         if n:
             gpu, work = s.gpu, s.contiguous()
-            real, nothing = device.REAL[s.dtype], functools.partial(_nothing, gpu)
-            plan = scores.Plan(rowmath.Plan(_TRANSFORMS[kind]), s.dtype)
+            real, none = device.REAL[s.dtype], functools.partial(nothing, gpu)
+            plan = scores.Plan(rowmath.Plan(TRANSFORMS[kind]), s.dtype)
             arguments = scores.Arguments(
-                work.pointer, result.pointer, _lead(work), _lead(result), n, c, nothing("uint8"), 1, nothing(real),
-                nothing(real), nothing("float64"), nothing(real), nothing("float64"), 1.0, 1.0, nothing("float64"),
-                nothing(real), nothing(real), nothing("int64"), scores.GRADIENT,
+                work.pointer, result.pointer, _lead(work), _lead(result), n, c, none("uint8"), 1, none(real),
+                none(real), none("float64"), none(real), none("float64"), 1.0, 1.0, none("float64"),
+                none(real), none(real), none("int64"), scores.GRADIENT,
             )  # fmt: skip
-            scores.launch(plan, arguments, gpu, s.stream, _errors(gpu)[1])
+            scores.launch(plan, arguments, gpu, s.stream, errors(gpu)[1])
         if target is not None and result is not target:
             target.assign(result)
             result = target

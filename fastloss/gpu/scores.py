@@ -1,11 +1,11 @@
 """Kernels of given scores: loss, gradient and extra outputs of rows, and softmax, log-softmax and log-sum-exp.
 
 Rows that fit (`_build_rows`). A block takes tiles of whole rows that follow each other in memory: 1 if many threads (a
-`team`) share a row, else as many as it has teams; a thread has a row of its own where there are few classes. The tile's
-numbers come in 16 bytes at a time, four loads under way in each thread, whatever rows begin at, and are kept in shared
-memory in the compute type; walks over them are by four numbers. What is kept for the gradient (exponentials) takes their
-place, then the gradient, which leaves in 16 bytes at a time. Traffic: each score is read once and written once. Rows in
-shared memory are apart by a pitch that spreads what threads read together over all banks.
+`team`) share a row, else as many as it has teams; a thread has a row of its own where there are few classes. The
+tile's numbers come in 16 bytes at a time, four loads under way in each thread, wherever rows begin, and are kept in
+shared memory in the compute type; walks over them are by four numbers. What is kept for the gradient (exponentials)
+takes their place, then the gradient, which leaves in 16 bytes at a time. Traffic: each score is read once and written
+once. Rows in shared memory are apart by a pitch that spreads what threads read together over all banks.
 
 Rows that do not fit (`_build_long_rows`). A row is split into blocks of classes. There are two tasks for each: `look`
 leaves the block's state in a workspace, `close` waits for all states of its row, adds them up in order, and writes the
@@ -26,7 +26,7 @@ import numpy as np
 
 from fastloss.gpu import device
 from fastloss.jit import rowmath
-from fastloss.jit.rowmath import AT_TARGET, CLASSES, ELSEWHERE, MARGIN, PER_TEMPERATURE, TERMS
+from fastloss.jit.rowmath import MARGIN, PER_TEMPERATURE, TERMS
 
 #: What a call wants and has, as bits of `flags`.
 GRADIENT, WEIGHTED, PULLED, SHARED_TOTAL, VALUES, ROW_LOSS, LSE, ENTROPY, ARGMAX, WRITES_VALUE = (
@@ -35,10 +35,11 @@ GRADIENT, WEIGHTED, PULLED, SHARED_TOTAL, VALUES, ROW_LOSS, LSE, ENTROPY, ARGMAX
 #: The numbers that blocks share: tasks taken, blocks done, the first row with a bad target.
 TAKEN, DONE, BAD = range(3)
 NO_ROW = np.iinfo(np.int64).max
-#: Numbers of a block of a long row: maximum, state, the target's score, the largest class and its score.
 WIDTH = TERMS + 1
-RECORD = WIDTH + 4
-#: Where class weights, or margins of class pairs, begin in the array of options, after the numbers that all losses have.
+#: Numbers of a block of a long row: maximum, state, the target's score; the largest score and its class; the class of
+#: the largest margin.
+RECORD = WIDTH + 5
+#: Where class weights, or margins of class pairs, begin in the array of options: after the numbers of all losses.
 TABLE = 8
 #: Classes of a block of a long row, and bytes of scores between a row's first task and its second, about.
 BLOCK_CLASSES, BETWEEN_BYTES = 1 << 14, 8 << 20
@@ -120,10 +121,9 @@ def sums(state):
 
     def first_top(value, at, x, j):
         # The larger, of equals the lower class; NaN is above all.
+        better = x != x or x > value or (x == value and j < at)
         if value != value:
             better = x != x and j < at
-        else:
-            better = x != x or x > value or (x == value and j < at)
         return (x, j) if better else (value, at)
 
     row.first_top = jit(first_top)
@@ -136,8 +136,8 @@ def _scratch(plan: Plan) -> int:
 
 
 def _walks(plan: Plan, row: Any) -> SimpleNamespace:
-    """Walks of one thread of a team over numbers in shared memory, four at a time: k, k + stride, ... below stop. `first`
-    is the class of the first number there.
+    """Walks of one thread of a team over numbers in shared memory, four at a time: k, k + stride, ... below stop.
+    `first` is the class of the first number there.
     """
     jit, load4, store4, load = device.device_function, device.load4, device.store4, device.load
     real, zero, none = row.real, row.real(0), row.real(-np.inf)
@@ -235,6 +235,19 @@ def _walks(plan: Plan, row: Any) -> SimpleNamespace:
 
         return jit(walk)
 
+    def lowest(s, at, k, stride, stop, first, c, y, known, options, table_of, q, q_at, top):
+        # over="max": the first class whose margin is the largest; NaN is.
+        found = nowhere
+        while k < stop:
+            for e in range(4):
+                j = first + k + e
+                u, w = extra(j, c, y, table_of, q, q_at), weight(j, c, table_of)
+                x = step(s[at + k + e], u, w, j == y, known, options)[0]
+                if j < c and (x == top or x != x):
+                    found = min(found, real(j))
+            k += stride
+        return found
+
     def at_class(s, at, k, stride, stop, first, y, at_target, index, at_index):
         # over="max": two entries, and zeros.
         while k < stop:
@@ -253,12 +266,12 @@ def _walks(plan: Plan, row: Any) -> SimpleNamespace:
 
     return SimpleNamespace(
         top=jit(top), argmax=jit(argmax), state=jit(state), gradient=gradient, at_class=jit(at_class), fill=jit(fill),
-        is_max=is_max,
+        lowest=jit(lowest), is_max=is_max,
     )  # fmt: skip
 
 
 def _mover(into_shared: bool, size: int) -> Any:
-    """Numbers `start` to `start + count` of global memory to rows of c numbers, `pitch` apart in shared memory, or back.
+    """Numbers `start` to `start + count` of global memory to rows of c in shared memory, `pitch` apart, or back.
 
     lead: how many numbers `start` is past a multiple of 16 bytes. A block's threads share the work.
     """
@@ -389,8 +402,8 @@ def _finisher(plan: Plan, code: int) -> Any:
     return jit(finish)
 
 
-#: The arguments of both kernels that are alike. `kind`: see `device.load_index`. scores_lead, grad_lead: how many numbers
-#: past a multiple of 16 bytes the arrays begin. extras: row losses, lse and entropies, n each.
+#: The arguments of both kernels that are alike. `kind`: see `device.load_index`. scores_lead, grad_lead: how many
+#: numbers past a multiple of 16 bytes the arrays begin. extras: row losses, lse and entropies, n each.
 _ARGUMENTS = (
     ("scores", "T*"), ("grad", "T*"), ("scores_lead", "int64"), ("grad_lead", "int64"), ("n", "int64"), ("c", "int64"),
     ("targets", "uint8*"), ("kind", "int64"), ("q", "R*"), ("options", "R*"),
@@ -495,9 +508,9 @@ def _parts(plan: Plan) -> SimpleNamespace:
 
     return SimpleNamespace(
         row=row, walks=_walks(plan, row), move_in=_mover(True, size), move_out=_mover(False, size),
-        finish=_finisher(plan, _trouble(plan)), put=_row_outputs(plan, row), per=device.WIDE // size, zero=zero, none=none,
-        nan=real(np.nan), nowhere=nowhere, options_of=jit(options_of), open_row=jit(open_row), factor_of=jit(factor_of),
-        own_margin=jit(own_margin), reduce_top=device.reduction(jit(largest), 1),
+        finish=_finisher(plan, _trouble(plan)), put=_row_outputs(plan, row), per=device.WIDE // size, zero=zero,
+        none=none, nan=real(np.nan), nowhere=nowhere, options_of=jit(options_of), open_row=jit(open_row),
+        factor_of=jit(factor_of), own_margin=jit(own_margin), reduce_top=device.reduction(jit(largest), 1),
         reduce_lowest=device.reduction(jit(lowest), 1), reduce_first=device.reduction(jit(first), 2),
         reduce_state=device.reduction(row.merge, row.width), reduce_sum=device.reduction(jit(plus), 1),
     )  # fmt: skip
@@ -509,7 +522,7 @@ def _build_rows(plan: Plan) -> Any:
     row, walks, zero, none, nan, nowhere = have.row, have.walks, have.zero, have.none, have.nan, have.nowhere
     shared, quotient = device.shared, device.quotient
     syncthreads, thread_index, block_index = device.syncthreads, device.thread_index, device.block_index
-    real, zero64, per, scratch = row.real, np.float64(0), have.per, _scratch(plan)
+    zero64, per, scratch = np.float64(0), have.per, _scratch(plan)
     move_in, move_out, finish, put = have.move_in, have.move_out, have.finish, have.put
     options_of, open_row, factor_of, own_margin = have.options_of, have.open_row, have.factor_of, have.own_margin
     reduce_top, reduce_lowest, reduce_first, reduce_state, reduce_sum = (
@@ -518,7 +531,7 @@ def _build_rows(plan: Plan) -> Any:
     walk_top, walk_argmax, walk_state, walk_fill, at_class = (
         walks.top, walks.argmax, walks.state, walks.fill, walks.at_class,
     )  # fmt: skip
-    walk_gradient, is_max = walks.gradient(False), walks.is_max
+    walk_gradient, walk_lowest, is_max = walks.gradient(False), walks.lowest, walks.is_max
     aim, settle, empty, sums_of = row.aim, row.settle, row.empty, row.sums
     looks, has_index, has_target, has_argmax, counts_target, writes_rows = (
         plan.row.looks, plan.has_index, plan.row.has_target, plan.argmax, plan.row.counts_target, plan.writes_rows,
@@ -576,7 +589,9 @@ def _build_rows(plan: Plan) -> Any:
                 own = own_margin(y, c, options, table_of)
             factor = factor_of(i, limit, w, upstream, total, grad_scale, flags)
             known = aim(m, sy, factor, options)
-            state = walk_state(s, at, k, stride, stop, 0, keeps, c, y, known, options, table_of, q, i * c)
+            state = walk_state(
+                s, at, k, stride, stop, 0, keeps and not is_max, c, y, known, options, table_of, q, i * c
+            )  # fmt: skip
             state = reduce_state(s, state, empty, t, team)
             loss, z, entropy, at_target, n0, n1, n2, n3 = settle(
                 m, sy, own, known, sums_of(state), state[1], factor, options
@@ -592,14 +607,7 @@ def _build_rows(plan: Plan) -> Any:
                 put(i, n, loss, z, entropy, index if stop > 0 else zero, w, grad, values, extras, argmax, flags)
             if keeps:
                 if is_max:
-                    low = nowhere
-                    at_k = k
-                    while at_k < stop:
-                        for e in range(4):
-                            x = s[at + at_k + e]
-                            if (x == state[0] or x != x) and at_k + e < c:
-                                low = min(low, real(at_k + e))
-                        at_k += stride
+                    low = walk_lowest(s, at, k, stride, stop, 0, c, y, known, options, table_of, q, i * c, state[0])
                     (low,) = reduce_lowest(s, (low,), (nowhere,), t, team)
                 if live:
                     if bad or w == 0.0 or factor == zero:
@@ -629,17 +637,15 @@ def _combiner(plan: Plan) -> Any:
 
     known, own_known: what `aim` makes of either maximum.
     """
-    exp, none, log2, rounder = device.exp, -np.inf, float(np.log(2)), rowmath.CONSTANTS
+    exp, none, log2 = device.exp, -np.inf, float(np.log(2))
     kind, dense, smooths, general = plan.row.kind, plan.row.dense, plan.row.smooths, plan.row.general
-    rounder = rounder[np.float64 if plan.dtype == "float64" else np.float32].rounder
+    rounder = rowmath.CONSTANTS[np.float64 if plan.dtype == "float64" else np.float32].rounder
     width, per_temperature = plan.row.terms + 1, PER_TEMPERATURE
-    unpack = "".join(f", own[{k}]" for k in range(2, width))
 
     scope: dict[str, Any] = {}
     more = "".join(f", state[{k}] + own[{k}]" for k in range(2, width))
     exec(f"def add(state, own): return (state[0] + (own[0] + own[1]), 0.0{more})", scope)
     add = device.device_function(scope["add"])
-    del unpack
 
     def as_is(state, m, own, own_m, known, own_known, count, options):
         return add(state, own)
@@ -716,17 +722,15 @@ def _build_long_rows(plan: Plan) -> Any:
         have.reduce_top, have.reduce_lowest, have.reduce_first, have.reduce_state,
     )  # fmt: skip
     walk_top, walk_argmax, walk_state, walk_fill = walks.top, walks.argmax, walks.state, walks.fill
-    walk_gradient, is_max, one_step = walks.gradient(True), walks.is_max, row.step
-    aim, settle, empty, sums_of, first_top, larger = (
-        row.aim, row.settle, row.empty, row.sums, row.first_top, row.larger,
-    )  # fmt: skip
+    walk_gradient, walk_lowest, at_class, is_max = walks.gradient(True), walks.lowest, walks.at_class, walks.is_max
+    aim, settle, empty, sums_of, first_top = row.aim, row.settle, row.empty, row.sums, row.first_top
     combine, width = _combiner(plan), row.width
     looks, has_index, has_target, has_argmax, counts_target, writes_rows = (
         plan.row.looks, plan.has_index, plan.row.has_target, plan.argmax, plan.row.counts_target, plan.writes_rows,
     )  # fmt: skip
     is_general, probabilities = plan.row.general, plan.row.probabilities
     gradient, taken, record = GRADIENT, TAKEN, RECORD
-    none64, nowhere64, nan64 = -np.inf, np.inf, np.nan
+    none64, nowhere64 = -np.inf, np.inf
     empty64 = (float(row.empty[0]),) + (0.0,) * (width - 1)
     scope: dict[str, Any] = {"look": look, "real": real}
     exec(
@@ -744,8 +748,8 @@ def narrow(x):
 
     def kernel(
         scores, grad, scores_lead, grad_lead, n, c, targets, kind, q, table_of, weight, upstream, total, grad_scale,
-        value_scale, value, values, extras, argmax, sums, words, errors, flags, blocks, threads, records, arrived, parts,
-        classes, group, groups,
+        value_scale, value, values, extras, argmax, sums, words, errors, flags, blocks, threads, records, arrived,
+        parts, classes, group, groups,
     ):  # fmt: skip
         s = shared(zero)
         d = shared(zero64)
@@ -812,8 +816,15 @@ def narrow(x):
                 s, scratch, k, stride, stop, first_class, False, c, y, known, options, table_of, q, i * c
             )  # fmt: skip
             state = reduce_state(s, state, empty, t, threads)
+            low = zero
+            if is_max:
+                low = walk_lowest(
+                    s, scratch, k, stride, stop, first_class, c, y, known, options, table_of, q, i * c, state[0]
+                )  # fmt: skip
+                (low,) = reduce_lowest(s, (low,), (nowhere,), t, threads)
             if t == 0 and live:
                 if counts:
+                    records[mine + width + 4] = float(low)
                     records[mine] = float(m)
                     write(records, mine, state)
                     records[mine + width + 1] = float(sy)
@@ -829,6 +840,8 @@ def narrow(x):
             state64 = empty64
             best64 = none64
             index64 = nowhere64
+            margin64 = none64
+            low64 = nowhere64
             if counts:
                 if has_target:
                     sy = real(look(records, at + width + 1))
@@ -855,6 +868,10 @@ def narrow(x):
                         best64, index64 = first_top(
                             best64, index64, look(records, mine + width + 2), look(records, mine + width + 3)
                         )
+                    if is_max:
+                        margin64, low64 = first_top(
+                            margin64, low64, look(records, mine + 1), look(records, mine + width + 4)
+                        )
                     b += 1
             state = narrow(state64)
             loss, z, entropy, at_target, n0, n1, n2, n3 = settle(
@@ -876,6 +893,8 @@ def narrow(x):
             if keeps:
                 if bad or w == 0.0 or factor == zero:
                     walk_fill(s, scratch, k, stride, padded, nan if bad else zero)
+                elif is_max:
+                    at_class(s, scratch, k, stride, stop, first_class, y, at_target, real(low64), n0)
                 else:
                     walk_gradient(
                         s, scratch, k, stride, stop, first_class, c, y, known, options, table_of, q, i * c, at_target,
@@ -887,7 +906,6 @@ def narrow(x):
                 arrived[i] = 0
         finish(sums, n, blocks, words, errors, targets, kind, c, value, total, value_scale, flags, t, threads)
 
-    del is_max, one_step, larger, reduce_lowest, nan64
     return kernel
 
 
@@ -1006,8 +1024,8 @@ def launch(plan: Plan, arguments: Arguments, gpu: int, stream: int, errors: Any)
         tiles = -(-n // found.rows)
         blocks = min(tiles, found.resident)
         rows_kernel(plan).launch(
-            blocks, found.threads, found.shared_bytes, stream, *before, workspace.get("sums", blocks, np.float64), words,
-            errors, flags, blocks, found.threads, found.team, found.rows, found.pitch,
+            blocks, found.threads, found.shared_bytes, stream, *before, workspace.get("sums", blocks, np.float64),
+            words, errors, flags, blocks, found.threads, found.team, found.rows, found.pitch,
         )  # fmt: skip
         return
     long = split(plan, c, gpu, BLOCK_CLASSES)
@@ -1071,7 +1089,7 @@ def _build_weigh(has_classes: bool, ignores: bool, has_samples: bool, inside: bo
 def weigh_kernel(dtype: str, has_classes: bool, ignores: bool, has_samples: bool, inside: bool) -> device.Kernel:
     """The kernel of `_build_weigh` for sample weights of a type."""
     signature = (
-        "int64", "int64", "uint8*", "int64", "int64", "float64*", f"{dtype}*", "float64*", "float64*", "int64*", "int64*",
-        "float64*", "int64", "int64",
+        "int64", "int64", "uint8*", "int64", "int64", "float64*", f"{dtype}*", "float64*", "float64*", "int64*",
+        "int64*", "float64*", "int64", "int64",
     )  # fmt: skip
     return device.Kernel(lambda: _build_weigh(has_classes, ignores, has_samples, inside), signature, 256)
