@@ -143,6 +143,8 @@ class Suite:
         for name in ("extra_outputs", "empty", "bad_targets", "target_types", "determinism", "streams", "host_arrays"):
             yield Check(name.replace("_", " "), getattr(self, name))
         yield Check("linear objective, options", self.objective)
+        yield Check("linear, rows one by one", self.layer_rows)
+        yield Check("linear, bad targets", self.layer_bad_targets)
         if self.source.multiplies:
             yield Check("linear, in chunks", self.chunked)
         for dtype in self.source.dtypes:
@@ -192,7 +194,7 @@ class Suite:
         n, c = self.sizes.options
         scores, _ = scores_and_targets(n, c, dtype)
         raw = np.random.default_rng(1).uniform(0, 1, (n, c)).astype(np.float32)
-        targets = (raw / raw.sum(axis=1, keepdims=True)).astype(np.float32)
+        targets = (raw / raw.sum(axis=1, keepdims=True)).astype(value_type(dtype))
         found = self.call(fl.Softmax(), scores, targets)
         self.agree(found, expected(fl.Softmax(), scores, targets), dtype, n)
 
@@ -211,7 +213,7 @@ class Suite:
     def row_gradients(self, dtype: str) -> None:
         n, c = self.sizes.options
         scores, targets = scores_and_targets(n, c, dtype)
-        upstream = np.random.default_rng(3).uniform(-2, 2, n)
+        upstream = np.random.default_rng(3).uniform(-2, 2, n).astype(value_type(dtype))
         upstream[::4] = 0
         found = self.call(fl.Softmax(), scores, targets, upstream=self.source.put(upstream), reduction="none")
         self.agree(found, expected(fl.Softmax(), scores, targets, upstream=upstream, reduction="none"), dtype, 1)
@@ -306,7 +308,7 @@ class Suite:
             wanted[2], wanted_grad[2] = np.nan, np.nan
             self.agree((value, grad), (wanted, wanted_grad), "float32", 1)
             try:
-                fl.synchronize()  # type: ignore[attr-defined]
+                fl.synchronize()
             except ValueError as error:
                 if "targets[2]" not in str(error) or str(bad) not in str(error):
                     raise AssertionError(f"the error does not name the target: {error}") from None
@@ -390,10 +392,49 @@ class Suite:
         narrow = dtype in NARROW
         if loss.kind == "hinge" and narrow:
             return  # kinks: a rounded score may be on the other side
-        compare(value, wanted, "float32" if narrow else value_type(dtype), "the loss", units=2e5 if narrow else 256)
+        compare(value, wanted, value_type(dtype), "the loss", units=2e5 if narrow else 256)
         tolerance = {"float64": 1e-13, "float16": 4e-3, "bfloat16": 2e-2}.get(dtype, 2e-5)
         for name, grad in grads.items():
             close(grad, wanted_grads[name], tolerance, name)
+
+    def layer_rows(self) -> None:
+        """Row losses, weights and a factor for each row's gradient."""
+        shape = self.sizes.few[0]
+        X, W, b, targets = self.problem(shape, "float32")
+        rng = np.random.default_rng(6)
+        weight, upstream = rng.uniform(0, 2, shape[0]), rng.uniform(-1, 1, shape[0]).astype(np.float32)
+        weight[::3], X[0] = 0, np.nan
+        for loss in (fl.Softmax(label_smoothing=0.1), fl.Hinge(class_weight=np.arange(shape[2]))):
+            how: dict[str, Any] = {"reduction": "none", "wrt": ("W", "b")}
+            put, get = self.source.put, self.source.get
+            value, grads = fl.linear_value_and_grad(
+                loss, put(X), put(W), put(targets), put(b), sample_weight=put(weight), upstream=put(upstream), **how
+            )
+            wanted, wanted_grads = fl.linear_value_and_grad(
+                loss, X, W, targets, b, sample_weight=weight, upstream=upstream, backend="reference", **how
+            )
+            compare(get(value), wanted, "float32", "the row losses", units=256, floor=1e-3)
+            for name, grad in grads.items():
+                close(get(grad), wanted_grads[name], 2e-5, name)
+
+    def layer_bad_targets(self) -> None:
+        shape = self.sizes.few[0]
+        X, W, _, targets = self.problem(shape, "float32")
+        put = self.source.put
+        wrong = targets.copy()
+        wrong[3] = shape[2]
+        value, _ = fl.linear_value_and_grad(
+            fl.Softmax(), put(X), put(W), put(wrong), wrt=("W",), reduction="none"
+        )
+        if not np.array_equal(np.flatnonzero(np.isnan(self.source.get(value))), [3]):
+            raise AssertionError("not just the row with the bad target is NaN")
+        try:
+            fl.synchronize()
+        except ValueError as error:
+            if "targets[3]" not in str(error):
+                raise AssertionError(f"the error does not name the target: {error}") from None
+        else:
+            raise AssertionError("a target outside the classes raised nothing")
 
     def objective(self) -> None:
         """Weights, picked rows, shift and scale, penalty."""
@@ -427,8 +468,8 @@ class Suite:
 
 
 def value_type(dtype: str) -> str:
-    """The type that losses of scores of a type are given in."""
-    return "float32" if dtype in NARROW else dtype
+    """The type that losses of scores, or features, of a type are computed in."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def close(found: Array, wanted: Array, tolerance: float, what: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss.gpu import device, scores
-from fastloss.gpu.scores import GRADIENT, VALUES, WEIGHTED, Plan
+from fastloss.gpu.scores import VALUES, WEIGHTED, Plan
 
 #: Threads of a block, lanes of a warp, and warps that share the features of four rows. The simulator's are fewer.
 THREADS, LANES, PARTS = (16, 4, 2) if device.SIMULATED else (384, 32, 3)
@@ -105,7 +105,7 @@ def _lane_sums(count: int) -> tuple[str, int]:
 
 
 def _reducer(count: int, real: Any) -> tuple[Any, int]:
-    """`reduce(s, at, t, x)` and `kept`: see `_lane_sums`. In the simulator, which has no shuffles, through shared memory."""
+    """`reduce(s, at, t, x)` and `kept`: see `_lane_sums`. In the simulator, without shuffles, through shared memory."""
     source, kept = _lane_sums(count)
     zero = real(0)
     if not device.SIMULATED:
@@ -148,7 +148,7 @@ def _packer(count: int) -> Any:
 def _row_work(layer: Layer, have: SimpleNamespace) -> Any:
     """A row's loss, by one thread; its scores in shared memory become its gradient. Returns w · ℓ, and stores it."""
     plan, row, walks, c = layer.plan, have.row, have.walks, layer.classes
-    zero, none, nan, nowhere, real = have.zero, have.none, have.nan, have.nowhere, row.real
+    zero, nan, nowhere, real = have.zero, have.nan, have.nowhere, row.real
     options_of, open_row, factor_of, own_margin = have.options_of, have.open_row, have.factor_of, have.own_margin
     walk_top, walk_state, walk_fill, at_class = walks.top, walks.state, walks.fill, walks.at_class
     walk_gradient, is_max, store = walks.gradient(False), walks.is_max, device.store
@@ -225,10 +225,9 @@ def _build_pass(layer: Layer) -> Any:
         # The row of X that is row k of the call; −1 for none, and for those that are skipped.
         if k >= n:
             return -1
-        i = load(index, k) if picked else k
-        if flags & weighted and load(weight, i) == 0.0:
+        if flags & weighted and load(weight, k) == 0.0:
             return -1
-        return i
+        return load(index, k) if picked else k
 
     place = jit(place)
 
@@ -300,8 +299,8 @@ def _build_pass(layer: Layer) -> Any:
                             score += s[(p * n_rows + t) * c + k]
                     s[at + k] = score
                 found += work_on(
-                    s, at, max(i, 0), i >= 0, targets, kind, q, table_of, weight, upstream, total, grad_scale, values,
-                    words, flags,
+                    s, at, min(tile + t, n - 1), i >= 0, targets, kind, q, table_of, weight, upstream, total,
+                    grad_scale, values, words, flags,
                 )  # fmt: skip
                 if i < 0 and tile + t < n and flags & values_of:
                     store(values, tile + t, zero)

@@ -93,7 +93,7 @@ class Layer:
             | scores.VALUES * (wanted.values is not None)
             | scores.WRITES_VALUE * (wanted.value is not None)
         )
-        self.nothing = functools.partial(driver._nothing, self.gpu)
+        self.nothing = functools.partial(driver.nothing, self.gpu)
 
     @property
     def wants_gradient(self) -> bool:
@@ -116,7 +116,7 @@ class Layer:
 
     # --- one pass ----------------------------------------------------------------------------------------------------
     def prepare(self, weights: Any, b: Any) -> None:
-        """The weights (C, D) and b (C,) for the features less the centre, in the compute type, to what is pointed to."""
+        """Weights (C, D) and b (C,) for the features less the centre, in the compute type, to what is pointed to."""
         W, given, scale, rest = self.W, self.b, self.folded.scale, self.folded.rest
         like = W if given is None else given
         none = self.nothing("float64")
@@ -147,11 +147,11 @@ class Layer:
             nothing(self.real) if data.centre is None else data.centre.pointer, weights, b, data.n, d,
             nothing("uint8") if probabilities else data.y.pointer, 1 if probabilities else driver._index_kind(data.y),
             data.y.pointer if probabilities else nothing(self.real),
-            driver._options(self.loss, self.row, c, self.real, self.gpu), data.weights,
+            driver.options(self.loss, self.row, c, self.real, self.gpu), data.weights,
             nothing(self.real) if self.upstream is None else self.upstream.pointer, data.total, self.grad_scale,
             self.value_scale, nothing("float64") if wanted.value is None else wanted.value.pointer,
             nothing(self.real) if wanted.values is None else wanted.values.pointer, work,
-            workspace.get("sums", blocks, np.float64), workspace.words(), driver._errors(self.gpu)[1], flags, blocks,
+            workspace.get("sums", blocks, np.float64), workspace.words(), driver.errors(self.gpu)[1], flags, blocks,
         )  # fmt: skip
         if self.wants_gradient:
             self.finish(work, blocks)
@@ -164,14 +164,15 @@ class Layer:
         size = self.c * (self.d + 1)
         features.finish_kernel(self.real, *kinds).launch(
             -(-size // few), few, 0, self.stream, work, blocks, self.c, self.d,
-            nothing("float64") if scale is None else scale.pointer, nothing("float64") if rest is None else rest.pointer,
+            nothing("float64") if scale is None else scale.pointer,
+            nothing("float64") if rest is None else rest.pointer,
             scale is not None, rest is not None, nothing(self.real) if dW is None else dW.pointer,
             0 if dW is None else dW.strides[0], 0 if dW is None else dW.strides[1],
             nothing(self.real) if db is None else db.pointer, 0 if db is None else db.strides[0], dW is not None,
             db is not None, few,
         )  # fmt: skip
 
-    # --- chunks --------------------------------------------------------------------------------------------------------
+    # --- chunks -----------------------------------------------------------------------------------------------------
     def run_chunks(self, library: products.Products) -> None:
         """Scores of each chunk of rows, row losses in place, and the gradients' products."""
         data, wanted, c, d = self.data, self.wanted, self.c, self.d
@@ -230,20 +231,20 @@ class Layer:
         n, start = part.stop - part.start, part.start
         block = arrays.view(s, "scores")
         probabilities = data.y.ndim == 2
-        y = offset(data.y.pointer, start * (self.c if probabilities else 1) * device.SIZES[data.y.dtype])
-        size = device.SIZES[self.real]
+        y = offset(data.y.pointer, start * (self.c if probabilities else 1), data.y.dtype)
+        real = self.real
         arguments = scores.Arguments(
             block.pointer, block.pointer, driver._lead(block), driver._lead(block), n, self.c,
             nothing("uint8") if probabilities else y, 1 if probabilities else driver._index_kind(data.y),
             y if probabilities else nothing(self.real),
-            driver._options(self.loss, self.row, self.c, plan.dtype, self.gpu),
-            offset(data.weights, 8 * start) if data.weighted else data.weights,
-            nothing(self.real) if self.upstream is None else offset(self.upstream.pointer, size * start), data.total,
-            grad_scale, self.value_scale, nothing("float64") if parts is None else offset(parts.pointer, 8 * k),
-            nothing(self.real) if wanted.values is None else offset(wanted.values.pointer, size * start),
+            driver.options(self.loss, self.row, self.c, plan.dtype, self.gpu),
+            offset(data.weights, start, "float64") if data.weighted else data.weights,
+            nothing(real) if self.upstream is None else offset(self.upstream.pointer, start, real), data.total,
+            grad_scale, self.value_scale, nothing("float64") if parts is None else offset(parts.pointer, k, "float64"),
+            nothing(real) if wanted.values is None else offset(wanted.values.pointer, start, real),
             nothing(self.real), nothing("int64"), self.flags | scores.GRADIENT * self.wants_gradient,
         )  # fmt: skip
-        scores.launch(plan, arguments, self.gpu, self.stream, driver._errors(self.gpu)[1])
+        scores.launch(plan, arguments, self.gpu, self.stream, driver.errors(self.gpu)[1])
 
     def target(self, wanted: View, kind: str) -> Any:
         """Where a product's result goes: what is wanted itself, where it has the product's type."""
@@ -268,9 +269,9 @@ class Layer:
             wanted.dX.assign(arrays.view(library.convert(dX, wanted.dX.dtype), "dX"))
 
 
-def offset(pointer: Any, size: int) -> Any:
-    """A pointer some bytes further."""
-    return pointer + size
+def offset(pointer: Any, count: int, dtype: str) -> Any:
+    """A pointer some numbers further."""
+    return pointer + (count if device.SIMULATED else count * device.SIZES[dtype])
 
 
 def cut_rows(n: int, limit: int, chunk_rows: int | None) -> list[slice]:
@@ -308,7 +309,9 @@ def _weights_of(value: Any, like: View, n: int) -> View | None:
 def _features(value: Any) -> View:
     X = arrays.view(value, "X")
     if X.ndim != 2:
-        raise ValueError(f"X has shape {X.shape}; it must be two-dimensional, (N, D): a row of D features for each of N")
+        raise ValueError(
+            f"X has shape {X.shape}; it must be two-dimensional, (N, D): a row of D features for each of N examples"
+        )
     features_type(X.dtype)
     return X
 
@@ -319,7 +322,7 @@ def _folded_weights(
     """Pointers to multipliers and their sum, and whether there are any."""
     indices = y.ndim == 1
     if weight is None and not (indices and (loss.class_weight is not None or loss.ignore_index is not None)):
-        nothing = driver._nothing(X.gpu, "float64")
+        nothing = driver.nothing(X.gpu, "float64")
         return nothing, nothing, False
     return *driver._weigh(loss, y, weight, n, c, X.gpu, X.stream), True
 
@@ -407,7 +410,7 @@ def _upstream(upstream: Any, reduction: str, like: View, n: int, real: str) -> t
 
 
 def rescale(gradients: list[Any], factor: Any) -> None:
-    """gradients ← factor · gradients in place, on the GPU: of no cost where the factor, a number there (float64), is 1."""
+    """gradients ← factor · gradients in place; factor is a number on the GPU (float64), and 1 costs next to nothing."""
     number = arrays.view(factor, "the factor")
     with device.on(number.gpu):
         for gradient in gradients:
@@ -435,8 +438,6 @@ class DeviceObjective(LinearObjective):
 
         driver.require()
         self.loss = _check_loss(loss)
-        if backend not in (None, "cuda"):
-            raise BackendError(f"backend {backend!r} cannot serve this call: X is on a GPU")
         if penalty is not None and not isinstance(penalty, penalties.Penalty):
             raise TypeError(f"penalty is {penalty!r}; it must be a penalty, such as fastloss.L2(1e-3), or None")
         checks.one_of(reduction, "reduction", ("mean", "sum"))
@@ -469,7 +470,9 @@ class DeviceObjective(LinearObjective):
                 centre = shift.astype(self.dtype)
             if not np.isfinite(centre).all():
                 position = int(np.argmin(np.isfinite(centre)))
-                raise ValueError(f"shift[{position}] is {shift[position]}, too large for {real}, which X is computed in")
+                raise ValueError(
+                    f"shift[{position}] is {shift[position]}, too large for {real}, which X is computed in"
+                )
             self.centring = self.features.from_host(centre)
             rest = shift - centre if (shift != centre).any() else None
         self.folded = Folded(*(None if a is None else self.features.from_host(a) for a in (scale, rest)))
@@ -575,7 +578,8 @@ class DeviceObjective(LinearObjective):
         """The objective at K candidates `(K, C, D + 1)`, on a GPU one after the other: an array on the host (K,)."""
         stack = arrays.view(W_stack, "W_stack")
         if stack.ndim != 3:
-            raise ValueError(f"W_stack has shape {stack.shape}; it must be (K, C, {self.features.shape[1] + self.bias})")
+            columns = self.features.shape[1] + self.bias
+            raise ValueError(f"W_stack has shape {stack.shape}; it must be (K, C, {columns})")
         found = [self.value(W_stack[k]) for k in range(stack.shape[0])]
         return np.array([float(arrays.view(value, "value").to_host()) for value in found])
 
@@ -605,22 +609,16 @@ def _host(value: Any) -> Any:
 
 
 def _columns(view: View, start: int, stop: int) -> View:
-    """Some columns of a matrix, where they are. `owner` is the matrix's, cut where its library can."""
-    owner = view.owner if view.library.name == "numba" else view.owner[:, start:stop]
-    return View(
-        owner, _at(view, start * view.strides[1]), (view.shape[0], stop - start), view.strides, view.dtype, view.gpu,
-        view.library,
-    )  # fmt: skip
+    """Some columns of a matrix, where they are; `owner` is cut for the products of its library."""
+    owner = view.owner if products.of(view) is None else view.owner[:, start:stop]
+    pointer = offset(view.pointer, start * view.strides[1], view.dtype)
+    return View(owner, pointer, (view.shape[0], stop - start), view.strides, view.dtype, view.gpu, view.library)
 
 
 def _column(view: View, k: int) -> View:
-    owner = view.owner if view.library.name == "numba" else view.owner[:, k]
-    pointer = _at(view, k * view.strides[1])
+    owner = view.owner if products.of(view) is None else view.owner[:, k]
+    pointer = offset(view.pointer, k * view.strides[1], view.dtype)
     return View(owner, pointer, view.shape[:1], view.strides[:1], view.dtype, view.gpu, view.library)
-
-
-def _at(view: View, count: int) -> Any:
-    return view.pointer + (count if device.SIMULATED else count * device.SIZES[view.dtype])
 
 
 def _coefficients(penalty: Any) -> tuple[float, float]:

@@ -113,7 +113,8 @@ def _host(weight: Tensor) -> Any:
     host = weight.detach().double().cpu().numpy()
     if (host < 0).any():
         raise ValueError(
-            "weight has negative numbers, which label smoothing and probabilities take on the CPU only: use weight.abs()"
+            "weight has negative numbers, which label smoothing and probabilities take on the CPU only: move there, "
+            "or use weight.clamp(min=0)"
         )
     return host
 
@@ -194,7 +195,8 @@ def _layer(
     b = None if linear_bias is None else linear_bias.detach().reshape(classes, -1)
     positions, factors = W.shape[1], None if upstream is None else rows.pull(upstream, input)
     whole = _is_whole(linear_weight, rows) and upstream is None
-    values, found = [], []
+    values: list[Tensor] = []
+    found: list[dict[str, Any]] = []
     for p in range(positions):
         if whole:
             pull: dict[str, Any] = {"reduction": rows.o.reduction}
@@ -210,9 +212,9 @@ def _layer(
     done: list[Tensor | None] = [None] * 3
     for k, (name, like) in enumerate(zip("XWb", (input, linear_weight, linear_bias), strict=True)):
         if name in wrt and like is not None:
-            terms = [grads[name] for grads in found]
+            terms: list[Tensor] = [grads[name] for grads in found]
             if positions == 1:
-                total = terms[0]
+                total: Tensor = terms[0]
             elif name == "X":
                 total = torch.stack([term.float() if term.itemsize == 2 else term for term in terms]).sum(0)
             else:
