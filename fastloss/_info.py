@@ -12,7 +12,9 @@ from typing import Any
 import fastloss
 from fastloss import backends
 
-PACKAGES = ("numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "torch", "jax")
+PACKAGES = (
+    "numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "torch", "jax", "numba-cuda", "cupy",
+)  # fmt: skip
 VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_LEVEL", "FASTLOSS_NUM_THREADS", "FASTLOSS_DATA", "OMP_NUM_THREADS")
 
 

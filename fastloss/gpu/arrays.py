@@ -299,7 +299,7 @@ class Numba(Library):
     def from_host(self, like: View, array: Any) -> Any:
         from fastloss.gpu import device
 
-        return device.cuda.to_device(np.ascontiguousarray(array))
+        return device.cuda.to_device(np.asarray(array, order="C"))
 
     def to_host(self, array: View) -> Any:
         from fastloss.gpu import device

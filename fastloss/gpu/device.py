@@ -213,8 +213,9 @@ class Kernel:
         with self._lock:
             if gpu not in self._by_device:
                 types = tuple(map(_type, self._signature))
-                dispatcher = cuda.jit(types, launch_bounds=self._threads)(self._build())
+                dispatcher = cuda.jit(types, launch_bounds=(self._threads, 1))(self._build())
                 (compiled,) = dispatcher.overloads.values()
+                compiled.bind()
                 self._by_device[gpu] = compiled._codelibrary.get_cufunc(), {}
             return self._by_device[gpu]
 
@@ -222,7 +223,7 @@ class Kernel:
         """The PTX for a compute capability; no GPU is needed."""
         with self._lock, _compiling_for(cc):
             types = tuple(map(_type, self._signature))
-            text: str = cuda.compile_ptx(self._build(), types, cc=cc, launch_bounds=self._threads)[0]
+            text: str = cuda.compile_ptx(self._build(), types, cc=cc, launch_bounds=(self._threads, 1))[0]
         return text
 
 

@@ -121,10 +121,11 @@ def sums(state):
 
     def first_top(value, at, x, j):
         # The larger, of equals the lower class; NaN is above all.
-        better = x != x or x > value or (x == value and j < at)
-        if value != value:
-            better = x != x and j < at
-        return (x, j) if better else (value, at)
+        # Without branches: where threads part, registers are taken that there are few of.
+        is_lower = j < at
+        better = (x > value) | ((x == value) & is_lower)
+        better = ((x != x) & (is_lower | (value == value))) | (better & (value == value))
+        return (x if better else value), (j if better else at)
 
     row.first_top = jit(first_top)
     return row
@@ -243,8 +244,8 @@ def _walks(plan: Plan, row: Any) -> SimpleNamespace:
                 j = first + k + e
                 u, w = extra(j, c, y, table_of, q, q_at), weight(j, c, table_of)
                 x = step(s[at + k + e], u, w, j == y, known, options)[0]
-                if j < c and (x == top or x != x):
-                    found = min(found, real(j))
+                is_top = (j < c) & ((x == top) | (x != x))
+                found = min(found, real(j) if is_top else nowhere)
             k += stride
         return found
 
@@ -644,7 +645,9 @@ def _combiner(plan: Plan) -> Any:
 
     scope: dict[str, Any] = {}
     more = "".join(f", state[{k}] + own[{k}]" for k in range(2, width))
-    exec(f"def add(state, own): return (state[0] + (own[0] + own[1]), 0.0{more})", scope)
+    # What an infinite sum lost is NaN.
+    whole = "own[0] + own[1] if own[1] == own[1] else own[0]"
+    exec(f"def add(state, own): return (state[0] + ({whole}), 0.0{more})", scope)
     add = device.device_function(scope["add"])
 
     def as_is(state, m, own, own_m, known, own_known, count, options):
