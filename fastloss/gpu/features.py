@@ -85,9 +85,9 @@ def _lane_sums(count: int) -> tuple[str, int]:
     """The source of `sums(t, x)`: x is a tuple of `count` numbers of each lane; each lane is left with `kept` of their
     sums over the warp, those from number `first` on: halves are exchanged between lanes, so that each sum is made once.
 
-    Returns it, whose result is the kept sums and `first`, and `kept`.
+    Returns it, whose result is the kept sums, `first` and how many of them count, and `kept`.
     """
-    lines, names, n, k = ["def sums(t, x):", " first = 0"], [f"x[{i}]" for i in range(count)], count, LANES // 2
+    lines, names, n, k = ["def sums(t, x):", f" first, size = 0, {count}"], [f"x[{i}]" for i in range(count)], count, LANES // 2
     step = 0
     while k:
         half = -(-n // 2)
@@ -98,9 +98,9 @@ def _lane_sums(count: int) -> tuple[str, int]:
             name = f"y{step}_{i}"
             lines.append(f" {name} = ({high} if up else {low}) + shuffle({low} if up else {high}, {k})")
             found.append(name)
-        lines.append(f" first += {half} if up else 0")
+        lines += [f" first += {half} if up else 0", f" size = max(size - {half}, 0) if up else min(size, {half})"]
         names, n, k, step = found, half, k // 2, step + 1
-    lines.append(f" return ({''.join(name + ',' for name in names)}), first")
+    lines.append(f" return ({''.join(name + ',' for name in names)}), first, size")
     return "\n".join(lines), n
 
 
@@ -123,17 +123,18 @@ def _reducer(count: int, real: Any) -> tuple[Any, int]:
         for i in range(count):
             s[at + t * count + i] = x[i]
         sync()
-        first, n, k = 0, count, LANES // 2
+        first, size, n, k = 0, count, count, LANES // 2
         while k:
             half = -(-n // 2)
-            first, n, k = first + (half if t & k else 0), half, k // 2
+            first, size = (first + half, max(size - half, 0)) if t & k else (first, min(size, half))
+            n, k = half, k // 2
         warp = t - t % LANES
         found = tuple(
             sum((s[at + (warp + lane) * count + i] for lane in range(LANES)), zero) if i < count else zero
             for i in range(first, first + kept)
         )
         sync()
-        return found, first
+        return found, first, size
 
     return simulated, kept
 
@@ -280,11 +281,11 @@ def _build_pass(layer: Layer) -> Any:
                         a[4 * k + 2] = fma(w, x2, a[4 * k + 2])
                         a[4 * k + 3] = fma(w, x3, a[4 * k + 3])
                     j += lanes
-                mine, first = reduce(s, scratch, t, pack(a))
+                mine, first, size = reduce(s, scratch, t, pack(a))
                 for i in range(kept):
                     e = first + i
                     k = turn * some + e // 4
-                    if e < four and k < c:
+                    if i < size and k < c:
                         s[(part * n_rows + 4 * group + e % 4) * c + k] = mine[i]
                 turn += 1
             sync()
