@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fastloss
+from fastloss import _checks as checks
 from fastloss import backends
 
 PACKAGES = (
-    "numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "torch", "jax", "numba-cuda", "cupy",
+    "numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "numba", "numba-cuda", "torch", "jax",
+    "cupy",
 )  # fmt: skip
 VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_LEVEL", "FASTLOSS_NUM_THREADS", "FASTLOSS_DATA", "OMP_NUM_THREADS")
 
@@ -49,6 +52,16 @@ def _kernels() -> dict[str, Any]:
     return {"level": level, "reason": None, "openmp": openmp, "levels": levels}
 
 
+def _chosen() -> str:
+    """The backend of a plain call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is passed over is listed, with its reason
+        try:
+            return backends.choose(None, "gradient", fastloss.Softmax(), checks.FLOAT32, ()).name
+        except backends.BackendError as error:
+            return f"none: {error}"
+
+
 def collect() -> dict[str, Any]:
     """All facts, as JSON takes them."""
     from threadpoolctl import threadpool_info
@@ -61,6 +74,7 @@ def collect() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": fastloss.get_num_threads(),
         "kernels": _kernels(),
+        "backend": _chosen(),
         "backends": [info._asdict() for info in fastloss.list_backends()],
         "blas": [
             {key: pool.get(key) for key in ("internal_api", "version", "architecture", "num_threads", "filepath")}
@@ -85,6 +99,7 @@ def text(facts: dict[str, Any]) -> str:
     rows = [
         ("fastloss", facts["fastloss"]),
         ("kernels", chosen),
+        ("backend", facts["backend"]),
         ("threads", f"{facts['threads']} (of {facts['cpus']} CPUs)"),
         ("processor", facts["processor"]),
         ("platform", facts["platform"]),

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -133,18 +133,22 @@ one_blas_thread = BlasSwitch()
 
 
 class Workers:
-    """Threads for one call, the caller's among them: `run` calls a function on each of some parts, in any order."""
+    """Threads for one call, the caller's among them: `run` calls a function on each of some parts, in any order.
 
-    def __init__(self, n_threads: int) -> None:
+    BLAS runs on one thread in each of them meanwhile, unless the functions do not call it (`blas=False`).
+    """
+
+    def __init__(self, n_threads: int, blas: bool = True) -> None:
         self._n_threads = n_threads
+        self._limit = one_blas_thread.limit_this_thread if blas else None
         self._kept = threading.local()
 
     def __enter__(self) -> Workers:
-        self._switch = one_blas_thread()
+        self._switch: AbstractContextManager[None] = one_blas_thread() if self._limit else nullcontext()
         self._switch.__enter__()
         self._pool = None
         if self._n_threads > 1:
-            self._pool = ThreadPoolExecutor(self._n_threads - 1, initializer=one_blas_thread.limit_this_thread)
+            self._pool = ThreadPoolExecutor(self._n_threads - 1, initializer=self._limit)
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -18,6 +18,8 @@ import fastloss as fl
 
 BACKENDS = [info.name for info in fl.list_backends() if info.available and info.name != "cython"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
+#: The best level, and the kernels that are compiled at run time: for tests of what levels do not differ in.
+ONE_OF_EACH = [*COMPILED[:1], "numba"]
 FLOATS = [np.float32, np.float64]
 
 # Plain losses: those that every backend must serve.

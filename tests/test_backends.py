@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
-from tests.conftest import BACKENDS, COMPILED, cpu_levels, grid_scores, layouts
+from tests.conftest import BACKENDS, COMPILED, ONE_OF_EACH, cpu_levels, grid_scores, layouts
 
 # Around the widths of vectors (2 to 16), of tiles (16), of the change from few classes to many (64), and of blocks.
 ROWS = (0, 1, 2, 3, 15, 16, 17, 31, 33, 64, 65, 127, 1000)
@@ -283,13 +284,13 @@ def test_row_multipliers(backend, loss, dtype, n, c, reduction):
 def test_every_level_of_this_cpu_is_available():
     """A build without kernels would be slow in silence, and all tests of `compiled` would be skipped."""
     assert COMPILED
-    assert set(COMPILED) == {f"cython-{level}" for level in cpu_levels()}
+    assert set(COMPILED) == {"numba"} | {f"cython-{level}" for level in cpu_levels()}
     assert {"cython", "reference"} <= {info.name for info in fl.list_backends() if info.available}
 
 
 def test_list_backends_gives_reasons():
     infos = {info.name: info for info in fl.list_backends()}
-    assert {"cython", "cython-v2", "cython-v3", "cython-v4", "cython-base", "reference"} <= set(infos)
+    assert {"cython", "cython-v2", "cython-v3", "cython-v4", "cython-base", "numba", "reference"} <= set(infos)
     assert all(isinstance(info.available, bool) and info.reason for info in infos.values())
 
 
@@ -337,22 +338,53 @@ def python(code, **environment):
     return done.stdout + done.stderr
 
 
-def test_automatic_choice_warns_once():
-    """With a kind of call that no compiled level serves: an option, or else a made-up refusal."""
-    code = """
-import fastloss as fl, fastloss.backends as backends
-compiled = backends.get("cython")
-served = compiled.why_not
-compiled.why_not = lambda *call: "it is Sunday" if call[0] == "gradient" else served(*call)
-for _ in range(3):
-    print(fl.Softmax().value([[1.0, 2.0]], [0]))
-"""
-    text = python(code)
+def called(preparation, **environment):
+    """What three calls print whose backend is chosen, after some lines of code."""
+    code = "import sys, fastloss as fl, fastloss.backends as backends\n" + preparation
+    text = python(code + "for _ in range(3): print(fl.Softmax().value([[1.0, 2.0]], [0]))", **environment)
     assert text.count("1.3132") == 3, text
+    return text
+
+
+REFUSE = "backends.get({!r}).why_not = lambda *call: 'it is {}'\n"
+
+
+def test_automatic_choice_warns_once():
+    """With made-up refusals: the plain call is served by every compiled backend."""
+    text = called(REFUSE.format("cython", "Sunday"))
     assert text.count("BackendWarning") == 1, text
-    assert "'cython'" in text
-    assert "'reference'" in text
-    assert "it is Sunday" in text
+    assert "backend 'numba' is used" in text
+    assert "'cython': it is Sunday" in text
+    text = called(REFUSE.format("cython", "Sunday") + REFUSE.format("numba", "noon"))
+    assert text.count("BackendWarning") == 1, text
+    assert "backend 'reference' is used" in text
+    assert "'cython': it is Sunday; 'numba': it is noon" in text
+
+
+NO_EXTENSION = "sys.modules['fastloss._kernels.cpu'] = None\n"
+NO_NUMBA = "sys.modules['numba'] = None\n"
+
+
+def test_without_the_extension_numba_takes_over_in_silence():
+    text = called(NO_EXTENSION + "print({i.name: i for i in fl.list_backends()}['cython'])\n")
+    assert "available=False, reason='this is a pure-Python build (FASTLOSS_NO_EXT), without compiled kernels'" in text
+    assert "Warning" not in text
+    text = python(f"import sys\n{NO_EXTENSION}from fastloss.cli import main; main(['info'])")
+    assert re.search(r"^kernels +none: .*pure-Python build", text, re.MULTILINE), text
+    assert re.search(r"^backend +numba", text, re.MULTILINE), text
+    text = python(f"import sys\n{NO_EXTENSION}import fastloss; fastloss.softmax([[1.0]], backend='cython-v2')")
+    assert "BackendError: backend 'cython-v2' is not available: this is a pure-Python build" in text
+
+
+def test_without_numba():
+    """No reason to warn where the compiled kernels are; without them, the warning says what would help."""
+    assert "Warning" not in called(NO_NUMBA)
+    text = called(NO_EXTENSION + NO_NUMBA)
+    assert text.count("BackendWarning") == 1, text
+    assert "backend 'reference' is used" in text
+    assert 'pip install "fastloss[numba]"' in text
+    text = python(f"import sys\n{NO_NUMBA}import fastloss; fastloss.softmax([[1.0]], backend='numba')")
+    assert "BackendError: backend 'numba' is not available: numba is not installed" in text
 
 
 def test_automatic_choice_is_silent_where_it_is_served():
@@ -383,7 +415,7 @@ print(backends.choose(None, "transform", "softmax", backends.np.dtype("f4"), ())
     assert python(code, FASTLOSS_BACKEND=name).strip() == name
 
 
-@pytest.mark.parametrize("level", [name.removeprefix("cython-") for name in COMPILED])
+@pytest.mark.parametrize("level", [name.removeprefix("cython-") for name in COMPILED if name != "numba"])
 def test_environment_variable_forces_a_level(level):
     code = "import fastloss as fl\nprint({info.name: info.reason for info in fl.list_backends()}['cython'])"
     expected = {info.name: info.reason for info in fl.list_backends()}[f"cython-{level}"]
@@ -416,7 +448,7 @@ def needs_memory(gigabytes):
 
 @pytest.mark.full
 @needs_memory(11)
-@pytest.mark.parametrize("level", COMPILED[:1])
+@pytest.mark.parametrize("level", ONE_OF_EACH)
 @pytest.mark.parametrize("shape", [(32769, 65537), (214748365, 10)], ids=["many classes", "many rows"])
 def test_scores_beyond_2_to_the_31(level, shape):
     n, c = shape
@@ -432,7 +464,7 @@ def test_scores_beyond_2_to_the_31(level, shape):
 
 @pytest.mark.full
 @needs_memory(4)
-@pytest.mark.parametrize("level", COMPILED[:1])
+@pytest.mark.parametrize("level", ONE_OF_EACH)
 def test_features_beyond_2_to_the_31(level):
     n, d = 2**31 // 3072 + 5, 3072
     X, y = np.zeros((n, d), np.uint8), np.zeros(n, np.uint8)

@@ -68,7 +68,7 @@ def evaluate(loss, scores, target, entropy=False):
     found, z, spread, entry, *numbers = row.settle(m, sy, own, known, sums, low, one, options)
     if plan.kind == "hinge max":
         gradient = np.zeros(c, real)
-        hits = [j for j in range(c) if not is_target[j] and (steps[j][0] == top or steps[j][0] != steps[j][0])]
+        hits = [j for j in range(c) if not is_target[j] and (steps[j][0] == numbers[1] or steps[j][0] != steps[j][0])]
         if hits:
             gradient[hits[0]] = numbers[0]
     else:

@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController, threadpool_info
 
 import fastloss as fl
 from fastloss import blocks, threads
-from tests.conftest import BACKENDS, COMPILED
+from tests.conftest import BACKENDS, COMPILED, ONE_OF_EACH
 
 THREADS = (1, 2, 3, 5)
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
@@ -298,7 +298,7 @@ def grandchild(backend, expected, queue):
 
 @needs_fork
 @forking
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_forked_child_forks(backend):
     expected, context = everything(backend), multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -311,7 +311,7 @@ def test_forked_child_forks(backend):
 
 @needs_fork
 @forking
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_fork_while_another_thread_computes(backend):
     """What another thread holds at the moment of the fork (locks, the switch of the BLAS) must not stop the child."""
     X, y = np.random.default_rng(3).standard_normal((64, 4)), np.arange(64)
@@ -371,7 +371,7 @@ def test_concurrent_callers(backend, n_threads):
             assert bits(found) == bits(alone[k % 4])
 
 
-@pytest.mark.parametrize("backend", COMPILED[:1])
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
 def test_one_objective_serves_several_threads(backend):
     scores, y, _ = scores_problem(5000, 10, np.float32)
     objective = fl.LinearObjective(fl.Softmax(), scores, y, backend=backend)

@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 
 from fastloss._checks import Array
-from fastloss._kernels import gate
+
+try:
+    gate = import_module("fastloss._kernels.gate")
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "fastloss.adapters.jax needs a compiled module, fastloss._kernels.gate, which this build has not: install "
+        "fastloss without FASTLOSS_NO_EXT set"
+    ) from error
 
 METADATA = 1  # the extension by which XLA asks a handler for its version
 MAJOR, MINOR = 0, 1

@@ -25,6 +25,10 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve the call; the message says why."""
 
 
+class NotInstalled(ImportError):
+    """A backend is no part of this installation, by choice: no reason to warn where another compiled one is there."""
+
+
 class BackendWarning(UserWarning):
     """The automatic choice passed over a faster backend; the message says why."""
 
@@ -195,11 +199,12 @@ _TABLE: dict[str, tuple[str, str]] = {
     "cython-v3": ("fastloss.backends.cython", "v3"),
     "cython-v2": ("fastloss.backends.cython", "v2"),
     "cython-base": ("fastloss.backends.cython", "base"),
+    "numba": ("fastloss.backends.numba", "best"),
     "cuda": ("fastloss.backends.cuda", "gpu"),
-    "reference": ("fastloss.backends.reference", ""),
+    "reference": ("fastloss.backends.reference", "best"),
 }
-_AUTOMATIC = ("cython", "reference")
-_loaded: dict[str, Backend | str] = {}
+_AUTOMATIC = ("cython", "numba", "reference")
+_loaded: dict[str, Backend | ImportError] = {}
 _warned: set[tuple[str, str]] = set()
 
 
@@ -214,16 +219,16 @@ def _environment() -> str | None:
 _forced: ContextVar[str | None] = ContextVar("fastloss backend", default=None)
 
 
-def _load(name: str) -> Backend | str:
+def _load(name: str) -> Backend | ImportError:
     """The backend, or the reason why it is not there."""
     found = _loaded.get(name)
     if found is None:
         module_name, variant = _TABLE[name]
         try:
-            module = import_module(module_name)
-            found = module.load(variant) if variant else module.ReferenceBackend()
+            found = import_module(module_name).load(variant)
         except ImportError as error:
-            found = str(error)
+            found = error.with_traceback(None)
+        assert isinstance(found, Backend | ImportError)
         _loaded[name] = found
     return found
 
@@ -238,7 +243,7 @@ def get(name: str) -> Backend:
     if name not in _TABLE:
         raise BackendError(f"backend is {name!r}; it must be one of {', '.join(_TABLE)}")
     found = _load(name)
-    if isinstance(found, str):
+    if isinstance(found, ImportError):
         raise BackendError(f"backend {name!r} is not available: {found}")
     return found
 
@@ -257,20 +262,32 @@ def choose(name: str | None, verb: str, loss: Any, dtype: np.dtype[Any], needs: 
         if reason is not None:
             raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
         return backend
-    reasons: list[tuple[str, str]] = []
+    passed: list[tuple[str, str | ImportError]] = []
     for candidate in _AUTOMATIC:
         found = _loaded.get(candidate) or _load(candidate)
-        reason = found if isinstance(found, str) else found.why_not(verb, loss, dtype, needs)
+        if isinstance(found, ImportError):
+            passed.append((candidate, found))
+            continue
+        reason = found.why_not(verb, loss, dtype, needs)
         if reason is None:
-            for passed, why in reasons:
-                if (passed, why) not in _warned:
-                    _warned.add((passed, why))
-                    message = f"backend {passed!r} passed over for {candidate!r}, which is slower: {why}"
-                    warnings.warn(message, BackendWarning, stacklevel=4)
-            assert isinstance(found, Backend)
+            if passed:
+                _warn(candidate, passed)
             return found
-        reasons.append((candidate, reason))
-    raise BackendError("no backend can serve this call: " + "; ".join(f"{n}: {why}" for n, why in reasons))
+        passed.append((candidate, reason))
+    raise BackendError("no backend can serve this call: " + "; ".join(f"{n}: {why}" for n, why in passed))
+
+
+def _warn(chosen: str, passed: list[tuple[str, str | ImportError]]) -> None:
+    """Say once why faster backends were passed over. Those that are not installed are named only where there is no
+    other, and then the last of them: what is easiest to install."""
+    worth = [(name, why) for name, why in passed if not isinstance(why, NotInstalled)]
+    if not worth and chosen == _AUTOMATIC[-1]:
+        worth = passed[-1:]
+    said = "; ".join(f"{name!r}: {why}" for name, why in worth)
+    if said and (chosen, said) not in _warned:
+        _warned.add((chosen, said))
+        message = f"backend {chosen!r} is used, which is slower than those passed over: {said}"
+        warnings.warn(message, BackendWarning, stacklevel=5)
 
 
 @contextlib.contextmanager

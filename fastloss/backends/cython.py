@@ -10,8 +10,7 @@ import numpy as np
 
 from fastloss import blocks
 from fastloss._checks import FLOAT32, Array, compute_dtype
-from fastloss._kernels import cpu
-from fastloss.backends import Backend, BackendError, Stats, reference
+from fastloss.backends import Backend, BackendError, NotInstalled, Stats, reference
 
 LEVELS = ("v4", "v3", "v2", "base")
 #: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
@@ -21,9 +20,20 @@ FEW_CLASSES = 64
 TYPES = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
+def processor_level() -> int:
+    """The x86-64 level of this processor, 0 on other architectures; `NotInstalled` where no kernels were compiled."""
+    try:
+        found: int = import_module("fastloss._kernels.cpu").level()
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("fastloss._kernels"):
+            raise
+        raise NotInstalled("this is a pure-Python build (FASTLOSS_NO_EXT), without compiled kernels") from None
+    return found
+
+
 def why_no_level(level: str) -> str | None:
     """Why the kernels of a level cannot be used here; None if they can."""
-    if level != "base" and cpu.level() < int(level[1:]):
+    if processor_level() < (0 if level == "base" else int(level[1:])):
         return f"this processor does not have x86-64-{level}"
     try:
         for kind in TYPES.values():
@@ -35,6 +45,7 @@ def why_no_level(level: str) -> str | None:
 
 def load(level: str) -> CythonBackend:
     """The backend at a level, or at the best that this processor has (FASTLOSS_LEVEL forces one)."""
+    processor_level()  # before all else: without kernels there are no levels
     if level != "best":
         reason = why_no_level(level)
         if reason is not None:
@@ -216,13 +227,7 @@ class CythonBackend(Backend):
         tops, rest = np.full(len(scores), -np.inf, dtype), np.zeros(len(scores), dtype)
         if scores.size:
             kernels.score_rows(options, numbers, None, None, 1.0, None, None, n_threads, tops, rest)
-        with np.errstate(all="ignore"):
-            maximum = np.asarray(reference.map_scores(loss, tops.astype(np.float64))[0])
-            stats = reference.with_targets(loss, scores, targets, offset, maximum, rest.astype(np.float64))
-            empty = np.flatnonzero(tops == -np.inf)  # exp(−inf − −inf) is NaN there, whether the row has one or not
-            if len(empty):
-                stats.rest[empty] = reference.softmax_stats(loss, scores[empty], targets[empty], offset).rest
-        return stats
+        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest)
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,

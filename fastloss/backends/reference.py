@@ -137,6 +137,17 @@ def with_targets(loss: Any, scores: Array, targets: Array, offset: int, maximum:
     return Stats(maximum, rest, target, found)
 
 
+def stats_of_sums(loss: Any, scores: Array, targets: Array, offset: int, tops: Array, rest: Array) -> Stats:
+    """Stats of a shard from its rows' largest scores and Σ exp but for one that has it, in any type."""
+    with np.errstate(all="ignore"):
+        maximum = np.asarray(map_scores(loss, tops.astype(np.float64))[0])
+        stats = with_targets(loss, scores, targets, offset, maximum, rest.astype(np.float64))
+        empty = np.flatnonzero(tops == -np.inf)  # exp(−inf − −inf) is NaN there, whether the row has one or not
+        if len(empty):
+            stats.rest[empty] = softmax_stats(loss, scores[empty], targets[empty], offset).rest
+    return stats
+
+
 def softmax_stats_rows(loss: Any, stats: Stats) -> tuple[Array, Array]:
     """The row losses log(1 + rest) + (m − s_y) + λ z² and z = log Σ exp(s), given the stats of all classes."""
     log = np.log1p(stats.rest)
@@ -281,6 +292,11 @@ def live_rows(multiplier: Array | None) -> Any:
 
 
 # --- the backend interface -----------------------------------------------------------------------------------------
+def load(variant: str) -> ReferenceBackend:
+    """The only variant."""
+    return ReferenceBackend()
+
+
 class ReferenceBackend(Backend):
     """NumPy on whole arrays; see `Backend` for what each function is given."""
 

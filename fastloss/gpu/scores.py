@@ -37,8 +37,8 @@ TAKEN, DONE, BAD = range(3)
 NO_ROW = np.iinfo(np.int64).max
 WIDTH = TERMS + 1
 #: Numbers of a block of a long row: maximum, state, the target's score; the largest score and its class; the class of
-#: the largest margin.
-RECORD = WIDTH + 5
+#: the largest margin, and that.
+RECORD = WIDTH + 6
 #: Where class weights, or margins of class pairs, begin in the array of options: after the numbers of all losses.
 TABLE = 8
 #: Classes of a block of a long row, and bytes of scores between a row's first task and its second, about.
@@ -608,7 +608,7 @@ def _build_rows(plan: Plan) -> Any:
                 put(i, n, loss, z, entropy, index if stop > 0 else zero, w, grad, values, extras, argmax, flags)
             if keeps:
                 if is_max:
-                    low = walk_lowest(s, at, k, stride, stop, 0, c, y, known, options, table_of, q, i * c, state[0])
+                    low = walk_lowest(s, at, k, stride, stop, 0, c, y, known, options, table_of, q, i * c, n1)
                     (low,) = reduce_lowest(s, (low,), (nowhere,), t, team)
                 if live:
                     if bad or w == 0.0 or factor == zero:
@@ -820,14 +820,17 @@ def narrow(x):
             )  # fmt: skip
             state = reduce_state(s, state, empty, t, threads)
             low = zero
+            largest = zero
             if is_max:
+                largest = settle(m, sy, own, known, sums_of(state), state[1], zero, options)[5]
                 low = walk_lowest(
-                    s, scratch, k, stride, stop, first_class, c, y, known, options, table_of, q, i * c, state[0]
+                    s, scratch, k, stride, stop, first_class, c, y, known, options, table_of, q, i * c, largest
                 )  # fmt: skip
                 (low,) = reduce_lowest(s, (low,), (nowhere,), t, threads)
             if t == 0 and live:
                 if counts:
                     records[mine + width + 4] = float(low)
+                    records[mine + width + 5] = float(largest)
                     records[mine] = float(m)
                     write(records, mine, state)
                     records[mine + width + 1] = float(sy)
@@ -873,7 +876,7 @@ def narrow(x):
                         )
                     if is_max:
                         margin64, low64 = first_top(
-                            margin64, low64, look(records, mine + 1), look(records, mine + width + 4)
+                            margin64, low64, look(records, mine + width + 5), look(records, mine + width + 4)
                         )
                     b += 1
             state = narrow(state64)

@@ -392,7 +392,7 @@ def _transform(
         return e, e, zero, zero, zero, zero, zero
 
     def settle_p(m, sy, own, known, sums, low, factor, options):
-        return zero, zero, zero, zero, one / sums[0], zero, zero, zero
+        return zero, zero, zero, zero, one / (sums[0] + low), zero, zero, zero
 
     def close_p(kept, q, w, is_target, known, numbers, options):
         return kept * numbers[0]
@@ -573,7 +573,8 @@ def _hinge(
         loss = total + rest
         entry = -(pull * known[2]) if loss == loss else loss
         if mean:
-            loss = loss / options[CLASSES]
+            lost = ((total - loss) + rest) * options[PER_CLASS]
+            loss = loss / options[CLASSES] + number_or_zero(lost)
         return loss, zero, zero, entry, zero, zero, zero, zero
 
     def close(kept, q, w, is_target, known, numbers, options):
@@ -582,8 +583,8 @@ def _hinge(
     made.aim, made.step, made.settle, made.close = jit(aim), jit(step), jit(settle), jit(close)
 
 
-# The first term is the largest m_j of a wrong class, NaN if one is; margins are kept. The gradient, numbers[0], goes to
-# the lowest class that has the largest, or to the first NaN.
+# The first term is the largest s_j − s_y of a wrong class, NaN if one is; margins are kept. The gradient, numbers[0],
+# goes to the lowest class whose margin is the largest, numbers[1], or to the first NaN.
 def _hinge_max(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:
@@ -593,23 +594,22 @@ def _hinge_max(
     pairs, linear = plan.pairs, plan.power == 1
 
     def aim(m, sy, factor, options):
-        edge, rest = exact_sum(sy, -options[MARGIN])
-        return -edge, number_or_zero(rest), zero
+        return sy, options[MARGIN], zero
 
     def step(x, q, w, is_target, known, options):
-        d = ((x + q if pairs else x) + known[0]) - known[1]
+        d = (x + q if pairs else x) - known[0]
         d = none if is_target else d
-        return d, d, zero, zero, zero, zero, zero
+        return d + known[1], d, zero, zero, zero, zero, zero
 
     def settle(m, sy, own, known, sums, low, factor, options):
-        top = sums[0]
+        top, rest = exact_sum(sums[0], known[1])
         active = zero if top <= zero else top
         slope = two * active
         if linear:
             slope = one if top > zero else active
-        loss = active if linear else active * active
+        loss = active if linear else active * active + number_or_zero(two * active * rest)
         g = slope * factor
-        return loss, zero, zero, -g, g, zero, zero, zero
+        return loss, zero, zero, -g, g, top, zero, zero
 
     def close(kept, q, w, is_target, known, numbers, options):
         return kept

@@ -1,0 +1,120 @@
+"""Kernels that Numba compiles as they are first used: no compiler is needed to install them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from fastloss import blocks
+from fastloss._checks import Array, compute_dtype
+from fastloss.backends import NotInstalled, Stats, reference
+
+
+def load(variant: str) -> NumbaBackend:
+    """The only variant."""
+    if find_spec("numba") is None:
+        raise NotInstalled('numba is not installed: pip install "fastloss[numba]"')
+    return NumbaBackend()
+
+
+class NumbaBackend(reference.ReferenceBackend):
+    """Loops compiled at run time, on threads of our own."""
+
+    name = "numba"
+
+    def __init__(self) -> None:
+        # Now, not at the first call; and an installation of Numba that is broken is no backend.
+        self._version: str = import_module("numba").__version__
+        self._checks = import_module("fastloss.jit.checks")
+        self._features = import_module("fastloss.jit.features")
+        self._scores = import_module("fastloss.jit.scores")
+
+    def __str__(self) -> str:
+        return f"compiled as it is used by Numba {self._version}"
+
+    def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
+        return "Hessian products are not compiled yet" if verb == "hvp" else None
+
+    def reads(self, dtype: np.dtype[Any]) -> bool:
+        return dtype.isnative and dtype.name in ("float32", "float64", "float16", "bfloat16")
+
+    def first_outside(self, indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int:
+        position: int | None = self._checks.first_outside(indices, stop, ignored)
+        return super().first_outside(indices, stop, ignored) if position is None else position
+
+    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
+        position: int | None = self._checks.first_unfit(numbers)
+        return super().first_unfit(numbers) if position is None else position
+
+    def weigh(
+        self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
+        dtype: np.dtype[Any], n_threads: int = 1,
+    ) -> tuple[Array, float, float]:  # fmt: skip
+        if class_weight is None and ignored is None:
+            return super().weigh(targets, None, None, sample_weight, dtype)
+        found: tuple[Array, float, float] = self._checks.weigh(targets, class_weight, ignored, sample_weight, dtype)
+        return found
+
+    def score_rows(
+        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
+    ) -> float:  # fmt: skip
+        value: float = self._scores.score_rows(
+            loss, scores, targets, multiplier, scale, grad, row_loss, extras, n_threads
+        )
+        return value
+
+    def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
+        self._scores.transform(kind, scores, out, n_threads)
+
+    def _shard(self, scores: Array) -> tuple[Array, np.dtype[Any]]:
+        """Scores of a shard of the classes as kernels take them, and the compute type."""
+        if not self.reads(scores.dtype):
+            scores = scores.astype(np.float64)
+        return scores, compute_dtype(scores.dtype, "scores")
+
+    def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
+        numbers, _ = self._shard(scores)
+        tops, rest = self._scores.shard_sums(loss, numbers, n_threads)
+        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest)
+
+    def stats_gradient_rows(
+        self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
+        scale: float, grad: Array, n_threads: int,
+    ) -> None:  # fmt: skip
+        numbers, dtype = self._shard(scores)
+        if not scores.size:
+            return
+        column, at_target = np.full(len(scores), -1), np.zeros(len(scores), dtype)
+        with np.errstate(all="ignore"):
+            rows, columns, entries = reference.target_entries(loss, scores, targets, offset, stats)
+            column[rows], at_target[rows] = columns, entries
+            top = (stats.maximum * loss.temperature).astype(dtype)
+            pull = reference.stats_factors(loss, stats).astype(dtype)
+            weight = (np.ones(len(scores)) if multiplier is None else multiplier.astype(np.float64)) * scale
+        self._scores.gradient_from_stats(
+            loss, numbers, column, top, pull, at_target, weight.astype(dtype), grad, n_threads
+        )
+
+    def linear_rows(
+        self, loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
+        multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
+        row_loss: Array | None, chunk_rows: int | None, n_threads: int,
+    ) -> float:  # fmt: skip
+        from fastloss.jit import placeholder
+
+        beyond = loss.kind != "softmax" or loss.general or targets.ndim == 2
+        if dX is not None or not self._features.can_fuse(X, W) or beyond:
+            return blocks.linear_rows(
+                self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows,
+                n_threads,
+            )  # fmt: skip
+        options = np.empty(0, W.dtype)
+        value: float = self._features.linear_rows(
+            placeholder.LOSSES[loss.kind], options, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss,
+            n_threads,
+        )  # fmt: skip
+        return value

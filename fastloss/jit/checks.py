@@ -1,0 +1,133 @@
+"""Passes over targets: checks, and what each row counts. Vectors look first; only a block with a fault is searched."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, arg-type, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from fastloss._checks import Array
+from fastloss.jit import cpu
+
+BLOCK = 4096
+
+
+def outside_kernel(dtype: str) -> Any:
+    """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
+    kind = getattr(types, dtype)
+
+    @cpu.reducer
+    def count(indices, stop, ignored):
+        bad = 0
+        for x in indices:
+            bad += (np.int64(x) < 0 or np.int64(x) >= stop) and np.int64(x) != ignored
+        return bad
+
+    @numba.njit(
+        types.int64(types.Array(kind, 1, "C", readonly=True), types.int64, types.int64), nogil=True,
+        error_model="numpy",
+    )  # fmt: skip
+    def first_outside(indices, stop, ignored):
+        for a in range(0, indices.size, BLOCK):
+            if count(indices[a : a + BLOCK], stop, ignored):
+                for i in range(a, min(a + BLOCK, indices.size)):
+                    x = np.int64(indices[i])
+                    if (x < 0 or x >= stop) and x != ignored:
+                        return i
+        return -1
+
+    return first_outside
+
+
+def unfit_kernel(dtype: str) -> Any:
+    """The position of the first number that is not finite, or negative; −1: there is none."""
+    kind = getattr(types, dtype)
+    infinity = getattr(np, dtype)(np.inf)
+
+    @cpu.reducer
+    def count(numbers):
+        bad = 0
+        for x in numbers:
+            bad += not (x >= 0 and x < infinity)
+        return bad
+
+    @numba.njit(types.int64(types.Array(kind, 1, "C", readonly=True)), nogil=True, error_model="numpy")
+    def first_unfit(numbers):
+        for a in range(0, numbers.size, BLOCK):
+            if count(numbers[a : a + BLOCK]):
+                for i in range(a, min(a + BLOCK, numbers.size)):
+                    if not (numbers[i] >= 0 and numbers[i] < infinity):
+                        return i
+        return -1
+
+    return first_unfit
+
+
+def weigh_kernel(dtype: str) -> Any:
+    """What each row counts: its largest, and the sum of the rounded."""
+    real, number = getattr(np, dtype), getattr(types, dtype)
+    doubles = types.Array(types.float64, 1, "C", readonly=True)
+
+    @numba.njit(
+        types.UniTuple(types.float64, 2)(
+            types.Array(types.int64, 1, "C", readonly=True), doubles, types.boolean, types.int64, doubles,
+            types.Array(number, 1, "C"),
+        ),
+        nogil=True, error_model="numpy",
+    )  # fmt: skip
+    def weigh(targets, class_weight, ignores, ignored, sample_weight, multiplier):
+        top, total = 0.0, 0.0
+        for i in range(multiplier.size):
+            w = sample_weight[i] if sample_weight.size else 1.0
+            if ignores and targets[i] == ignored:
+                w = 0.0
+            if class_weight.size and w != 0.0:
+                w *= class_weight[targets[i]]
+            multiplier[i] = real(w)
+            top = max(top, w)
+            total += np.float64(multiplier[i])
+        return top, total
+
+    return weigh
+
+
+NONE = np.empty(0)
+
+
+def first_outside(indices: Array, stop: int, ignored: int | None) -> int | None:
+    """`Backend.first_outside`; None for arrays that are not served here."""
+    if indices.dtype.name not in ("int64", "int32") or not (indices.flags.c_contiguous and indices.flags.aligned):
+        return None
+    if stop < 1:
+        return None
+    if ignored is None or not -(2**63) <= ignored < 2**63:
+        ignored = 0  # which is inside
+    position: int = cpu.made(outside_kernel, indices.dtype.name)(indices, stop, ignored)
+    return position
+
+
+def first_unfit(numbers: Array) -> int | None:
+    """`Backend.first_unfit`; None for arrays that are not served here."""
+    if numbers.dtype.name not in ("float64", "float32") or not (numbers.flags.c_contiguous and numbers.flags.aligned):
+        return None
+    position: int = cpu.made(unfit_kernel, numbers.dtype.name)(numbers.reshape(-1))
+    return position
+
+
+def weigh(
+    targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None, dtype: np.dtype[Any]
+) -> tuple[Array, float, float]:
+    """`Backend.weigh`, for class weights or targets that are ignored."""
+    multiplier = np.empty(len(targets), dtype)
+    ignores = ignored is not None and -(2**63) <= ignored < 2**63
+    top, total = cpu.made(weigh_kernel, dtype.name)(
+        np.require(targets, np.int64, ["C", "A"]),
+        NONE if class_weight is None else np.require(class_weight, np.float64, ["C", "A"]),
+        ignores, ignored if ignores else 0,
+        NONE if sample_weight is None else np.require(sample_weight, np.float64, ["C", "A"]), multiplier,
+    )  # fmt: skip
+    return multiplier, top, total

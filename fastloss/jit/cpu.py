@@ -1,0 +1,274 @@
+"""What kernels that Numba compiles for the CPU are made of: primitives, ways to compile, threads.
+
+Loops are plain and scalar, and LLVM turns them into vectors. It does so with a sum only in a function that may reorder
+additions (`reducer`: no more than that, so NaN, infinities and divisions are as they should be); the mathematics is in
+functions of its own (`helper`), which are inlined and keep their order.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, arg-type, untyped-decorator"
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+MOST_THREADS = 256  # that are kept; each starts when it is first of use
+SHARES = 4  # of the work, for each thread, so that a slow one holds up no other
+
+helper = numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
+reducer = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+
+
+@helper
+def nothing():
+    """What stands for a function that is not used."""
+
+
+# --- primitives -----------------------------------------------------------------------------------------------------
+@intrinsic
+def larger(context, a, b):
+    """The larger of two numbers, NaN if one is: the form whose reduction LLVM turns into vectors."""
+
+    def generate(context, builder, signature, args):
+        kind = args[0].type
+        function = builder.module.declare_intrinsic("llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind]))
+        return builder.call(function, args)
+
+    return a(a, a), generate
+
+
+INTEGERS = {types.float32: types.int32, types.float64: types.int64}
+
+
+@intrinsic
+def bits(context, x):
+    """The bits of a float, as an integer."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    integer: Any = INTEGERS[x]
+    return integer(x), generate
+
+
+@intrinsic
+def number32(context, i):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def number64(context, i):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
+
+
+@intrinsic
+def half_to_float(context, i):
+    """The number that the bits of a float16 are."""
+
+    def generate(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def float_to_half(context, x):
+    """The bits of a number rounded to float16."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def pointer(context, address, like):
+    """An address as a pointer to numbers of the type of `like`."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), generate
+
+
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+FLUSH = 0x8040  # results, and inputs, that are too small to be normal become 0
+
+
+def _control(builder, name, place):
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{name}")
+    builder.call(function, [builder.bitcast(place, ir.IntType(8).as_pointer())])
+
+
+@intrinsic
+def set_rounding_of_tiny(context, mode):
+    """Sets the thread's floating-point mode (−1: as it is, but results flush to zero), and gives that before."""
+
+    def generate(context, builder, signature, args):
+        if not X86:
+            return args[0]
+        place = cgutils.alloca_once(builder, ir.IntType(32))
+        _control(builder, "stmxcsr", place)
+        before = builder.load(place)
+        flushing = builder.or_(before, before.type(FLUSH & 0x8000))
+        asked = builder.icmp_signed("==", args[0], args[0].type(-1))
+        builder.store(builder.select(asked, flushing, args[0]), place)
+        _control(builder, "ldmxcsr", place)
+        return before
+
+    return types.int32(types.int32), generate
+
+
+def tools(real: Any) -> SimpleNamespace:
+    """The tools of `rowmath` in a type."""
+    single = real is np.float32
+    return SimpleNamespace(
+        real=real, integer=np.int32 if single else np.int64, larger=larger, bits=bits,
+        number=number32 if single else number64,
+    )  # fmt: skip
+
+
+# --- numbers as they are stored -------------------------------------------------------------------------------------
+@helper
+def _same(x):
+    return x
+
+
+@helper
+def _bfloat16_to_float(raw):
+    return number32(np.int32(np.uint32(raw) << np.uint32(16)))
+
+
+@helper
+def _float_to_bfloat16(x):
+    # To nearest, ties to even.
+    raw = np.uint32(bits(x))
+    rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
+
+
+def storage(dtype: str) -> SimpleNamespace:
+    """How numbers of a type are stored and converted: `kind` (of arrays), `real`, `load(raw)`, `save(x)`."""
+    if dtype in ("float32", "float64"):
+        real = getattr(np, dtype)
+        return SimpleNamespace(kind=getattr(types, dtype), like=real, real=real, load=_same, save=_same)
+    load, save = (half_to_float, float_to_half) if dtype == "float16" else (_bfloat16_to_float, _float_to_bfloat16)
+    return SimpleNamespace(kind=types.uint16, like=np.uint16, real=np.float32, load=load, save=save)
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+_lock = threading.RLock()
+
+
+@functools.cache
+def _made(factory: Callable[..., Any], *what: Any) -> Any:
+    return factory(*what)
+
+
+def made(factory: Callable[..., Any], *what: Any) -> Any:
+    """What a factory makes, made once, whichever thread asks first."""
+    with _lock:
+        return _made(factory, *what)
+
+
+# --- memory by address ----------------------------------------------------------------------------------------------
+@intrinsic
+def get(context, address, like):
+    """The number of the type of `like` at an address."""
+
+    def generate(context, builder, signature, args):
+        kind = context.get_value_type(signature.return_type)
+        return builder.load(builder.inttoptr(args[0], kind.as_pointer()), align=1)
+
+    return like(types.intp, like), generate
+
+
+@intrinsic
+def put(context, address, x):
+    """A number to an address."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, x), generate
+
+
+@helper
+def numbers_at(address, count, like):
+    """Numbers that lie one after the other, as an array."""
+    return carray(pointer(address, like), (count,))
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget() -> None:
+    global _pool, _lock
+    _pool, _lock = None, threading.RLock()  # a child has none of its parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _submit(task: Callable[[], None]) -> Future[None] | None:
+    """A task for another thread; None where the interpreter is about to end and starts none any more."""
+    global _pool
+    if _pool is None:
+        with _lock:
+            _pool = _pool or ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="fastloss")
+    try:
+        return _pool.submit(task)
+    except RuntimeError:
+        return None
+
+
+def run(task: Callable[[int, int], None], count: int, n_threads: int) -> None:
+    """task(first, last) for ranges that make up range(count), on threads that are kept, the caller's among them.
+
+    Threads take ranges as they come to it: an order of events that results must not depend on.
+    """
+    n_threads = min(n_threads, count)
+    if n_threads <= 1:
+        task(0, count)
+        return
+    parts = SHARES * n_threads
+    left = deque((k * count // parts, (k + 1) * count // parts) for k in range(parts))
+
+    def work() -> None:
+        while True:
+            try:
+                first, last = left.popleft()
+            except IndexError:
+                return
+            if last > first:
+                task(first, last)
+
+    others = [_submit(work) for _ in range(n_threads - 1)]
+    work()
+    for other in others:
+        if other is not None and not other.cancel():
+            other.result()
