@@ -87,8 +87,8 @@ def _lane_sums(count: int) -> tuple[str, int]:
 
     Returns it, whose result is the kept sums, `first` and how many of them count, and `kept`.
     """
-    lines, names, n, k = ["def sums(t, x):", f" first, size = 0, {count}"], [f"x[{i}]" for i in range(count)], count, LANES // 2
-    step = 0
+    lines, names = ["def sums(t, x):", f" first, size = 0, {count}"], [f"x[{i}]" for i in range(count)]
+    n, k, step = count, LANES // 2, 0
     while k:
         half = -(-n // 2)
         lines.append(f" up = t & {k}")
@@ -98,7 +98,8 @@ def _lane_sums(count: int) -> tuple[str, int]:
             name = f"y{step}_{i}"
             lines.append(f" {name} = ({high} if up else {low}) + shuffle({low} if up else {high}, {k})")
             found.append(name)
-        lines += [f" first += {half} if up else 0", f" size = max(size - {half}, 0) if up else min(size, {half})"]
+        lines.append(f" first += {half} if up else 0")
+        lines.append(f" size = max(size - {half}, 0) if up else min(size, {half})")
         names, n, k, step = found, half, k // 2, step + 1
     lines.append(f" return ({''.join(name + ',' for name in names)}), first, size")
     return "\n".join(lines), n

@@ -139,7 +139,7 @@ def cross_entropy(
     IndexError
         For a class outside [0, C), with its place.
     ValueError, TypeError
-        For arguments that do not fit, and for tensors that are not on the CPU.
+        For arguments that do not fit, and for tensors on a device where fastloss cannot compute.
 
     Examples
     --------
@@ -173,7 +173,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """`torch.nn.functional.multi_margin_loss` on the CPU: `Σ_j max(0, margin − s_y + s_j)^p / C`, over j ≠ y.
+    """`torch.nn.functional.multi_margin_loss`: `Σ_j max(0, margin − s_y + s_j)^p / C`, over j ≠ y.
 
     NaN among the scores of a row gives NaN; PyTorch drops it.
 
@@ -270,7 +270,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
 ) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy` on the CPU: of the scores `input @ linear_weight.T + linear_bias`.
+    """`torch.nn.functional.linear_cross_entropy`: of the scores `input @ linear_weight.T + linear_bias`.
 
     The scores are never held as a whole, whatever the options. Computed in float32 at least, under autocast too.
 
