@@ -60,6 +60,9 @@ class LinearObjective:
     ValueError, TypeError
         For arguments that do not fit together.
 
+    X may be on a GPU, then so must W: values are arrays there, without dimensions, and nothing waits for it. There is
+    no `hessp` and no `flat` then; `rows`, `shift` and `scale` are read by the host.
+
     Examples
     --------
     >>> import numpy as np, fastloss as fl
@@ -69,6 +72,13 @@ class LinearObjective:
     >>> value, grad.shape
     (2.0, (3, 4))
     """
+
+    def __new__(cls, loss: Loss, X: object, *arguments: Any, **options: Any) -> LinearObjective:
+        if cls is LinearObjective and type(X) is not np.ndarray and driver.on_gpu(X, options.get("backend")):
+            from fastloss.gpu.linear import DeviceObjective
+
+            return super().__new__(DeviceObjective)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -389,6 +399,8 @@ def linear_value_and_grad(
     chunk_rows : int, optional
         Rows handled at a time when there are many classes.
 
+    X and W may be on a GPU: then so are the results, and many classes take CuPy's or PyTorch's arrays.
+
     Returns
     -------
     value : float, or array (N,) for `reduction="none"`
@@ -404,6 +416,11 @@ def linear_value_and_grad(
     (1.6094, (5, 3))
     """
     _check_loss(loss)
+    if type(X) is not np.ndarray and driver.on_gpu(X, backend):
+        from fastloss.gpu import linear as on_gpu
+
+        threads.resolve(n_threads)
+        return on_gpu.linear_call(loss, X, W, targets, b, wrt, sample_weight, reduction, upstream, chunk_rows)
     features = _features(X)
     weights = checks.matrix(W, "W", "(C, D): a row of D weights for each of C classes")
     n, d = features.shape

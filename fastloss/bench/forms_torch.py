@@ -80,7 +80,7 @@ def softmax(S: Any, y: Any) -> Any:
     highest = S.amax(1, keepdim=True)
     exps = (S - highest).exp()
     total = exps.sum(1, keepdim=True)
-    hit = torch.arange(S.shape[1]) == index
+    hit = torch.arange(S.shape[1], device=S.device) == index
     return (total.log() - (S.gather(1, index) - highest)).mean(), (exps * (1 / total) - hit.to(S.dtype)) * k
 
 
@@ -95,7 +95,7 @@ def hinge_in_place(S: Any, y: Any, G: Any) -> Any:
 
 def hinge(S: Any, y: Any) -> Any:
     index, k = y[:, None], 1 / S.shape[0]
-    hit = torch.arange(S.shape[1]) == index
+    hit = torch.arange(S.shape[1], device=S.device) == index
     above = torch.where(hit, 0, (S - S.gather(1, index) + 1).clamp_min(0))
     active = (above > 0).to(S.dtype)
     return above.sum() * k, torch.where(hit, -active.sum(1, keepdim=True), active) * k
@@ -141,7 +141,7 @@ def _of_rows(job: Callable[..., Any], rows: Any) -> Callable[..., Any]:
     return lambda X, W, b, y, *out: job(X[rows], W, b, y[rows], *out)
 
 
-def _compile(job: Any) -> Any:
+def compile_form(job: Any) -> Any:
     # A copy of the code: the number of compilations for one code object is limited, and there is one for each shape.
     fresh = types.FunctionType(job.__code__.replace(), job.__globals__, job.__name__, job.__defaults__, job.__closure__)
     return torch.compile(fresh, fullgraph=True, dynamic=False)
@@ -150,7 +150,7 @@ def _compile(job: Any) -> Any:
 def _transform(name: str, compiled: bool, S: Any) -> Work:
     transform = _TRANSFORMS[name]
     if compiled:
-        job = _compile(lambda S: transform(S, 1))
+        job = compile_form(lambda S: transform(S, 1))
         return Work(lambda: job(S), _answer)
     out = S.new_empty(len(S)) if name == "logsumexp" else torch.empty_like(S)
     return Work(lambda: transform(S, 1, out=out), _answer)
@@ -170,7 +170,7 @@ def build(kind: Kind, name: str, compiled: bool, inputs: Inputs, threads: int) -
     if inputs.rows is not None:
         job = _of_rows(job, _tensor(inputs.rows))
     if compiled:
-        job = _compile(job)
+        job = compile_form(job)
     given = [X, *weights, y]
 
     def value() -> Any:

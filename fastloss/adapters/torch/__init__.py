@@ -1,4 +1,4 @@
-"""PyTorch's multiclass losses on the CPU, computed by fastloss: change the import, keep the training loop.
+"""PyTorch's multiclass losses on CPUs and NVIDIA GPUs, computed by fastloss: change the import, keep the training loop.
 
 Signatures, shapes, dtypes, reductions and the denominators of means are PyTorch's. What differs, on purpose:
 
@@ -6,7 +6,9 @@ Signatures, shapes, dtypes, reductions and the denominators of means are PyTorch
 - Targets may be of any integer type. A class outside the scores' is an IndexError that says where it stands.
 - Rows that count nothing (class weight 0, or ignored) are skipped, even with NaN in them.
 - Class weights must be finite; probability targets finite and not negative.
-- There are no second derivatives, and tensors must be on the CPU: both raise.
+- There are no second derivatives, and tensors must be on a CPU or an NVIDIA GPU: both raise.
+- On a GPU nothing waits: a class outside the scores' gives NaN, and a ValueError in the next call or
+  `fastloss.synchronize`. Negative class weights within label smoothing, or for probabilities, raise there.
 
 How a call goes. In a plain eager call, loss and gradient of a matrix of scores come of one pass in forward; backward
 hands the gradient on, scaled in place where its upstream factor is not 1. With `reduction="none"`, class weights,

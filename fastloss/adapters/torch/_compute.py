@@ -34,7 +34,7 @@ SCHEMA = "str kind, int p, float margin, float label_smoothing, int? ignore_inde
 
 
 @functools.lru_cache(maxsize=256)
-def _loss(kind: str, p: int, margin: float, label_smoothing: float, ignore_index: int | None) -> fl.Loss:
+def plain_loss(kind: str, p: int, margin: float, label_smoothing: float, ignore_index: int | None) -> fl.Loss:
     if kind == "hinge":
         return fl.Hinge(over="mean", power=p, margin=margin)
     return fl.Softmax(label_smoothing=label_smoothing, ignore_index=ignore_index)
@@ -61,7 +61,7 @@ class _Targets:
             self.rows = as_array(target.reshape(-1))
             if options.ignore_index is not None:
                 ignored = int(np.count_nonzero(self.rows == options.ignore_index))
-        loss = _loss(
+        loss = plain_loss(
             options.kind, options.p, options.margin, 0.0 if self.probabilities else smoothing,
             options.ignore_index if ignored else None,
         )  # fmt: skip
@@ -141,7 +141,7 @@ def _pull(factors: Array, sign: float, reduction: str) -> dict[str, Any]:
 
 
 # --- losses of scores -----------------------------------------------------------------------------------------------
-def _batched(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def batched(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (N, C, d1, ...) and their targets, from those of one example too."""
     if input.dim() > 1:
         return input, target
@@ -177,7 +177,7 @@ def _slices(matrices: list[Tensor]) -> Iterator[tuple[Array, slice]]:
 def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     *rest, wide = options
     o = Options(*rest)
-    x, batch = _batched(input, target)
+    x, batch = batched(input, target)
     targets = _Targets(batch, x.shape[1], weight, o)
     matrices = _matrices(x) or [x.movedim(1, -1).reshape(-1, x.shape[1])]
     reduction, threads = "none" if o.reduction == "none" else "sum", _threads()
@@ -197,12 +197,12 @@ def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: 
 
 def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     o = Options(*options)
-    x, batch = _batched(input, target)
+    x, batch = batched(input, target)
     targets = _Targets(batch, x.shape[1], weight, o)
     if len(targets.terms) > 1 and input.dtype.itemsize == 2:  # the difference of large terms
         return scores_gradient(upstream, input.float(), target, weight, *options).to(input.dtype)
     gradient = empty_like(input)
-    out, _ = _batched(gradient, target)
+    out, _ = batched(gradient, target)
     scores, grads, threads = _matrices(x), _matrices(out), _threads()
     direct = scores is not None and grads is not None and len(scores) == len(grads)
     if not direct:  # in place in a copy

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from fastloss import _checks as checks
+from fastloss.adapters.torch import _cuda as cuda
 from fastloss.adapters.torch._arrays import Tensor, torch
 from fastloss.adapters.torch._compute import Options
 from fastloss.adapters.torch._operators import linear_loss, scores_loss, transforming
@@ -28,17 +29,20 @@ def checked_reduction(reduction: str, size_average: bool | None, reduce: bool | 
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise for what is no tensor, of no type of floats, or not on the CPU."""
+    """Raise for what is no tensor, of no type of floats, or where fastloss cannot compute."""
+    first = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
-        if tensor.device.type not in ("cpu", "meta"):
+        if tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+            cuda.require(name, tensor)
+        if first is not None and tensor.device != first[1].device:
             raise ValueError(
-                f"{name} is on {tensor.device}; fastloss has no kernels for it yet and computes on the CPU: use "
-                f"{name}.cpu(), or the loss of torch.nn.functional there"
+                f"{name} is on {tensor.device}, but {first[0]} on {first[1].device}; they must be on one device"
             )
+        first = first or (name, tensor)
         if name != "target" and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float64, bfloat16 or float16")
 
@@ -88,7 +92,7 @@ def hinge_options(p: int, margin: float, reduction: str) -> Options:
 
 def _is_wide(input: Tensor) -> bool:
     """Whether the loss is float32 because of autocast, as PyTorch's losses are."""
-    return bool(input.dtype.itemsize == 2 and torch.is_autocast_enabled("cpu"))
+    return bool(input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type))
 
 
 def _no_scores(input: Tensor) -> ValueError:
@@ -105,7 +109,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`torch.nn.functional.cross_entropy` on the CPU: the softmax cross-entropy of scores.
+    """`torch.nn.functional.cross_entropy` on CPUs and NVIDIA GPUs: the softmax cross-entropy of scores.
 
     Scores are not copied, and their gradient is the only array of their size that is made, where the classes are
     contiguous (any (N, C); (N, C, d1, ...) in channels-last order) or a sample has thousands of scores.
@@ -135,7 +139,7 @@ def cross_entropy(
     IndexError
         For a class outside [0, C), with its place.
     ValueError, TypeError
-        For arguments that do not fit, and for tensors that are not on the CPU.
+        For arguments that do not fit, and for tensors on a device where fastloss cannot compute.
 
     Examples
     --------
@@ -169,7 +173,7 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """`torch.nn.functional.multi_margin_loss` on the CPU: `Σ_j max(0, margin − s_y + s_j)^p / C`, over j ≠ y.
+    """`torch.nn.functional.multi_margin_loss`: `Σ_j max(0, margin − s_y + s_j)^p / C`, over j ≠ y.
 
     NaN among the scores of a row gives NaN; PyTorch drops it.
 
@@ -244,7 +248,7 @@ def _check_layer(
             f"linear_bias has shape {tuple(linear_bias.shape)}; it must be {tuple(linear_weight.shape[:-1])}"
         )
     dtypes = {t.dtype for t in (input, linear_weight, linear_bias) if t is not None}
-    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled("cpu")):
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(input.device.type)):
         raise TypeError(
             f"input, linear_weight and linear_bias are {', '.join(sorted(map(str, dtypes)))}; they must have one dtype "
             "(under autocast 16-bit floats go with float32)"
@@ -266,7 +270,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
 ) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy` on the CPU: of the scores `input @ linear_weight.T + linear_bias`.
+    """`torch.nn.functional.linear_cross_entropy`: of the scores `input @ linear_weight.T + linear_bias`.
 
     The scores are never held as a whole, whatever the options. Computed in float32 at least, under autocast too.
 

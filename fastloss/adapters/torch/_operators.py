@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastloss.adapters.torch import _compute as compute
+from fastloss.adapters.torch import _cuda as cuda
 from fastloss.adapters.torch._arrays import Tensor, torch
 from fastloss.adapters.torch._compute import Options
 
@@ -14,12 +15,20 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
 def _is_plain(tensors: Any) -> bool:
-    """Whether tensors are on the CPU and nothing watches but autograd: no compiler, transform, mode, or subclass."""
+    """Whether nothing watches tensors of the CPU or CUDA but autograd: no compiler, transform, mode, or subclass."""
     if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if transforming() or _modes():
         return False
-    return all(t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and t.is_cpu) for t in tensors)
+    return all(
+        t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda))
+        for t in tensors
+    )
+
+
+def _room(tensor: Tensor) -> Any:
+    """What computes on a tensor's device."""
+    return cuda if tensor.is_cuda else compute
 
 
 def _check_tangents(tensors: Any) -> None:
@@ -38,7 +47,7 @@ class _Operator:
     ----------
     schema : str
     function, fake : callable
-        What it does, and what shapes and strides come of it.
+        What it does on the CPU, and what shapes and strides come of it; on CUDA, the function of its name in `_cuda`.
     save, backward : callable
         `setup_context` and `backward` of autograd.
     eager : callable, optional
@@ -52,9 +61,10 @@ class _Operator:
         name = "fastloss::" + function.__name__
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         torch.library.impl(name, "cpu")(function)
+        torch.library.impl(name, "cuda")(getattr(cuda, function.__name__))
         torch.library.register_fake(name)(fake)
         torch.library.register_autograd(name, backward, setup_context=save)
-        self._function, self._eager = function, eager
+        self._name, self._eager = function.__name__, eager
         self._n_tensors = schema.count("Tensor", 0, schema.index("str kind"))
         namespace = torch.ops.fastloss
         self.op = getattr(namespace, function.__name__).default
@@ -71,7 +81,7 @@ class _Operator:
         if _is_plain(tensors):
             if not torch.is_grad_enabled():
                 _check_tangents(tensors)
-                return self._function(*arguments)
+                return getattr(_room(tensors[0]), self._name)(*arguments)
             if self._eager is not None:
                 return self._eager(*arguments)
         elif transforming is not None and not torch.compiler.is_compiling() and transforming():
@@ -133,15 +143,20 @@ class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(input, target, weight)
         ctx.options, ctx.gradient = options, None
         one_pass = weight is None and input.dim() == 2 and not target.is_floating_point() and options[5] != "none"
+        # On a GPU nobody looks at the factor; of float16 too small for its numbers, it is to prevent zeros.
+        one_pass = one_pass and not (input.is_cuda and input.dtype == torch.float16)
         if one_pass and ctx.needs_input_grad[0]:
-            loss, ctx.gradient = compute.loss_and_gradient(input, target, options)
+            loss, ctx.gradient = _room(input).loss_and_gradient(input, target, options)
             return loss
-        return compute.scores_loss(input, target, weight, *options)
+        return _room(input).scores_loss(input, target, weight, *options)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient, ctx.gradient = ctx.gradient, None  # its own, to scale and give away: a second pass computes a new one
         if gradient is not None and not torch.is_grad_enabled():
+            if gradient.is_cuda:
+                cuda.scale([gradient], upstream)
+                return gradient, None, None, None
             factor = upstream.item()
             if factor == 1:
                 return gradient, None, None, None
@@ -227,7 +242,7 @@ class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         _save_linear(ctx, arguments, None)
-        loss, *ctx.gradients = compute.linear_loss(*arguments)
+        loss, *ctx.gradients = _room(arguments[0]).linear_loss(*arguments)
         return loss
 
     @staticmethod
@@ -238,6 +253,8 @@ class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or found is None or not compute.scales_later(tensors[0], ctx.options):
             found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
+        elif tensors[0].is_cuda:
+            cuda.scale(found, upstream)
         elif (factor := upstream.item()) != 1:
             for gradient in found:
                 gradient *= factor

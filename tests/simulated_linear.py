@@ -1,0 +1,162 @@
+"""Run in numba-cuda's simulator by `test_gpu_linear.py`: the linear layer on a GPU where products are NumPy's."""
+
+import sys
+
+import numpy as np
+
+import fastloss as fl
+from fastloss.gpu import arrays, device, linear, products, sources
+
+cuda = device.cuda
+
+
+class NumpyProducts(products.Products):
+    """Products of the simulator's arrays."""
+
+    def convert(self, array, dtype):
+        return array if array.dtype.name == dtype else cuda.to_device(host(array).astype(dtype))
+
+    def pick(self, array, rows):
+        return cuda.to_device(host(array)[host(rows)])
+
+    def scores(self, x, W, b, out):
+        host(out)[...] = host(x) @ host(W).T + (0 if b is None else host(b))
+
+    def multiply(self, a, b, out, factor, add):
+        product = factor * (host(a).astype(np.float32 if a.dtype.itemsize < 8 else float) @ host(b))
+        host(out)[...] = product + (host(out) if add else 0)
+
+    def sum_rows(self, array, dtype):
+        return cuda.to_device(np.asarray(host(array).sum(axis=0, dtype=dtype)))
+
+
+def host(array):
+    """The memory of an array of the simulator."""
+    return array._ary if hasattr(array, "_ary") else array
+
+
+
+
+products._KINDS["numba"] = NumpyProducts()
+rng = np.random.default_rng(0)
+source = sources.get("numba")
+put, get = source.put, source.get
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "uint8": 1e-5}
+
+
+def close(found, wanted, dtype, what):
+    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert a.shape == b.shape, (what, a.shape, b.shape)
+    assert np.linalg.norm(a - b) <= TOLERANCE[dtype] * max(1e-30, np.linalg.norm(b)), (what, a, b)
+
+
+def check_chunks():
+    n, d, c = 7, 5, 66
+    for dtype in ("float32", "float64", "float16", "uint8"):
+        X = rng.integers(0, 9, (n, d)).astype(dtype) / (1 if dtype == "uint8" else np.dtype(dtype).type(8))
+        X = X.astype(dtype)
+        like = "float32" if dtype == "uint8" else dtype
+        W, b, y = rng.standard_normal((c, d)).astype(like), rng.standard_normal(c).astype(like), rng.integers(0, c, n)
+        wrt = ("W", "b") if dtype == "uint8" else ("W", "b", "X")
+        weight = rng.uniform(0, 2, n)
+        weight[4] = 0
+        for chunk_rows in (None, 4):
+            for how in ({}, {"sample_weight": weight}, {"reduction": "none", "upstream": weight.astype("f4")}):
+                if dtype == "float64" and "upstream" in how:
+                    how = {"reduction": "none", "upstream": weight}
+                there = {k: put(v) if isinstance(v, np.ndarray) else v for k, v in how.items()}
+                value, grads = fl.linear_value_and_grad(
+                    fl.Softmax(), put(X), put(W), put(y), put(b), wrt=wrt, chunk_rows=chunk_rows, **there
+                )
+                wide = X.astype(float), W.astype(float), y, b.astype(float)
+                wanted, wanted_grads = fl.linear_value_and_grad(
+                    fl.Softmax(), *wide, wrt=wrt, backend="reference", **how
+                )
+                close(get(value), wanted, dtype, "value")
+                for name in wrt:
+                    close(get(grads[name]), wanted_grads[name], dtype, name)
+                    if name != "X" or dtype != "uint8":
+                        assert grads[name].dtype.name == (dtype if name == "X" else like)
+
+
+def check_objectives():
+    n, d = 9, 5
+    X = rng.integers(0, 256, (n, d)).astype(np.uint8)
+    for c in (3, 90):
+        for probabilities in (False, True):
+            y = rng.integers(0, c, n)
+            if probabilities:
+                y = rng.dirichlet(np.ones(c), n).astype(np.float32)
+            W = (rng.standard_normal((c, d + 1)) * 0.01).astype(np.float32)
+            rows = np.array([8, 0, 7, 7, 3])
+            weight = None if probabilities else rng.uniform(0, 1, n)
+            how = {"shift": rng.uniform(0, 255, d), "scale": rng.uniform(50, 80, d)}
+            for penalty in ((None, fl.L2(0.3)) if probabilities else (fl.ElasticNet(0.2, beta=0.5),)):
+                there = None if weight is None else put(weight)
+                ours = fl.LinearObjective(
+                    fl.Softmax(), put(X), put(y), penalty=penalty, sample_weight=there, **how
+                )
+                its = fl.LinearObjective(
+                    fl.Softmax(), X, y, penalty=penalty, sample_weight=weight, backend="reference", **how
+                )
+                for picked in (None, rows):
+                    value, grad = ours.value_and_grad(put(W), picked)
+                    wanted, wanted_grad = its.value_and_grad(W.astype(float), picked)
+                    close(get(value), wanted, "float32", "objective")
+                    close(get(grad), wanted_grad, "float32", "gradient of the objective")
+                    close(get(ours.value(put(W), picked)), wanted, "float32", "value alone")
+        stack = np.stack([W, 2 * W])
+        close(ours.values(put(stack)), its.values(stack.astype(float)), "float32", "values")
+
+
+def check_memory():
+    parts = linear.cut_rows(8192, 3898, None)
+    assert len(parts) == 3
+    assert parts[-1].stop == 8192
+    assert max(p.stop - p.start for p in parts) <= 3898
+    assert [p.stop - p.start for p in linear.cut_rows(10, 100, 4)] == [4, 4, 2]
+    assert linear.cut_rows(0, 100, None) == []
+
+
+def check_errors():
+    X, W, y = put(np.ones((4, 3), np.float32)), put(np.ones((2, 3), np.float32)), put(np.zeros(4, np.int64))
+
+    def raises(kind, words, call):
+        try:
+            call()
+        except kind as error:
+            found = str(error)
+        else:
+            found = "nothing was raised"
+        assert words in found, found
+
+    loss = fl.Softmax()
+    here = np.ones((2, 3))
+    raises(TypeError, "W is ndarray; it must be an array on", lambda: fl.linear_value_and_grad(loss, X, here, y))
+    raises(ValueError, "W has shape (2, 3); it must be (2, 4)", lambda: fl.LinearObjective(loss, X, y).value(W))
+    raises(TypeError, "X has dtype int32", lambda: fl.linear_value_and_grad(loss, put(np.ones((4, 3), np.int32)), W, y))
+    raises(fl.BackendError, "cython", lambda: fl.linear_value_and_grad(loss, X, W, y, backend="cython"))
+    objective = fl.LinearObjective(loss, X, y, bias=False)
+    raises(IndexError, "rows[1] is 4, but X has 4 rows", lambda: objective.value(W, rows=[0, 4]))
+    raises(fl.BackendError, "Hessian", lambda: objective.hessp(W, W))
+    raises(fl.BackendError, "host vectors", lambda: objective.flat)
+    raises(ValueError, "out overlaps W", lambda: objective.value_and_grad(W, out=W))
+    ones = put(np.ones(4, "f4"))
+    raises(ValueError, "upstream is an array", lambda: fl.linear_value_and_grad(loss, X, W, y, upstream=ones))
+    del products._KINDS["numba"]
+    raises(fl.BackendError, "arrays of CuPy or PyTorch", lambda: fl.linear_value_and_grad(loss, X, W, y, wrt=("X",)))
+    products._KINDS["numba"] = NumpyProducts()
+
+
+def check_rescale():
+    numbers = put(np.arange(40, dtype=np.float32))
+    linear.rescale([numbers], put(np.array(1.0)))
+    linear.rescale([numbers], put(np.array(2.5)))
+    assert np.array_equal(get(numbers), np.arange(40, dtype=np.float32) * 2.5)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        globals()[name]()
+    assert arrays.is_device(put(np.zeros(1)))
+    print("all is well")
