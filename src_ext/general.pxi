@@ -105,16 +105,16 @@ cdef inline vec target_part(int layout, bint part, bint careful, const Options *
     return u if o.class_weight == NULL else mul(u, class_numbers(layout, part, o.class_weight, k, w))
 
 
-cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start) noexcept nogil:
+cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec pivot) noexcept nogil:
     """`is_careful` of a walk with a pivot."""
-    return is_careful(layout, w, start) or start == w.pivot_block
+    return is_careful(layout, w, start) or start == ifirst(pivot) // (16 * LANES) * 16
 
 
 cdef inline void general_step(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
-                              Py_ssize_t k, ivec cls, vec origin, Found *f, vec *keep) noexcept nogil:
+                              Py_ssize_t k, ivec cls, ivec pivot, vec origin, Found *f, vec *keep) noexcept nogil:
     """Vector k of the first walk, and what is kept of it."""
     cdef vec d, e, u, slope
-    cdef mask pivot
+    cdef mask left_out
     d = distance(o, fetch(layout, part, w, k, <real> -INFINITY), origin, keep, &slope)
     e = vexp(d, vset(0))
     if not o.bends:
@@ -122,14 +122,14 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, c
     elif keeps_slope(o):
         keep[0] = mul(e, slope)
     if careful:
-        pivot = ieq(cls, w.pivot)
-        f.others = add_unless(pivot, f.others, e)
+        left_out = ieq(cls, pivot)
+        f.others = add_unless(left_out, f.others, e)
     else:
         f.others = add(f.others, e)
     if dense:
         u = target_part(layout, part, careful, o, w, k, cls)
         if careful:
-            f.u_others, f.u_pivot = add_unless(pivot, f.u_others, u), add_where(pivot, f.u_pivot, u)
+            f.u_others, f.u_pivot = add_unless(left_out, f.u_others, u), add_where(left_out, f.u_pivot, u)
         else:
             f.u_others = add(f.u_others, u)
         f.away = less_product(f.away, u, d)
@@ -147,13 +147,13 @@ cdef inline Found nothing_found() noexcept nogil:
 
 
 cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps_some, const Options *o, const Walk *w,
-                                Py_ssize_t start, vec origin, vec *last) noexcept nogil:
+                                Py_ssize_t start, ivec pivot, vec origin, vec *last) noexcept nogil:
     cdef Found f = nothing_found()
     cdef vec keep = vset(0)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        general_step(layout, False, careful, dense, o, w, k, cls, origin, &f, &keep)
+        general_step(layout, False, careful, dense, o, w, k, cls, pivot, origin, &f, &keep)
         fetch_ahead(layout, keeps_some, w, k)
         if layout == ROWED and dense and o.probabilities:
             prefetch(w.more + w.more_ahead + k * LANES)
@@ -162,7 +162,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        general_step(layout, True, True, dense, o, w, whole, cls, origin, &f, last)
+        general_step(layout, True, True, dense, o, w, whole, cls, pivot, origin, &f, last)
     return f
 
 
@@ -173,10 +173,10 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
     cdef vec origin = origin_of_distance(o, s.m)
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
-        if holds_either(layout, w, start):
-            f = general_block(layout, True, dense, keeps_some, o, w, start, origin, last)
+        if holds_either(layout, w, start, s.pivot):
+            f = general_block(layout, True, dense, keeps_some, o, w, start, s.pivot, origin, last)
         else:
-            f = general_block(layout, False, dense, keeps_some, o, w, start, origin, last)
+            f = general_block(layout, False, dense, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
@@ -262,7 +262,7 @@ cdef inline void back_block(int layout, bint careful, bint dense, const Options 
     for k in range(start, whole):
         g = general_slope(layout, False, careful, dense, o, w, k, cls, s, origin, last)
         if layout == LANED:
-            g = choose(ieq(cls, w.pivot), s.b, g)
+            g = choose(ieq(cls, s.pivot), s.b, g)
         put(layout, False, w, k, g)
         if careful:
             cls = next_classes(layout, cls)
@@ -278,8 +278,8 @@ cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk 
             back_block(layout, True, dense, o, w, start, s, origin, last)
         else:
             back_block(layout, False, dense, o, w, start, s, origin, last)
-    if layout == ROWED and 0 <= ifirst(w.pivot):
-        sstore_one(w.dst + ifirst(w.pivot), first_lane(s.b))
+    if layout == ROWED and 0 <= ifirst(s.pivot):
+        sstore_one(w.dst + ifirst(s.pivot), first_lane(s.b))
 
 
 cdef inline void close_general(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
@@ -335,11 +335,6 @@ cdef inline lane_int row_argmax(const Walk *w) noexcept nogil:
     if not none_of(bad):
         return class_of(True, w, vset(0))
     return class_of(False, w, vset(lane_greatest(m)))
-
-
-cdef inline void aim_at_pivot(Walk *w, lane_int pivot) noexcept nogil:
-    """(ROWED)"""
-    w.pivot, w.pivot_block = iset(pivot), pivot // (16 * LANES) * 16
 
 
 cdef inline ivec tile_top(const Walk *w, vec m) noexcept nogil:

@@ -82,8 +82,6 @@ cdef struct Walk:
     Py_ssize_t ahead_step
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
-    ivec pivot  # the same of the class that the general form's sums leave out
-    Py_ssize_t pivot_block
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
 
@@ -92,7 +90,6 @@ cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *m
     cdef Walk w
     w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
     w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = NULL, 0, 0, 0, more, 0
-    w.pivot, w.pivot_block = target, 0
     return w
 
 
@@ -102,7 +99,6 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = src, 0, 0, more, 0
-    w.pivot, w.pivot_block = w.target, w.target_block
     return w
 
 
@@ -222,6 +218,7 @@ cdef struct State:
     vec low  # what a lacks, as rounded (hinge)
     vec c  # and in the general form
     vec more[3]
+    ivec pivot  # the class that its sums leave out; not in the Walk, which plain rows would pay for (12 cycles each)
 
 
 cdef struct Sum:
