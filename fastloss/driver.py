@@ -172,6 +172,7 @@ def scores_call(
     if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
         from fastloss.gpu import driver as gpu
 
+        threads.resolve(n_threads)
         return gpu.scores_call(
             loss, scores, targets, want_grad, out, sample_weight, reduction, upstream, outputs, check
         )  # fmt: skip
@@ -362,6 +363,7 @@ def transform_call(
     if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
         from fastloss.gpu import driver as gpu
 
+        threads.resolve(n_threads)
         return gpu.transform_call(kind, scores, out)  # type: ignore[no-any-return]
     s = checks.as_array(scores, "scores")
     if s.ndim == 0 or s.shape[-1] == 0:

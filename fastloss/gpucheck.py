@@ -1,7 +1,8 @@
 """`python -m fastloss.gpucheck`: on a machine with a GPU, checks every result on the device, then measures.
 
 It ends within its minutes, and writes each result to a JSON file as soon as it is there. Exit status: 0 if all is
-well, 1 if a check failed or could not run, 2 without a GPU, 3 if it had to be stopped.
+well, 1 if a check failed or could not run, 2 without a GPU, 3 if it had to be stopped, 4 if all that ran is well but
+time was too short for the rest.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PACKAGES = (
     "liger-kernel", "quack-kernels", "ml_dtypes",
 )  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "initcheck")
+NO_TIME = "no time was left"
+UNFINISHED = 4  # the exit status where something was not run for lack of time
 GRACE = 20.0  # seconds after which what is under way is given up
 
 
@@ -115,6 +118,7 @@ def correctness(record: Record, source: sources.Source, sizes: checks.Sizes, lef
     for check in checks.Suite(source, sizes).all():
         if left() <= 0:
             entry["not run"].append(check.name)
+            record.put(f"correctness, {source.name}", entry)
             continue
         try:
             check.run()
@@ -140,7 +144,7 @@ def scores(record: Record, clock: timings.Clock, peers: str, left: Left) -> None
             continue
         name = f"{loss} {n} x {c} {dtype}"
         if left() <= 0:
-            record.add(f"scores, {peers}", {"name": name, "not run": "no time was left"})
+            record.add(f"scores, {peers}", {"name": name, "not run": NO_TIME})
             continue
         try:
             found = PEERS[peers](loss)
@@ -156,7 +160,7 @@ def layer(record: Record, clock: timings.Clock, left: Left) -> None:
     for names in (("torch",), ("torch.compile", "liger", "quack")):
         name = f"linear with {', '.join(names)}"
         if left() <= 0:
-            record.add("linear", {"name": name, "not run": "no time was left"})
+            record.add("linear", {"name": name, "not run": NO_TIME})
             continue
         try:
             dtype = clock.plan.dtypes[-1]
@@ -188,7 +192,7 @@ def sanitized(record: Record, left: Left) -> None:
     for name in TOOLS:
         limit = left()
         if limit <= 5:
-            entry[name] = {"not run": "no time was left"}
+            entry[name] = {"not run": NO_TIME}
         else:
             try:
                 run = subprocess.run(
@@ -197,7 +201,7 @@ def sanitized(record: Record, left: Left) -> None:
                 )  # fmt: skip
                 entry[name] = sanitizer_entry(run.returncode, run.stdout + run.stderr)
             except subprocess.TimeoutExpired:
-                entry[name] = {"not run": f"it took more than the {limit:.0f} s that were left"}
+                entry[name] = {"not run": f"{NO_TIME}: it took more than {limit:.0f} s"}
         record.put("compute-sanitizer", entry)
 
 
@@ -205,7 +209,7 @@ def sanitizer_entry(status: int, text: str) -> Entry:
     """What a run under the tool says: its summary, and its last words where it found something."""
     summary = re.findall(r"ERROR SUMMARY: (\d+) errors?", text) or re.findall(r"(\d+) hazards? displayed", text)
     entry: Entry = {"status": status, "errors": int(summary[-1]) if summary else None}
-    if status != 0:
+    if status not in (0, UNFINISHED):
         entry["output"] = text.strip().splitlines()[-12:]
     return entry
 
@@ -230,13 +234,13 @@ def table(facts: Entry) -> str:
         lines.append("not installed: " + ", ".join(missing))
     lines += [f"{name} arrays were not checked: {why}" for name, why in facts.get("no arrays of", {}).items()]
     lines.append("")
-    for name, entry in facts.items():
-        if name.startswith("correctness"):
-            lines.append(
-                f"{name}: {entry['passed']} checks passed, {len(entry['failed'])} failed, "
-                f"{len(entry['not run'])} not run for lack of time, {entry.get('seconds', 0):.0f} s"
-            )
-            lines += [f"  FAILED {check}: {why}" for check, why in entry["failed"].items()]
+    for name, entry in _checked(facts).items():
+        lines.append(
+            f"{name}: {entry['passed']} checks passed, {len(entry['failed'])} failed, "
+            f"{len(entry['not run'])} not run for lack of time, {entry.get('seconds', 0):.0f} s"
+        )
+        lines += [f"  FAILED {check}: {why}" for check, why in entry["failed"].items()]
+    lines += [f"{name}: {why}" for name, why in facts.items() if name.endswith((", left out", ", failed"))]
     for name, entry in facts.get("compute-sanitizer", {}).items():
         said = entry.get("not run") or f"{entry['errors']} errors, status {entry['status']}"
         lines.append(f"compute-sanitizer {name}: {said}")
@@ -341,7 +345,7 @@ def run(
     for part in parts:
         left = budget.left(part)
         if left() <= 0:
-            record.put(f"{part}, left out", "no time was left")
+            record.put(f"{part}, left out", NO_TIME)
             continue
         print(f"{part} ...", file=sys.stderr, flush=True)
         try:
@@ -372,13 +376,31 @@ def run(
 
 
 def status(facts: Entry) -> int:
-    """The exit status: 1 if a check failed or a part could not run, or the sanitizer found something."""
+    """The exit status: 1 if a check failed, a part could not run, or the sanitizer found something; else 4 if time was
+    too short for all of it."""
     bad = [name for name in facts if name.endswith(", failed")]
-    bad += [name for name, entry in facts.items() if name.startswith("correctness") and entry["failed"]]
+    bad += [name for name, entry in _checked(facts).items() if entry["failed"]]
     tools = facts.get("compute-sanitizer", {})
-    bad += [name for name in TOOLS if tools.get(name, {}).get("status", 0) != 0]
+    bad += [name for name in TOOLS if tools.get(name, {}).get("status", 0) not in (0, UNFINISHED)]
     bad += [entry["name"] for entry in _entries(facts) if "error" in entry or "fastloss" in entry.get("errors", {})]
-    return 1 if bad else 0
+    return 1 if bad else UNFINISHED if _unfinished(facts) else 0
+
+
+def _unfinished(facts: Entry) -> bool:
+    """Whether something was not run for lack of time."""
+    tools = facts.get("compute-sanitizer", {}).values()
+    said = [entry.get("not run", "") for entry in (*_entries(facts), *tools)]
+    said += [value for name, value in facts.items() if name.endswith(", left out")]
+    return (
+        any(words.startswith(NO_TIME) for words in said)
+        or any(entry.get("status") == UNFINISHED for entry in tools)
+        or any(entry["not run"] for entry in _checked(facts).values())
+    )
+
+
+def _checked(facts: Entry) -> dict[str, Entry]:
+    """What the checks found, for each kind of arrays."""
+    return {name: entry for name, entry in facts.items() if name.startswith("correctness,") and isinstance(entry, dict)}
 
 
 def _entries(facts: Entry) -> Iterator[Entry]:
@@ -402,7 +424,8 @@ def parser() -> argparse.ArgumentParser:
         "losses of scores beside copies of the same bytes, a large linear layer beside its bare products,\n"
         "and PyTorch, torch.compile, Liger-Kernel and QuACK where they are installed.",
         epilog="Exit status: 0 all is well; 1 a check failed, or a part could not run; 2 there is no GPU, or no\n"
-        "numba-cuda; 3 it was stopped, for it took too long.",
+        "numba-cuda; 3 it was stopped, for it took too long; 4 all that ran is well, but time was too short for\n"
+        "the rest, which is named (give more --minutes).",
     )  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE.json", help="write results here, each as soon as it is there")
     p.add_argument("--quick", action="store_true", help="fewer shapes and shorter measurements: a minute or two")

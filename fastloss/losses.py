@@ -127,7 +127,7 @@ class Loss:
         backend : str, optional
             A backend by name (see `fastloss.list_backends`), instead of the automatic choice.
         n_threads : int, optional
-            Threads to use, instead of `fastloss.get_num_threads()`. Results do not depend on it.
+            Threads to use, instead of `fastloss.get_num_threads()`. Results do not depend on it; nor does a GPU.
         check : bool
             Of arrays on a GPU: wait for it, and raise for what it found to be wrong with them (see below).
 

@@ -22,6 +22,15 @@ INSTALLED = importlib.util.find_spec("numba_cuda") is not None
 
 if not SIMULATED:
 
+    class Said:
+        """A line of the summary."""
+
+        def __init__(self, line):
+            self.line = line
+
+        def pytest_terminal_summary(self, terminalreporter):
+            terminalreporter.write_line(self.line)
+
     @pytest.mark.skipif(not INSTALLED, reason="no CUDA kernel has run: numba-cuda is not installed")
     def test_all_kernels_in_the_simulator(request):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
@@ -33,7 +42,7 @@ if not SIMULATED:
         summary = done.stdout.strip().splitlines()[-1]
         assert re.search(r"\d+ passed", summary), summary
         assert "skipped" not in summary, summary
-        print(f"in numba-cuda's simulator: {summary}")
+        request.config.pluginmanager.register(Said(f"CUDA kernels of scores, in numba-cuda's simulator: {summary}"))
 
     def test_the_reason_is_said_where_there_is_no_gpu():
         (info,) = [info for info in fl.list_backends() if info.name == "cuda"]

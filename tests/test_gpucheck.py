@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,21 @@ def test_parts_without_time_are_named(cpu):
     record = gpucheck.Record(None)
     gpucheck.run(record, [cpu], ["bandwidth", "scores"], checks.TINY, timings.TINY, gpucheck.Budget(0, gpucheck.PARTS))
     assert record.facts["scores, left out"] == "no time was left"
+    assert gpucheck.status(record.facts) == 4
+    assert "scores, left out: no time was left" in gpucheck.table(record.facts)
+
+
+def test_checks_without_time_are_in_the_status():
+    record = gpucheck.Record(None)
+    nowhere = SimpleNamespace(name="numba", dtypes=("float32",), multiplies=False)
+    gpucheck.correctness(record, nowhere, checks.TINY, lambda: 0)
+    assert len(record.facts["correctness, numba"]["not run"]) > 50
+    assert gpucheck.status(record.facts) == 4
+    record.facts["correctness, numba"]["failed"]["softmax"] = "it is off"
+    assert gpucheck.status(record.facts) == 1
+    assert gpucheck.status({"compute-sanitizer": {"memcheck": {"status": 4, "errors": 0}}}) == 4
+    assert gpucheck.status({"correctness, left out": gpucheck.NO_TIME}) == 4
+    assert gpucheck.status({"correctness, failed": "RuntimeError: no"}) == 1
 
 
 def test_what_the_sanitizer_says():
@@ -189,19 +205,39 @@ def test_help_and_bad_arguments(capsys):
         assert end.value.code == 2
 
 
-def simulate(arguments, tmp_path):
+#: The command for arrays of float32 alone.
+OF_FLOAT32 = """
+import sys
+from fastloss import gpucheck
+from fastloss.gpu import sources
+found = sources.get("numba")
+found.dtypes = ("float32",)
+gpucheck.found_sources = lambda: ([found], {})
+sys.exit(gpucheck.main(sys.argv[1:]))
+"""
+
+
+def simulate(start, tmp_path):
     """The command in numba-cuda's simulator, which is chosen as numba is imported."""
     root = str(Path(fl.__file__).parents[1])
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": root}
     out = tmp_path / "out.json"
-    command = [sys.executable, "-P", "-m", "fastloss.gpucheck", "--tiny", "--out", str(out), *arguments]
+    arguments = ["--tiny", "--out", str(out), "--parts", "correctness", "--minutes", "10"]
+    command = [sys.executable, "-P", *start, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return run, json.loads(out.read_text()) if out.exists() else None
 
 
-def test_every_check_in_the_simulator(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(["-c", OF_FLOAT32], id="float32"),
+        pytest.param(["-m", "fastloss.gpucheck"], id="all types", marks=pytest.mark.full),
+    ],
+)
+def test_every_check_in_the_simulator(start, tmp_path):
     pytest.importorskip("numba_cuda")
-    run, facts = simulate(["--parts", "correctness", "--minutes", "10"], tmp_path)
+    run, facts = simulate(start, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     entry = facts["correctness, numba"]
     assert entry["failed"] == {}

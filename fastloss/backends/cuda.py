@@ -73,6 +73,7 @@ class CudaBackend(Backend):
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
+        """Row losses on the GPU, products by the CPU's BLAS: X that is on the GPU itself goes to `gpu.linear`."""
         return blocks.linear_rows(
             self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
         )  # fmt: skip
