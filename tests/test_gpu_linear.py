@@ -1,6 +1,7 @@
 """The linear layer on a GPU, without one: in numba-cuda's simulator, in processes of their own; and what its kernels
 compile to."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -16,11 +17,11 @@ pytest.importorskip("numba_cuda")
 
 from fastloss.gpu import features, scores
 from fastloss.jit import rowmath
-from tests.test_ptx import assemble
+from tests.test_ptx import CAPABILITIES, assemble
 
 
 @pytest.mark.parametrize(
-    "check", ["check_chunks", "check_objectives", "check_memory", "check_errors", "check_rescale"]
+    "check", ["check_chunks", "check_objectives", "check_memory", "check_exact_scores", "check_errors", "check_rescale"]
 )
 def test_in_the_simulator(check):
     root = str(Path(fl.__file__).parents[1])
@@ -48,19 +49,25 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cc", [(8, 0), (9, 0), (10, 0)], ids=str)
-@pytest.mark.parametrize("name", ["softmax float32", "softmax uint8, centred"])
-def test_the_pass_compiles_for_each_capability(name, cc):
-    text = features.pass_kernel(LAYERS[name]).ptx(cc)
+#: One for every capability, most of the others for one.
+FEW = {*((name, (9, 0)) for name in LAYERS if name != "value alone")}
+FEW |= {("hinge bfloat16, picked", cc) for cc in CAPABILITIES}
+GRID = [
+    pytest.param(*case, marks=() if case in FEW else pytest.mark.full)
+    for case in itertools.product(LAYERS, CAPABILITIES)
+]
+
+
+@pytest.mark.parametrize(("name", "cc"), GRID, ids=str)
+def test_the_pass(name, cc, tmp_path):
+    of = LAYERS[name]
+    text = features.pass_kernel(of).ptx(cc)
     assert f".target sm_{cc[0]}{cc[1]}" in text
     # A tile's dot products, and the same numbers again for dW: none of them in a call, or a loop of their own.
-    assert len(re.findall(r"fma\.rn\.f32", text)) > 10 * 4 + 4 * 10 * features.width(3072)
+    products = 4 * of.classes * (1 + of.width * of.gradient)
+    assert len(re.findall(r"fma\.rn\.f(?:32|64)", text)) > products
     assert "atom" not in "".join(line for line in text.splitlines() if ".f32" in line or ".f64" in line)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_registers_and_spills(name, tmp_path):
-    registers, spilled = assemble(features.pass_kernel(LAYERS[name]).ptx((9, 0)), (9, 0), tmp_path)
+    registers, spilled = assemble(text, cc, tmp_path)
     assert max(spilled) <= 64, spilled  # of the row losses; dW and the sums of a tile stay in registers
     assert registers * features.THREADS <= 1 << 16
 
