@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,10 @@ class LinearObjective:
                 )
             rest = self._shift - self.centre
             self._rest = rest if rest.any() else None
+
+    # `__new__` has none of the parameters' names, and would be shown.
+    __signature__ = inspect.signature(__init__)
+    __signature__ = __signature__.replace(parameters=list(__signature__.parameters.values())[1:])
 
     def check_weights(self, W: object, ndim: int = 2, name: str = "W") -> Array:
         """W, checked; and, once for each number of classes, the targets and the row multipliers that go with it."""
