@@ -1,7 +1,8 @@
-"""What bounds the kernels of given scores beside memory: one thread on 64 KB of float32 scores, which stay in the cache.
+"""What bounds the kernels of given scores beside memory: one thread, 64 KB of float32 scores, which stay in the cache.
 
 `pytest benchmarks/test_in_cache.py`: times of loss and gradient, and of what no kernel of this design does without: the
-exponentials (and for each row a logarithm), and, for few classes, transposes of scores and gradient; for 16 scores each.
+exponentials (and for each row a logarithm), and, for few classes, transposes of scores and gradient; for 16 scores
+each.
 """
 
 import numpy as np
@@ -12,7 +13,13 @@ from fastloss import backends
 from fastloss.bench.controls import kernels, ones
 
 CLASSES = [2, 3, 5, 10, 16, 32, 37, 64, 100, 1000]
-WORK = {"softmax": fl.Softmax(), "hinge": fl.Hinge(), "exponentials": "exp", "logarithms": "log", "transposes": "transpose"}
+WORK = {
+    "softmax": fl.Softmax(),
+    "hinge": fl.Hinge(),
+    "exponentials": "exp",
+    "logarithms": "log",
+    "transposes": "transpose",
+}
 SIZE = 2**14
 REPEATS = 20  # of a control within a call
 
