@@ -33,9 +33,9 @@ from fastloss.jit.rowmath import Plan
 FEW_CLASSES = 40  # up to here rows are tiled
 TILE = 64  # rows of a tile
 # Classes of a block. Equal terms are all rounded the same way, and there are that many of them in a vector's lane:
-BLOCKS = {("hinge", np.float32): 1024, ("hinge", np.float64): 32, ("softmax", np.float32): 256}
+BLOCKS = {("hinge", np.float32): 1024, ("hinge", np.float64): 32}
 BLOCK = 128
-PAD = 16  # classes that rows are padded to a multiple of
+PAD = 32  # classes that rows are padded to a multiple of: what is left of vectors is added one by one, less accurately
 GROUP_BYTES = 4 << 10  # of a group of rows, unless one is larger: with their scores and gradients, in the L1 cache
 SEGMENTS = 64  # at most,
 SEGMENT_BYTES = 16 << 10  # of scores each at least
@@ -327,10 +327,16 @@ def _rowed(plan: Plan, row: Any, real: Any, load: Any, save: Any, writes: bool, 
         return found, lost + rest
 
     @cpu.helper
+    def tail(lost):
+        # Where a sum is infinite, what it lacks is NaN.
+        return lost if lost == lost else np.float64(0)
+
+    @cpu.helper
     def open_row(source, kept, more, weight, c, y, known, options):
         # The row's terms, and what the first lacks. If direct, `source` and `kept` do not overlap; else they are one.
         t0, low = np.float64(none if is_max else zero), np.float64(0)
         t1, t2, t3, t4, t5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
+        l1, l2, l3, l4, l5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
         for a in range(0, c, size):
             b = min(c, a + size)
             part = more[a:b] if probabilities or pairs else more
@@ -343,14 +349,16 @@ def _rowed(plan: Plan, row: Any, real: Any, load: Any, save: Any, writes: bool, 
                 t0 = cpu.larger(t0, np.float64(u0))
             else:
                 t0, low = add(t0, low, u0)
-            t1 += u1
-            t2 += u2
-            t3 += u3
-            t4 += u4
-            t5 += u5
+            t1, l1 = add(t1, l1, u1)
+            t2, l2 = add(t2, l2, u2)
+            t3, l3 = add(t3, l3, u3)
+            t4, l4 = add(t4, l4, u4)
+            t5, l5 = add(t5, l5, u5)
+        if not wide:
+            t1, t2, t3, t4, t5 = t1 + tail(l1), t2 + tail(l2), t3 + tail(l3), t4 + tail(l4), t5 + tail(l5)
         if wide and not is_max:
             low = t0 - np.float64(real(t0))
-        low = low if low == low else np.float64(0)
+        low = tail(low)
         return real(t0), real(t1), real(t2), real(t3), real(t4), real(t5), real(low)
 
     return open_row
