@@ -7,6 +7,7 @@ rearrangements that a float needs: it is independent of the package's own refere
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,34 @@ PLAIN = {
     "hinge max": fl.Hinge(over="max"),
     "hinge squared max": fl.Hinge(over="max", power=2, margin=0.25),
 }
+
+# Numba compiles a kernel when a test first asks for it, for seconds: `make test` holds this sample of its cases, most
+# of which share their kernels. The others are marked `full`.
+NUMBA_SAMPLE = re.compile(
+    "|".join(
+        [
+            r"test_(softmax|hinge)\[numba-float32-C.*",  # every loss, few and many classes, to the last digits
+            r"test_specials_at_every_position\[numba-float32-.*-nan\]",
+            r"test_rows_of_weight_0_are_skipped\[numba-float32-.*",
+            r"test_transform_sizes\[numba-float32\]",
+            r"test_shapes\[numba-(all|max, power 1, pairs)-float32\]",
+            r"test_any_split_gives_the_unsplit_result\[numba-plain-mean\]",
+            r"test_value_and_gradient\[numba-float32-.*-True\]",
+            r"test_scores\[numba-.*-float32-C-.*\]",
+            r"test_linear\[numba-float32-few classes\]",
+            r"test_(concurrent_callers|fork).*",
+            r"test_(peer_is_here|every_kind_of_case).*",
+        ]
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks Numba's cases that are not in the sample `full`. Those of errors end before anything is compiled."""
+    for item in items:
+        of_numba = hasattr(item, "callspec") and re.search(r"\bnumba\b", item.callspec.id)
+        if of_numba and item.path.name != "test_errors.py" and not NUMBA_SAMPLE.fullmatch(item.name):
+            item.add_marker("full")
 
 
 @pytest.fixture(params=BACKENDS)
