@@ -29,8 +29,10 @@ from numba.extending import intrinsic
 MOST_THREADS = 256  # that are kept; each starts when it is first of use
 SHARES = 4  # of the work, for each thread, so that a slow one holds up no other
 
-helper = numba.njit(forceinline=True, fastmath={"contract"}, error_model="numpy")
-reducer = numba.njit(fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+# Called from kernels alone: without what calls from Python take, compiling takes a quarter less time.
+INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
+helper = numba.njit(forceinline=True, fastmath={"contract"}, **INNER)
+reducer = numba.njit(fastmath={"contract", "reassoc", "nsz"}, **INNER)
 
 
 @helper
