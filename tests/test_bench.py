@@ -536,14 +536,16 @@ def test_a_report_needs_jinja2(monkeypatch, capsys):
 def test_controls_do_what_they_say(dtype, threads):
     module = controls.kernels(dtype)
     lanes = module.VECTOR_BYTES // np.dtype(dtype).itemsize
-    whole = 1000 // lanes // threads * lanes * threads  # whole vectors of each thread's part
+    vectors = 1000 // lanes // threads * lanes * threads  # whole ones of each thread's part
+    tiles = 125 // 16 // threads * 16 * threads * 8  # of rows of 8
     for kind in module.CONTROLS:
         source, target = controls.ones(1000 * np.dtype(dtype).itemsize, dtype), controls.ones(8000, dtype)[:1000]
         source[:], target[:] = np.arange(1000) + 3, 7
-        done = module.control(kind, source, target, 2, threads)
+        shape, whole = ((125, 8), tiles) if kind == "transpose" else (1000, vectors)
+        done = module.control(kind, source.reshape(shape), target.reshape(shape), 2, threads)
         assert done == 2 * (whole if kind != "multiply-add" else threads * lanes * 12 * 4096)
         expected = np.full(1000, 7.0)
-        if kind in ("copy", "stream"):
+        if kind in ("copy", "stream", "transpose"):
             expected[:whole] = source[:whole]
         elif kind == "pass":
             expected[:whole] *= 3 * 3

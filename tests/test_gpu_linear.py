@@ -49,8 +49,8 @@ LAYERS = {
 }  # fmt: skip
 
 
-#: One for every capability, most of the others for one.
-FEW = {*((name, (9, 0)) for name in LAYERS if name != "value alone")}
+#: One for every capability, two others for one.
+FEW = {("softmax float32", (9, 0)), ("softmax uint8, centred", (9, 0))}
 FEW |= {("hinge bfloat16, picked", cc) for cc in CAPABILITIES}
 GRID = [
     pytest.param(*case, marks=() if case in FEW else pytest.mark.full)

@@ -228,13 +228,8 @@ def simulate(start, tmp_path):
     return run, json.loads(out.read_text()) if out.exists() else None
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param(["-c", OF_FLOAT32], id="float32"),
-        pytest.param(["-m", "fastloss.gpucheck"], id="all types", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("start", [["-c", OF_FLOAT32], ["-m", "fastloss.gpucheck"]], ids=["float32", "all types"])
 def test_every_check_in_the_simulator(start, tmp_path):
     pytest.importorskip("numba_cuda")
     run, facts = simulate(start, tmp_path)
