@@ -21,7 +21,11 @@ from tests.test_ptx import CAPABILITIES, assemble
 
 
 @pytest.mark.parametrize(
-    "check", ["check_chunks", "check_objectives", "check_memory", "check_exact_scores", "check_errors", "check_rescale"]
+    "check",
+    [
+        pytest.param("check_chunks", marks=pytest.mark.full),
+        *["check_objectives", "check_memory", "check_exact_scores", "check_errors", "check_rescale"],
+    ],
 )
 def test_in_the_simulator(check):
     root = str(Path(fl.__file__).parents[1])
