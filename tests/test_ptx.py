@@ -53,7 +53,7 @@ KINDS = {
 }
 KERNELS = {"rows": scores.rows_kernel, "long rows": scores.long_rows_kernel}
 FEW = {
-    *(("rows", kind, "float32", (9, 0)) for kind in ("softmax", "options", "hinge max")),
+    *(("rows", kind, "float32", (9, 0)) for kind in ("options", "hinge max")),
     ("long rows", "softmax", "bfloat16", (9, 0)),
     *(("rows", "softmax", "bfloat16", cc) for cc in CAPABILITIES),
 }
