@@ -128,7 +128,7 @@ def check_exact_scores():
         for shape in checks.FULL.few[:1] + checks.FULL.few[2:]:
             X, W, b, _ = (a.astype(float) for a in suite.problem(shape, dtype, kinks=True))
             scores = X @ W.T + b
-            assert np.array_equal(scores, scores.astype(sources.host_dtype(dtype)).astype(float))
+            assert np.array_equal(scores, scores.astype(arrays.host_dtype(dtype)).astype(float))
             assert np.count_nonzero(X)
     suite.linear(checks.PLAIN["hinge"], checks.TINY.few[0], "float16")
 

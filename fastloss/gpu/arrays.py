@@ -190,7 +190,7 @@ class Torch(Library):
         if array.dtype == "bfloat16":
             import torch
 
-            return tensor.view(torch.int16).cpu().numpy().view(_bfloat16())
+            return tensor.view(torch.int16).cpu().numpy().view(bfloat16())
         return tensor.cpu().numpy()
 
 
@@ -212,7 +212,7 @@ class CuPy(Library):
     def empty(self, like: View, shape: Shape, dtype: str) -> Any:
         import cupy
 
-        return cupy.empty(shape, _numpy(dtype))
+        return cupy.empty(shape, host_dtype(dtype))
 
     def contiguous(self, like: View) -> Any:
         import cupy
@@ -277,7 +277,7 @@ class Numba(Library):
     def empty(self, like: View, shape: Shape, dtype: str) -> Any:
         from fastloss.gpu import device
 
-        return device.cuda.device_array(shape, _numpy(dtype))
+        return device.cuda.device_array(shape, host_dtype(dtype))
 
     def contiguous(self, like: View) -> Any:
         from fastloss.gpu import device
@@ -321,7 +321,7 @@ def view(array: Any, name: str) -> View:
     return _LIBRARIES.get(type(array).__module__.partition(".")[0], NUMBA).view(array, name)
 
 
-def _bfloat16() -> Any:
+def bfloat16() -> Any:
     """NumPy's bfloat16, which ml_dtypes brings."""
     try:
         import ml_dtypes
@@ -330,5 +330,6 @@ def _bfloat16() -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def _numpy(dtype: str) -> Any:
-    return _bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
+def host_dtype(dtype: str) -> Any:
+    """NumPy's type of that name."""
+    return bfloat16() if dtype == "bfloat16" else np.dtype(dtype)

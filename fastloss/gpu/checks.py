@@ -14,7 +14,8 @@ import numpy as np
 
 import fastloss as fl
 from fastloss._checks import Array
-from fastloss.gpu.sources import Source, host_dtype
+from fastloss.gpu.arrays import host_dtype
+from fastloss.gpu.sources import Source
 
 Expected = tuple[Any, Array, dict[str, Array]]
 

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from fastloss.gpu.arrays import View, _numpy
+from fastloss.gpu.arrays import View, host_dtype
 
 
 class Products:
@@ -94,7 +94,7 @@ class CuPyProducts(Products):
     """CuPy's."""
 
     def convert(self, array: Any, dtype: str) -> Any:
-        return array.astype(_numpy(dtype), copy=False)
+        return array.astype(host_dtype(dtype), copy=False)
 
     def pick(self, array: Any, rows: Any) -> Any:
         return array[rows]
@@ -122,7 +122,7 @@ class CuPyProducts(Products):
                 out[some] = product
 
     def sum_rows(self, array: Any, dtype: str) -> Any:
-        return array.sum(axis=0, dtype=_numpy(dtype))
+        return array.sum(axis=0, dtype=host_dtype(dtype))
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:

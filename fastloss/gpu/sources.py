@@ -23,19 +23,6 @@ from fastloss.gpu import arrays
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
-def bfloat16() -> np.dtype[Any]:
-    """NumPy's bfloat16, which ml_dtypes brings."""
-    try:
-        dtype: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
-    except ImportError as error:
-        raise ImportError(f"bfloat16 needs ml_dtypes ({error}): pip install ml_dtypes") from error
-    return dtype
-
-
-def host_dtype(name: str) -> np.dtype[Any]:
-    return bfloat16() if name == "bfloat16" else np.dtype(name)
-
-
 class Source:
     """An array library that sees a GPU.
 
@@ -135,7 +122,7 @@ class Torch(Source):
     def get(self, array: Any) -> Array:
         host = array.detach().cpu()
         if host.dtype == self.torch.bfloat16:
-            return np.asarray(host.contiguous().view(self.torch.int16).numpy().view(bfloat16()))
+            return np.asarray(host.contiguous().view(self.torch.int16).numpy().view(arrays.bfloat16()))
         return np.asarray(host.numpy())
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -206,7 +193,7 @@ class CuPy(Source):
         if not found:
             raise ImportError("CuPy finds no CUDA device")
         try:
-            self.cupy.empty(1, bfloat16())
+            self.cupy.empty(1, arrays.bfloat16())
         except Exception:  # before CuPy 14, and without ml_dtypes
             self.dtypes = ("float32", "float64", "float16")
 
@@ -223,7 +210,7 @@ class CuPy(Source):
         return np.asarray(self.cupy.asnumpy(array))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self.cupy.empty(shape, host_dtype(dtype))
+        return self.cupy.empty(shape, arrays.host_dtype(dtype))
 
     def copy(self, out: Any, array: Any) -> None:
         out[...] = array
@@ -288,7 +275,7 @@ class Numba(Source):
         return np.array(array.copy_to_host())
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self.cuda.device_array(shape, host_dtype(dtype))
+        return self.cuda.device_array(shape, arrays.host_dtype(dtype))
 
     def copy(self, out: Any, array: Any) -> None:
         out.copy_to_device(array)

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastloss as fl
-from fastloss.gpu.sources import Source, host_dtype
+from fastloss.gpu.arrays import host_dtype
+from fastloss.gpu.sources import Source
 
 Job = Callable[[int], Any]
 Entry = dict[str, Any]
