@@ -26,6 +26,9 @@ class NumpyProducts(products.Products):
         product = factor * (host(a).astype(np.float32 if a.dtype.itemsize < 8 else float) @ host(b))
         host(out)[...] = product + (host(out) if add else 0)
 
+    def accumulate(self, share, total, add):
+        host(total)[...] = host(share) + (host(total) if add else 0)
+
     def sum_rows(self, array, dtype):
         return cuda.to_device(np.asarray(host(array).sum(axis=0, dtype=dtype)))
 
@@ -33,8 +36,6 @@ class NumpyProducts(products.Products):
 def host(array):
     """The memory of an array of the simulator."""
     return array._ary if hasattr(array, "_ary") else array
-
-
 
 
 products._KINDS["numba"] = NumpyProducts()
@@ -108,6 +109,63 @@ def check_objectives():
         if c == 3:
             stack = np.stack([W, 2 * W])
             close(ours.values(put(stack)), its.values(stack.astype(float)), "float32", "values")
+
+
+def check_sums():
+    """Each chunk adds 2 + 2^-9 to entries of dW, 30 times: in float16 it would be 2 from 16 on."""
+    n, c = 60, 66
+    X, W, y = np.full((n, 1), 1 + 2**-10, np.float16), np.zeros((c, 1), np.float16), np.zeros(n, int)
+    _, grads = fl.linear_value_and_grad(
+        fl.Hinge(), put(X), put(W), put(y), wrt=("W",), reduction="sum", chunk_rows=2
+    )
+    assert np.array_equal(get(grads["W"])[1:], np.full((c - 1, 1), np.float16(n * (1 + 2**-10))))
+
+
+def check_host():
+    """X on the host, streamed through the GPU in chunks of rows."""
+    from fastloss.gpu import host as streamed
+
+    n, d, c = 11, 5, 3
+    streamed.CHUNK_BYTES = 4 * d  # uint8: four rows at a time; float32: one
+    calls = []
+    run = streamed._run
+    streamed._run = lambda *args: (calls.append(args[1]), run(*args))[1]
+    bytes_ = rng.integers(0, 256, (n, d)).astype(np.uint8)
+    strided = np.asfortranarray(rng.standard_normal((n, d)).astype(np.float32))
+    y, weight, rows = rng.integers(0, c, n), rng.uniform(0, 1, n), np.array([8, 0, 7, 7, 3])
+    W = (rng.standard_normal((c, d + 1)) * 0.01).astype(np.float32)
+    for X, how in ((bytes_, {"shift": np.full(d, 100.0), "scale": np.full(d, 60.0)}), (strided, {})):
+        ours, its = (
+            fl.LinearObjective(
+                fl.Softmax(class_weight=[1, 2, 3]), X, y, penalty=fl.L2(0.3), sample_weight=weight, backend=name, **how
+            )
+            for name in ("cuda", "reference")
+        )
+        for picked in (None, rows):
+            value, grad = ours.value_and_grad(W, picked)
+            wanted, wanted_grad = its.value_and_grad(W.astype(float), picked)
+            close(value, wanted, "float32", "objective")
+            close(grad, wanted_grad, "float32", "gradient")
+            close(ours.value(W, picked), wanted, "float32", "value alone")
+    X = strided.astype(np.float64)
+    for weights in (None, weight):
+        found, wanted = (
+            fl.linear_value_and_grad(
+                fl.Hinge(), X, W[:, :d].astype(float), y, W[:, d].astype(float), wrt=("W", "b"), reduction="none",
+                sample_weight=weights, upstream=np.arange(n) / 7, backend=name,
+            )
+            for name in ("cuda", "reference")
+        )  # fmt: skip
+        for a, b in ((found[0], wanted[0]), *((found[1][k], wanted[1][k]) for k in ("W", "b"))):
+            close(a, b, "float64", "reduction none")
+    probabilities = rng.dirichlet(np.ones(c), n)
+    found, wanted = (
+        fl.linear_value_and_grad(fl.Softmax(), X, W[:, :d].astype(float), probabilities, wrt=("W",), backend=name)
+        for name in ("cuda", "reference")
+    )
+    close(found[1]["W"], wanted[1]["W"], "float64", "probabilities")
+    assert calls.count(n) == 2 * 2 + 2 * 2 + 1  # an upstream takes two calls: values, gradient
+    assert calls.count(len(rows)) == 2 * 2
 
 
 def check_memory():

@@ -24,7 +24,8 @@ from tests.test_ptx import CAPABILITIES, assemble
     "check",
     [
         pytest.param("check_chunks", marks=pytest.mark.full),
-        *["check_objectives", "check_memory", "check_exact_scores", "check_errors", "check_rescale"],
+        *["check_objectives", "check_sums", "check_host", "check_memory", "check_exact_scores", "check_errors"],
+        "check_rescale",
     ],
 )
 def test_in_the_simulator(check):

@@ -73,7 +73,14 @@ class CudaBackend(Backend):
         multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, dX: Array | None,
         row_loss: Array | None, chunk_rows: int | None, n_threads: int,
     ) -> float:  # fmt: skip
-        """Row losses on the GPU, products by the CPU's BLAS: X that is on the GPU itself goes to `gpu.linear`."""
+        """Few classes: X is streamed through the GPU. Many, and dX: row losses on the GPU, products by the CPU's BLAS.
+
+        X that is on the GPU itself goes to `gpu.linear`.
+        """
+        from fastloss.gpu import host
+
+        if dX is None and host.fuses(X, W):
+            return host.linear_rows(loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss)
         return blocks.linear_rows(
             self, loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, dX, row_loss, chunk_rows, n_threads
         )  # fmt: skip

@@ -356,6 +356,15 @@ class Suite:
             if not isinstance(grad, np.ndarray):
                 raise AssertionError(f"host arrays gave a gradient of type {type(grad).__name__}")
             self.agree((value, grad), expected(fl.Softmax(), scores, targets), dtype, n)
+        for dtype in ("float32", "uint8"):
+            X, W, b, targets = self.problem((n, 48, 3), dtype)
+            value, grads = fl.linear_value_and_grad(fl.Softmax(), X, W, targets, b, wrt=("W", "b"), backend="cuda")
+            wanted, wanted_grads = fl.linear_value_and_grad(
+                fl.Softmax(), X, W.astype(np.float64), targets, b.astype(np.float64), wrt=("W", "b")
+            )
+            compare(value, wanted, "float32", "the loss", units=256)
+            for name, grad in grads.items():
+                close(grad, wanted_grads[name], 2e-5, name)
 
     # --- the linear layer ------------------------------------------------------------------------------------------
     def problem(

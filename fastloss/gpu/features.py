@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss.gpu import device, scores
-from fastloss.gpu.scores import VALUES, WEIGHTED, Plan
+from fastloss.gpu.scores import ROW_LOSS, VALUES, WEIGHTED, Plan
 
 #: Threads of a block, lanes of a warp, and warps that share the features of four rows. The simulator's are fewer.
 THREADS, LANES, PARTS = (16, 4, 2) if device.SIMULATED else (384, 32, 3)
@@ -148,7 +148,8 @@ def _packer(count: int) -> Any:
 
 
 def _row_work(layer: Layer, have: SimpleNamespace) -> Any:
-    """A row's loss, by one thread; its scores in shared memory become its gradient. Returns w · ℓ, and stores it."""
+    """A row's loss, by one thread; its scores in shared memory become its gradient. Returns w · ℓ, and stores it, or ℓ.
+    """
     plan, row, walks, c = layer.plan, have.row, have.walks, layer.classes
     zero, nan, nowhere, real = have.zero, have.nan, have.nowhere, row.real
     options_of, open_row, factor_of, own_margin = have.options_of, have.open_row, have.factor_of, have.own_margin
@@ -158,7 +159,7 @@ def _row_work(layer: Layer, have: SimpleNamespace) -> Any:
     looks, has_index, has_target, counts_target = (
         plan.row.looks, plan.has_index, plan.row.has_target, plan.row.counts_target,
     )  # fmt: skip
-    gradient, pitch, values_of = layer.gradient, layer.pitch, VALUES
+    gradient, pitch, values_of, unweighted = layer.gradient, layer.pitch, VALUES, ROW_LOSS
 
     def work(s, at, i, live, targets, kind, q, table_of, weight, upstream, total, grad_scale, values, words, flags):
         limit = i + 1 if live else 0
@@ -199,7 +200,7 @@ def _row_work(layer: Layer, have: SimpleNamespace) -> Any:
                 )  # fmt: skip
         found = w * loss if w != 0.0 else 0.0
         if live and flags & values_of:
-            store(values, i, real(found))
+            store(values, i, real(loss if flags & unweighted else found))
         return found
 
     return device.device_function(work)

@@ -26,8 +26,9 @@ from fastloss.gpu.arrays import View
 from fastloss.jit import rowmath
 from fastloss.linear import LinearObjective
 
-#: Bytes beyond inputs and outputs that a call with products takes, at most, and what of that chunks get.
-EXTRA_BYTES, CHUNK_BYTES = 1_000_000_000, 940_000_000
+#: Bytes beyond inputs and outputs that a call with products takes, at most, what of that chunks get, and what of theirs
+#: a sum of dW in a wider type may take.
+EXTRA_BYTES, CHUNK_BYTES, SUM_BYTES = 1_000_000_000, 940_000_000, 300_000_000
 UNIT = 128  # rows: chunks are whole numbers of them, where there are so many
 NARROW = ("float16", "bfloat16")
 
@@ -183,11 +184,17 @@ class Layer:
         converts = data.X.dtype != kind or data.centre is not None
         picks = data.rows is not None
         spare = CHUNK_BYTES - (0 if self.W.dtype == kind and W is self.W.owner else c * d * size)
+        sum_bytes = c * d * device.SIZES[self.real]
+        if wide := wanted.dW is not None and kind != self.real and sum_bytes <= SUM_BYTES:
+            spare -= sum_bytes
         row_bytes = c * size + (2 * d * size if converts else 0) + (d * device.SIZES[data.X.dtype] if picks else 0)
         chunks = cut_rows(data.n, max(1, spare // row_bytes), self.chunk_rows)
         length = max((part.stop - part.start for part in chunks), default=1)
         block = data.X.empty((length, c), kind).owner
         dW, dX = (None if a is None else self.target(a, kind) for a in (wanted.dW, wanted.dX))
+        share = dW
+        if wide := wide and len(chunks) > 1:
+            dW = data.X.empty((c, d), self.real).owner
         db: Any = None
         parts = None if wanted.value is None else data.X.empty((max(1, len(chunks)),), "float64")
         # Entries of a mean over many rows are too small for float16: its gradients are scaled by their product.
@@ -199,7 +206,9 @@ class Layer:
             library.scores(x, W, b, s)
             self.row_losses(plan, s, part, self.grad_scale / factor, parts, k)
             if dW is not None:
-                library.multiply(s.T, x, dW, factor, k > 0)
+                library.multiply(s.T, x, share, factor, k > 0 and not wide)
+                if wide:
+                    library.accumulate(share, dW, k > 0)
             if wanted.db is not None:
                 found = library.sum_rows(s, self.real)
                 db = found if db is None else db + found

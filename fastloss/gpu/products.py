@@ -31,6 +31,13 @@ class Products:
         """out ← factor · a b, or out + factor · a b."""
         raise NotImplementedError
 
+    def accumulate(self, share: Any, total: Any, add: bool) -> None:
+        """total ← share, or total + share; in the type of the total."""
+        if add:
+            total += share
+        else:
+            total[...] = share
+
     def sum_rows(self, array: Any, dtype: str) -> Any:
         """Σ over the rows of a matrix, in a type."""
         raise NotImplementedError
