@@ -25,10 +25,10 @@ def _arguments(*words):
 # --- cases ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "case",
-    {
+    dict.fromkeys([
         *cases.FULL, *cases.QUICK, Case("hinge-mean", 3, 2, None, "float64"),
         *(item.case for item in suite.cpu() if not item.is_of_sweep),
-    },
+    ]),
     ids=lambda case: case.name,
 )  # fmt: skip
 def test_a_case_is_known_by_its_name(case):
