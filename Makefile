@@ -14,9 +14,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# Processes that share the tests. Each test may use threads too.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The compiled modules that this machine can load: what stubtest can look at.
 define list_kernels
@@ -39,10 +42,10 @@ run: $(VENV)/built ## train softmax and hinge on real images; models and picture
 	$(BIN)/fastloss train $(ARGS)
 
 test: lint ## static checks and all tests but the full grids
-	$(BIN)/python -m pytest -m "not full" $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-all: peers lint ## static checks and all tests
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 bench: $(VENV)/bench ## time the kernels beside their peers (those installed: see make peers)
 	$(BIN)/fastloss bench $(ARGS)
