@@ -243,10 +243,13 @@ def for_blas(a: Array) -> Array:
 
 
 class Rows:
-    """The rows of a call that are not skipped, and what goes with them, by slices of range(len(rows))."""
+    """The rows of a call that are not skipped, and what goes with them, by slices of range(len(rows)).
+
+    Of sparse X only the length is used here.
+    """
 
     def __init__(
-        self, X: Array, rows: Array | None, centre: Array | None, targets: Array, multiplier: Array | None,
+        self, X: Any, rows: Array | None, centre: Array | None, targets: Array, multiplier: Array | None,
         dtype: np.dtype[Any],
     ) -> None:  # fmt: skip
         self._X, self._centre, self._targets, self._multiplier, self._dtype = X, centre, targets, multiplier, dtype

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastloss import _checks as checks
-from fastloss import backends, blocks, driver, threads
+from fastloss import backends, blocks, driver, sparse, threads
 from fastloss._checks import Array
 from fastloss.losses import Loss
 from fastloss.penalties import Penalty
@@ -23,8 +25,16 @@ def _check_loss(loss: object) -> Loss:
     return loss
 
 
-def _features(value: object) -> Array:
+def _features(value: object) -> Any:
+    """An array, or a `sparse.Csr`."""
+    if sparse.is_sparse(value):
+        return sparse.Csr(value)
     return checks.matrix(value, "X", "(N, D): a row of D features for each of N examples")
+
+
+def _layer(backend: backends.Backend, X: Any) -> Callable[..., float]:
+    """`Backend.linear_rows` for such features."""
+    return functools.partial(sparse.linear_rows, backend) if isinstance(X, sparse.Csr) else backend.linear_rows
 
 
 class LinearObjective:
@@ -35,9 +45,10 @@ class LinearObjective:
     Parameters
     ----------
     loss : Softmax or Hinge
-    X : array (N, D)
+    X : array or SciPy sparse array (N, D)
         Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
-        (16-bit floats, uint8, float32) or float64.
+        (16-bit floats, uint8, float32) or float64. Sparse: CSR with sorted indices and float32 or float64 values is
+        used as it is, anything else is converted to that once; never made dense, but gradients are.
     targets : array (N,) of integers, or for Softmax probabilities (N, C)
         Copied: later changes to the array do not count.
     penalty : L2, L1, ElasticNet or MaxNorm, optional
@@ -50,7 +61,8 @@ class LinearObjective:
         With w the applied weights: Σ w ℓ / Σ w over the rows, or Σ w ℓ.
     shift, scale : array (D,), optional
         The features are taken as `(X − shift) / scale`; X itself stays as it is. The scale is folded into W; the
-        shift is subtracted from features as they are loaded, so that large means cost no digits.
+        shift is subtracted from features as they are loaded, so that large means cost no digits. Of sparse X the
+        shift is folded into the bias.
     chunk_rows : int, optional
         With many classes rows are handled in chunks of this many, which bounds memory; the default is a good one.
     backend, n_threads
@@ -132,7 +144,9 @@ class LinearObjective:
         #: Subtracted from the features as they are loaded, in the compute type: what is left of large means is exact.
         self.centre: Array | None = None
         self._rest: Array | None = None  # of the shift, beyond the centre's precision
-        if self._shift is not None:
+        if self._shift is not None and isinstance(self.X, sparse.Csr):
+            self._rest = self._shift
+        elif self._shift is not None:
             with np.errstate(over="ignore"):
                 self.centre = self._shift.astype(self.dtype)
             if not np.isfinite(self.centre).all():
@@ -170,6 +184,11 @@ class LinearObjective:
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
+
+    @property
+    def _room(self) -> Any:
+        """Where candidates and Hessian products of such features are at home."""
+        return sparse if isinstance(self.X, sparse.Csr) else blocks
 
     def choose_backend(self, verb: str) -> backends.Backend:
         """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""
@@ -236,7 +255,7 @@ class LinearObjective:
             elif self.bias or self._rest is not None:
                 db = np.empty(len(weights), self.dtype)
         scale = folded.scale(self.reduction, total)
-        value = backend.linear_rows(
+        value = _layer(backend, self.X)(
             self.loss, self.X, picked, self.centre, weights, b, self.targets, folded.multiplier, scale, dW, db, None,
             None, self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
@@ -252,7 +271,7 @@ class LinearObjective:
         if out is None:
             return np.empty(W.shape, dtype)
         checks.out(out, "out", W.shape, dtype)
-        checks.apart(out, "out", {"W": W, "X": self.X, "targets": self.targets})
+        checks.apart(out, "out", {"W": W, "X": getattr(self.X, "values", self.X), "targets": self.targets})
         return out
 
     def penalised(self, W: Array) -> Array:
@@ -298,7 +317,7 @@ class LinearObjective:
         backend = self.choose_backend("gradient")
         weights, b = self.fold_in(stack)
         flat, flat_b = weights.reshape(-1, self.X.shape[1]), None if b is None else b.ravel()
-        sums = blocks.values(
+        sums = self._room.values(
             backend, self.loss, self.X, self.centre, flat, flat_b, len(stack), self.targets, self.weights.multiplier,
             self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
@@ -325,7 +344,7 @@ class LinearObjective:
         backend = self.choose_backend("hvp")
         picked, total = self._rows(rows, backend)
         (weights, b), (along, along_b) = self.fold_in(array), self.fold_in(direction)
-        HW, Hb = blocks.hvp(
+        HW, Hb = self._room.hvp(
             backend, self.loss, self.X, picked, self.centre, weights, b, along, along_b, self.targets,
             self.weights.multiplier, self.chunk_rows, threads.resolve(self.n_threads),
         )  # fmt: skip
@@ -393,12 +412,13 @@ def linear_value_and_grad(
     Parameters
     ----------
     loss : Softmax or Hinge
-    X : array (N, D)
+    X : array or SciPy sparse array (N, D)
     W : array (C, D)
     targets : array (N,) of integers, or for Softmax probabilities (N, C)
     b : array (C,), optional
     wrt : tuple of "W", "b", "X"
-        The gradients to compute; leaving out "X" saves a product of its size. "b" may be asked for without `b` (0).
+        The gradients to compute; leaving out "X" saves a product of its size, and must be done where X is sparse.
+        "b" may be asked for without `b` (0).
     sample_weight, reduction, upstream, backend, n_threads
         As in `Loss.value_and_grad`. With `reduction="none"` the gradients are those of Σ upstream · w ℓ.
     chunk_rows : int, optional
@@ -437,6 +457,8 @@ def linear_value_and_grad(
         raise ValueError(f"b has shape {bias.shape}; it must be ({c},): one for each row of W")
     if isinstance(wrt, str) or not set(wrt) <= {"W", "b", "X"}:
         raise ValueError(f'wrt is {wrt!r}; it must be a tuple of "W", "b" and "X"')
+    if "X" in wrt and isinstance(features, sparse.Csr):
+        raise ValueError(f'wrt is {wrt!r}, but X is sparse, and its gradient would not be; leave out "X"')
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     loss.check_classes(c)
     y = checks.targets(targets, n, c)
@@ -456,17 +478,18 @@ def linear_value_and_grad(
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
     row_loss = np.empty(n, dtype) if reduction == "none" else None
     weights, bias = weights.astype(dtype, copy=False), None if bias is None else bias.astype(dtype)
+    layer = _layer(chosen, features)
     common = (loss, features, None, None, weights, bias, y)
     gradients = (found.get("W"), found.get("b"), found.get("X"))
     if isinstance(factor, np.ndarray):
         pulled, twice = driver.pull(factor, multiplier, dtype)
         value = 0.0  # of no use: this is reduction="none"
         if twice:
-            chosen.linear_rows(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
-        chosen.linear_rows(*common, pulled, folded.unit, *gradients, None if twice else row_loss, chunk_rows, workers)
+            layer(*common, multiplier, 1.0, None, None, None, row_loss, chunk_rows, workers)
+        layer(*common, pulled, folded.unit, *gradients, None if twice else row_loss, chunk_rows, workers)
     else:
         scale = folded.scale(reduction, total) * factor
-        value = chosen.linear_rows(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)
+        value = layer(*common, multiplier, scale, *gradients, row_loss, chunk_rows, workers)
     for name, array in found.items():
         if like[name].dtype.kind not in "iub":
             found[name] = array.astype(like[name].dtype, copy=False)

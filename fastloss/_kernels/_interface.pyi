@@ -56,6 +56,29 @@ def linear_rows(
     losses: Array | None,
     n_threads: int,
 ) -> float: ...
+def csr_scores(
+    values: Array,
+    indices: Array,
+    starts: Array,
+    rows: Array | None,
+    first: int,
+    W: Array,
+    bias: Array,
+    scores: Array,
+    n_threads: int,
+) -> None: ...
+def csr_accumulate(
+    values: Array,
+    indices: Array,
+    starts: Array,
+    rows: Array | None,
+    first: int,
+    scores: Array,
+    dW: Array,
+    bounds: Array,
+    n_threads: int,
+) -> None: ...
+def transpose(matrix: Array, transposed: Array, factor: float, back: bool, n_threads: int) -> None: ...
 def descend(
     W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int
 ) -> None: ...

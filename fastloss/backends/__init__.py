@@ -13,12 +13,15 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastloss import _checks as checks
 from fastloss._checks import Array
+
+if TYPE_CHECKING:
+    from fastloss.sparse import Csr
 
 
 class BackendError(RuntimeError):
@@ -160,6 +163,24 @@ class Backend:
     def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
         """multiplier · (Hessian of ℓ) · direction, for each row."""
         raise NotImplementedError
+
+    # --- sparse features (fastloss.sparse); `at` is a slice of X's rows, or their indices ----------------------------
+    def csr_scores(self, X: Csr, at: Any, W: Array, b: Array, scores: Array, n_threads: int) -> None:
+        """scores (n, C) ← rows of X times W (D, C), plus b; W, b and scores in C order."""
+        scores[...] = X[at] @ W
+        scores += b
+
+    def csr_accumulate(self, X: Csr, at: Any, scores: Array, dW: Array, n_threads: int) -> None:
+        """dW (D, C) += those rowsᵀ times scores (n, C), in C order."""
+        dW += X[at].T @ scores
+
+    def transposed(self, W: Array, n_threads: int) -> Array:
+        """W (C, D) as (D, C) in C order; W itself, seen from the other side, where it is that."""
+        return np.ascontiguousarray(W.T)
+
+    def transpose_back(self, found: Array, dW: Array, scale: float, n_threads: int) -> None:
+        """dW (C, D) ← scale times what was found, (D, C)."""
+        np.multiply(found.T, found.dtype.type(scale), out=dW)
 
     def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         """The stats of the classes `offset`, `offset + 1`, … whose scores (N, any number of classes) are given."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastloss import blocks
 from fastloss._checks import FLOAT32, Array, compute_dtype
 from fastloss.backends import Backend, BackendError, NotInstalled, Stats, reference
+
+if TYPE_CHECKING:
+    from fastloss.sparse import Csr
 
 LEVELS = ("v4", "v3", "v2", "base")
 #: Bytes of one segment's partial dW: above, the sums of all segments would take over 64 MB, and blocks take over.
@@ -109,6 +112,11 @@ class _Kernels(dict[np.dtype[Any], Any]):
     def __missing__(self, dtype: np.dtype[Any]) -> Any:
         self[dtype] = found = self._modules.get(dtype.name) if dtype.isnative else None
         return found
+
+
+def _rows_at(at: Any) -> tuple[Array | None, int]:
+    """Rows as the sparse kernels take them: indices, or the first of consecutive ones."""
+    return (None, at.start) if isinstance(at, slice) else (at, 0)
 
 
 class CythonBackend(Backend):
@@ -212,6 +220,23 @@ class CythonBackend(Backend):
             options, bits(X), rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )
         return value
+
+    def csr_scores(self, X: Csr, at: Any, W: Array, b: Array, scores: Array, n_threads: int) -> None:
+        self._kernels[W.dtype].csr_scores(X.values, X.indices, X.starts, *_rows_at(at), W, b, scores, n_threads)
+
+    def csr_accumulate(self, X: Csr, at: Any, scores: Array, dW: Array, n_threads: int) -> None:
+        kernels, bounds = self._kernels[dW.dtype], X.shares(n_threads)
+        kernels.csr_accumulate(X.values, X.indices, X.starts, *_rows_at(at), scores, dW, bounds, n_threads)
+
+    def transposed(self, W: Array, n_threads: int) -> Array:
+        if W.T.flags.c_contiguous:
+            return W.T
+        out = np.empty(W.shape[::-1], W.dtype)
+        self._kernels[W.dtype].transpose(W, out, 1.0, False, n_threads)
+        return out
+
+    def transpose_back(self, found: Array, dW: Array, scale: float, n_threads: int) -> None:
+        self._kernels[dW.dtype].transpose(dW, found, scale, True, n_threads)
 
     def descend(
         self, W: Array, velocity: Array, grad: Array, step_size: float, momentum: float, decay: float, decayed: int

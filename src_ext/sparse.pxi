@@ -1,0 +1,222 @@
+# Sparse features of a linear layer: the producer of scores from rows of a CSR matrix, and the accumulator of dW.
+#
+# Both go through W or dW laid out (D, C): for each number of a row of X the C classes' weights, or sums, of its feature
+# are side by side. The least traffic is X twice and a line or more of W or dW for each of its numbers, which come from
+# whatever cache holds them. Scores are shared out by rows. Sums are shared out by features: a thread has some columns of
+# X, finds them in each row by bisection (indices are sorted), and adds up the rows in their order. So no two threads
+# write the same sum, and results do not depend on their number.
+
+cdef enum:
+    CSR_VECTORS = 4  # of classes whose sums stay in registers
+    CSR_SEGMENT = 64  # rows, at least
+    CSR_AHEAD = 4  # rows whose indices are fetched before they are bisected
+
+ctypedef fused csr_int:
+    int32_t
+    int64_t
+
+cdef struct CsrPass:
+    const real *values
+    char *indices  # of features, and
+    char *starts  # of rows: both of the type `kind`
+    char kind
+    Indices rows  # picked, in this order; or none: those from `first` on
+    Py_ssize_t first, n, classes
+    const real *W  # (D, C)
+    const real *bias
+    real *scores  # (n, C)
+    real *dW  # (D, C)
+    Py_ssize_t segment
+    Indices bounds  # of each thread's features
+
+
+cdef inline Py_ssize_t csr_row_at(const CsrPass *p, Py_ssize_t i) noexcept nogil:
+    return row_index(&p.rows, i) if p.rows.data != NULL else p.first + i
+
+
+cdef inline Py_ssize_t first_not_below(const csr_int *indices, Py_ssize_t at, Py_ssize_t n, Py_ssize_t bound) noexcept nogil:
+    """Position of the first of n sorted indices from `at` on that is at least `bound`."""
+    cdef Py_ssize_t half
+    if n <= 0:
+        return at
+    while n > 1:
+        half = n // 2
+        at += half if indices[at + half - 1] < bound else 0
+        n -= half
+    return at + (indices[at] < bound)
+
+
+cdef inline void csr_dot(const csr_int *indices, const CsrPass *p, Py_ssize_t start, Py_ssize_t stop, real *to,
+                         Py_ssize_t c, int vectors, Py_ssize_t tail) noexcept nogil:
+    """Scores of one row, for `vectors` vectors of classes from c on, the last of them of `tail` classes."""
+    cdef vec sums[CSR_VECTORS]
+    cdef const real *w
+    cdef vec x
+    cdef Py_ssize_t k
+    cdef int v, last = vectors - 1
+    for v in range(last):
+        sums[v] = vload(p.bias + c + v * LANES)
+    sums[last] = vload_part(p.bias + c + last * LANES, tail, 0)
+    for k in range(start, stop):
+        w, x = p.W + <Py_ssize_t> indices[k] * p.classes + c, vset(p.values[k])
+        for v in range(last):
+            sums[v] = add(mul(x, vload(w + v * LANES)), sums[v])
+        sums[last] = add(mul(x, vload_part(w + last * LANES, tail, 0)), sums[last])
+    for v in range(last):
+        vstore(to + c + v * LANES, sums[v])
+    vstore_part(to + c + last * LANES, sums[last], tail)
+
+
+cdef inline void csr_outer(const csr_int *indices, const CsrPass *p, Py_ssize_t start, Py_ssize_t stop, const real *scores,
+                           Py_ssize_t c, int vectors, Py_ssize_t tail) noexcept nogil:
+    """dW += what one row adds to it, for the same classes."""
+    cdef vec g[CSR_VECTORS]
+    cdef real *w
+    cdef vec x
+    cdef Py_ssize_t k
+    cdef int v, last = vectors - 1
+    for v in range(last):
+        g[v] = vload(scores + c + v * LANES)
+    g[last] = vload_part(scores + c + last * LANES, tail, 0)
+    for k in range(start, stop):
+        w, x = p.dW + <Py_ssize_t> indices[k] * p.classes + c, vset(p.values[k])
+        for v in range(last):
+            vstore(w + v * LANES, add(mul(x, g[v]), vload(w + v * LANES)))
+        vstore_part(w + last * LANES, add(mul(x, g[last]), vload_part(w + last * LANES, tail, 0)), tail)
+
+
+cdef inline void csr_row(const csr_int *indices, const CsrPass *p, Py_ssize_t start, Py_ssize_t stop, real *scores,
+                         bint outer) noexcept nogil:
+    """One row with all classes; the number of vectors is a constant where it is used."""
+    cdef Py_ssize_t c = 0, left, tail
+    cdef int vectors
+    while c < p.classes:
+        left = p.classes - c
+        vectors = <int> min((left + LANES - 1) // LANES, <Py_ssize_t> CSR_VECTORS)
+        tail = min(left - (vectors - 1) * LANES, <Py_ssize_t> LANES)
+        if outer:
+            if vectors == 1: csr_outer(indices, p, start, stop, scores, c, 1, tail)
+            elif vectors == 2: csr_outer(indices, p, start, stop, scores, c, 2, tail)
+            elif vectors == 3: csr_outer(indices, p, start, stop, scores, c, 3, tail)
+            else: csr_outer(indices, p, start, stop, scores, c, 4, tail)
+        elif vectors == 1: csr_dot(indices, p, start, stop, scores, c, 1, tail)
+        elif vectors == 2: csr_dot(indices, p, start, stop, scores, c, 2, tail)
+        elif vectors == 3: csr_dot(indices, p, start, stop, scores, c, 3, tail)
+        else: csr_dot(indices, p, start, stop, scores, c, 4, tail)
+        c += vectors * LANES
+
+
+cdef inline void csr_scores_typed(const csr_int *indices, const CsrPass *p, Py_ssize_t k) noexcept nogil:
+    cdef const csr_int *starts = <const csr_int *> p.starts
+    cdef Py_ssize_t i, row
+    for i in range(k * p.segment, min(p.n, (k + 1) * p.segment)):
+        row = csr_row_at(p, i)
+        csr_row(indices, p, starts[row], starts[row + 1], p.scores + i * p.classes, False)
+
+
+cdef void csr_scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef CsrPass *p = <CsrPass *> job
+    if p.kind == c"i": csr_scores_typed(<const int32_t *> p.indices, p, k)
+    else: csr_scores_typed(<const int64_t *> p.indices, p, k)
+
+
+cdef inline void csr_accumulate_typed(const csr_int *indices, const CsrPass *p, Py_ssize_t k) noexcept nogil:
+    cdef const csr_int *starts = <const csr_int *> p.starts
+    cdef Py_ssize_t i, j, row, start, stop, low = row_index(&p.bounds, k), high = row_index(&p.bounds, k + 1)
+    cdef Py_ssize_t line = 16 if csr_int is int32_t else 8  # indices
+    cdef bint is_first = k == 0, is_last = k == p.bounds.size - 2
+    for i in range(p.n):
+        row = csr_row_at(p, i)
+        start, stop = starts[row], starts[row + 1]
+        if not (is_first and is_last) and i + CSR_AHEAD < p.n:
+            row = csr_row_at(p, i + CSR_AHEAD)
+            for j in range((starts[row + 1] - starts[row]) // line + 1):
+                prefetch(indices + starts[row] + j * line)
+        if not is_first:
+            start = first_not_below(indices, start, stop - start, low)
+        if not is_last:
+            stop = first_not_below(indices, start, stop - start, high)
+        csr_row(indices, p, start, stop, p.scores + i * p.classes, True)
+
+
+cdef void csr_accumulate_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef CsrPass *p = <CsrPass *> job
+    cdef unsigned mode = flush_to_zero()
+    if p.kind == c"i": csr_accumulate_typed(<const int32_t *> p.indices, p, k)
+    else: csr_accumulate_typed(<const int64_t *> p.indices, p, k)
+    restore_mode(mode)
+
+
+cdef int csr_borrow(_Loan loan, CsrPass *p, values, indices, starts, rows, Py_ssize_t first, scores, bint writes) except -1:
+    cdef Indices of_features = loan.indices(indices), of_rows = loan.indices(starts)
+    cdef Matrix m = loan.matrix(scores, writes)
+    if of_features.kind != of_rows.kind or of_rows.kind not in (c"i", c"q"):
+        raise TypeError("indices and starts of different types")
+    p.values, p.indices, p.starts, p.kind = loan.matrix(values, False).data, of_features.data, of_rows.data, of_rows.kind
+    p.rows, p.first, p.scores, p.n, p.classes = loan.indices(rows), first, m.data, m.rows, m.columns
+    return 0
+
+
+def csr_scores(values, indices, starts, rows, Py_ssize_t first, W, bias, scores, int n_threads):
+    """scores (n, C) ← rows of a CSR matrix times W (D, C), plus bias (C,); all contiguous. The rows are those picked, or,
+    for None, n of them from `first` on."""
+    cdef _Loan loan = _Loan()
+    cdef CsrPass p
+    cdef Py_ssize_t segments
+    csr_borrow(loan, &p, values, indices, starts, rows, first, scores, True)
+    p.W, p.bias = loan.matrix(W, False).data, loan.matrix(bias, False).data
+    p.segment = max((p.n + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> CSR_SEGMENT)
+    segments = (p.n + p.segment - 1) // p.segment
+    with nogil:
+        share(csr_scores_segment, &p, segments, n_threads)
+
+
+def csr_accumulate(values, indices, starts, rows, Py_ssize_t first, scores, dW, bounds, int n_threads):
+    """dW (D, C) += those rowsᵀ times scores (n, C), features by features of the parts that `bounds` has."""
+    cdef _Loan loan = _Loan()
+    cdef CsrPass p
+    csr_borrow(loan, &p, values, indices, starts, rows, first, scores, False)
+    p.dW, p.bounds = loan.matrix(dW, True).data, loan.indices(bounds)
+    with nogil:
+        share(csr_accumulate_segment, &p, p.bounds.size - 1, n_threads)
+
+
+cdef struct TransposePass:
+    Matrix matrix  # (C, D)
+    real *transposed  # (D, C)
+    real factor
+    bint back
+    Py_ssize_t segment
+
+
+cdef void transpose_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef TransposePass *p = <TransposePass *> job
+    cdef Py_ssize_t start, c, j, stop, n = p.matrix.rows, last = min(p.matrix.columns, (k + 1) * p.segment)
+    cdef Py_ssize_t step = p.matrix.column_stride
+    cdef real *a
+    cdef real *b
+    for start in range(k * p.segment, last, 16):  # a line of each row at a time
+        stop = min(last, start + 16)
+        for c in range(n):
+            a, b = p.matrix.data + c * p.matrix.row_stride, p.transposed + c
+            if p.back:
+                for j in range(start, stop):
+                    a[j * step] = p.factor * b[j * n]
+            else:
+                for j in range(start, stop):
+                    b[j * n] = a[j * step]
+
+
+def transpose(matrix, transposed, double factor, bint back, int n_threads):
+    """transposed (D, C), contiguous, ← matrixᵀ; or back, times a factor."""
+    cdef _Loan loan = _Loan()
+    cdef TransposePass p
+    cdef Py_ssize_t segments
+    p.matrix, p.transposed = loan.matrix(matrix, back), loan.matrix(transposed, not back).data
+    p.factor, p.back = <real> factor, back
+    p.segment = max((p.matrix.columns // SEGMENTS + 16) // 16 * 16, <Py_ssize_t> 256)
+    segments = (p.matrix.columns + p.segment - 1) // p.segment
+    with nogil:
+        share(transpose_segment, &p, segments,
+              useful_threads(n_threads, p.matrix.columns, p.segment, <double> p.matrix.columns * p.matrix.rows,
+                             THREAD_WORK))

@@ -1,0 +1,177 @@
+"""Sparse features: against the same features dense, by the reference in float64."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import fastloss as fl
+from fastloss.train import sgd
+from tests.conftest import BACKENDS, same_bits
+
+LOSSES = {
+    "softmax": fl.Softmax(),
+    "hinge": fl.Hinge(),
+    "hinge squared": fl.Hinge(power=2),
+    "options": fl.Softmax(label_smoothing=0.1, class_weight=np.arange(1, 34)),
+}
+SHAPES = [(50, 30, 33), (7, 5, 2), (9, 40, 70), (1, 1, 3), (40, 3, 16), (33, 17, 1), (300, 5, 100)]
+
+
+def problem(shape, dtype, density=0.3, empty=True):
+    n, d, c = shape
+    rng = np.random.default_rng(list(shape))
+    X = sp.random(n, d, density, format="csr", dtype=dtype, random_state=rng)
+    if empty:
+        X.data[np.repeat(np.arange(n) % 3 == 0, np.diff(X.indptr))] = 0
+        X.eliminate_zeros()
+    return X, rng.integers(0, c, n), rng.standard_normal((c, d + 1)).astype(dtype), rng
+
+
+def close(found, wanted, dtype, factor=1):
+    scale = max(1.0, np.abs(wanted).max(initial=0))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=factor * scale * {"f": 1e-5, "d": 1e-13}[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["f", "d"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+def test_objective(name, shape, dtype):
+    X, y, W, rng = problem(shape, dtype)
+    n, d, c = shape
+    weight = rng.uniform(0, 2, n)
+    weight[1::4] = 0
+    dense, rows = X.toarray().astype(float), rng.integers(0, n, 9)
+    for loss in LOSSES.values():
+        if loss.class_weight is not None and len(loss.class_weight) != c:
+            continue
+        for options in (
+            {}, {"sample_weight": weight}, {"shift": rng.standard_normal(d), "scale": rng.uniform(1, 2, d)},
+            {"bias": False, "chunk_rows": 3, "reduction": "sum"},
+        ):  # fmt: skip
+            bias = options.get("bias", True)
+            at = W if bias else np.ascontiguousarray(W[:, :d])
+            for layout in (np.ascontiguousarray, np.asfortranarray):
+                ours = fl.LinearObjective(loss, X, y, penalty=fl.L2(0.1), backend=name, **options)
+                its = fl.LinearObjective(loss, dense, y, penalty=fl.L2(0.1), backend="reference", **options)
+                for picked in (None, rows):
+                    wanted, wanted_grad = its.value_and_grad(at.astype(float), picked)
+                    value, grad = ours.value_and_grad(layout(at), picked, out=layout(np.empty_like(at)))
+                    close(value, wanted, dtype)
+                    close(grad, wanted_grad, dtype, 4)
+                    close(ours.value(layout(at), picked), wanted, dtype)
+                stack = np.stack([at, 2 * at])
+                close(ours.values(stack), its.values(stack.astype(float)), dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+def test_layer(name):
+    X, y, W, rng = problem((40, 9, 5), "f")
+    weight, upstream = rng.uniform(0, 2, 40), rng.standard_normal(40)
+    weight[::5] = 0
+    none = {"reduction": "none", "sample_weight": weight, "upstream": upstream}
+    for options in ({}, {"sample_weight": weight}, none):
+        arguments = {"wrt": ("W", "b"), "backend": name, **options}
+        b = W[:, -1].copy()
+        found, grads = fl.linear_value_and_grad(fl.Softmax(), X, W[:, :-1], y, b, **arguments)
+        wanted, wanted_grads = fl.linear_value_and_grad(
+            fl.Softmax(), X.toarray().astype(float), W[:, :-1].astype(float), y, b.astype(float),
+            **(arguments | {"backend": "reference"}),
+        )  # fmt: skip
+        close(found, wanted, "f")
+        for key in ("W", "b"):
+            close(grads[key], wanted_grads[key], "f")
+
+
+def test_hessian_products():
+    X, y, W, rng = problem((40, 9, 5), "d")
+    V = rng.standard_normal(W.shape)
+    for loss in (fl.Softmax(), fl.Hinge(power=2)):
+        how = {"penalty": fl.L2(0.1), "shift": rng.standard_normal(9)}
+        found = fl.LinearObjective(loss, X, y, backend="reference", **how).hessp(W, V, np.arange(30))
+        wanted = fl.LinearObjective(loss, X.toarray(), y, backend="reference", **how).hessp(W, V, np.arange(30))
+        close(found, wanted, "d", 10)
+
+
+@pytest.mark.parametrize("format", ["csc", "coo", "lil", "bsr", "dok"])
+def test_other_formats_and_types(format):
+    X, y, W, _ = problem((20, 6, 3), "d")
+    wanted = fl.LinearObjective(fl.Softmax(), X, y).value(W)
+    assert fl.LinearObjective(fl.Softmax(), X.asformat(format), y).value(W) == wanted
+    assert fl.LinearObjective(fl.Softmax(), sp.csr_array(X).asformat(format), y).value(W) == wanted
+    counts = sp.csr_array((X * 100).astype(np.int32))
+    close(
+        fl.LinearObjective(fl.Softmax(), counts, y).value(W / 100),
+        fl.LinearObjective(fl.Softmax(), counts.toarray(), y).value(W / 100),
+        "d",
+    )
+    long = sp.csr_array(X)
+    long.indices, long.indptr = long.indices.astype(np.int64), long.indptr.astype(np.int64)
+    assert fl.LinearObjective(fl.Softmax(), long, y).value_and_grad(W)[0] == wanted
+
+
+def test_unsorted_and_repeated_entries():
+    y, W = np.array([0, 1]), np.random.default_rng(0).standard_normal((2, 5))
+    X = sp.csr_array((np.array([1.0, 2.0, 3.0, 4.0]), np.array([3, 0, 3, 1]), np.array([0, 3, 4])), shape=(2, 4))
+    value, grad = fl.LinearObjective(fl.Softmax(), X, y).value_and_grad(W)
+    wanted, wanted_grad = fl.LinearObjective(fl.Softmax(), X.toarray(), y).value_and_grad(W)
+    close(value, wanted, "d")
+    close(grad, wanted_grad, "d")
+    assert not X.has_sorted_indices  # it is the caller's, and stays so
+
+
+def test_same_bits_for_any_number_of_threads():
+    X, y, W, _ = problem((3000, 200, 20), "f", density=0.2)
+    objective = [fl.LinearObjective(fl.Softmax(), X, y, n_threads=k) for k in (1, 2, 3, 7)]
+    first = objective[0].value_and_grad(W)
+    for other in objective[1:]:
+        value, grad = other.value_and_grad(W)
+        assert value == first[0]
+        assert same_bits(grad, first[1])
+
+
+def test_many_rows_lose_nothing():
+    """A feature that all rows have: its sum is far larger than what each row adds."""
+    n = 400_000
+    X = sp.csr_array((np.full(n, 0.1, np.float32), np.zeros(n, np.int32), np.arange(n + 1)), shape=(n, 1))
+    _, grad = fl.LinearObjective(fl.Hinge(), X, np.zeros(n, int), bias=False, reduction="sum").value_and_grad(
+        np.zeros((2, 1), np.float32)
+    )
+    np.testing.assert_allclose(grad[1, 0], n * float(np.float32(0.1)), rtol=2e-5)  # one sum: 5e-4
+
+
+def test_training():
+    X, y, _, _ = problem((200, 30, 3), "f", empty=False)
+    found = sgd(fl.LinearObjective(fl.Softmax(), X, y), n_classes=3, epochs=2, step_size=0.1, seed=0)
+    dense = sgd(fl.LinearObjective(fl.Softmax(), X.toarray(), y), n_classes=3, epochs=2, step_size=0.1, seed=0)
+    close(found.W, dense.W, "f")
+
+
+def test_errors():
+    X, y, W, _ = problem((20, 6, 3), "d")
+    loss = fl.Softmax()
+    with pytest.raises(ValueError, match="X is sparse, and its gradient would not be"):
+        fl.linear_value_and_grad(loss, X, W[:, :-1], y)
+    with pytest.raises(ValueError, match=r"W has shape \(3, 6\); it must be \(C, 7\)"):
+        fl.LinearObjective(loss, X, y).value(W[:, :-1])
+    with pytest.raises(TypeError, match="X has dtype complex128"):
+        fl.LinearObjective(loss, X.astype(complex), y)
+    with pytest.raises(TypeError, match="scores is a sparse matrix"):
+        loss.value(X, y)
+    broken = sp.csr_array(X)
+    broken.indices = broken.indices.copy()
+    broken.indices[3] = 6
+    with pytest.raises(ValueError, match="X has an entry of feature 6, but 6 features"):
+        fl.LinearObjective(loss, broken, y)
+    broken.indices[3] = -1
+    with pytest.raises(ValueError, match="feature -1"):
+        fl.LinearObjective(loss, broken, y)
+    broken = sp.csr_array(X)
+    broken.indptr = broken.indptr.copy()
+    broken.indptr[5] = 10_000
+    with pytest.raises(ValueError, match="not a CSR matrix"):
+        fl.LinearObjective(loss, broken, y)
+    overlapping = sp.csr_array((np.ones(21), np.tile(np.arange(7), 3), np.arange(0, 22, 7)), shape=(3, 7))
+    with pytest.raises(ValueError, match="out overlaps X"):
+        fl.LinearObjective(loss, overlapping, [0, 1, 2], bias=False).value_and_grad(
+            np.zeros((3, 7)), out=overlapping.data.reshape(3, 7)
+        )
