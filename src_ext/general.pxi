@@ -17,8 +17,9 @@
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
-# Shards of the classes. Stats are the first walk's: the maximum and the sum of exponentials. The gradient from the stats of
-# all shards is one walk, from a maximum and a factor that are given.
+# Shards of the classes. Stats are the first walk's: the maximum, the sum of exponentials and, in place of a loss, Σ u_j (−d_j).
+# The gradient from the stats of all shards is one walk, from a maximum and a factor that are given; u is without a target,
+# whose entry is given too.
 
 cdef struct Found:
     # Sums over a row of what is walked over, each of its lanes on its own.
@@ -234,6 +235,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     s.more[0], s.more[1] = z, add(size, add(div(s.more[2], total), sub(vset(1), again)))
     if o.shard:
         s.more[0], s.more[1] = s.m, add(others, sub(d, d))  # NaN where m is infinite
+        return away
     if o.z_loss != 0:
         loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
         z = mul(vset(2 * o.z_loss), z)
@@ -297,12 +299,18 @@ cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcep
 
 cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
     """The gradient, complete. Stats: the origin of distances; the factor of exponentials; the target's entry."""
-    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g
-    cdef vec pull = mul(mul(stat(layout, o, w, 1), vset(o.per_temperature)), factor)
+    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g, u
+    cdef vec share = mul(vset(o.per_temperature), factor), pull = mul(stat(layout, o, w, 1), share)
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
-        g = mul(mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull), slope)
+        g = mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull)
+        if o.dense or o.elsewhere != 0:
+            u = vset(o.elsewhere)
+            if o.dense:
+                u = class_numbers(layout, layout == ROWED and k == whole, o.class_weight, k, w)
+            g = sub(g, mul(u, share))
+        g = mul(g, slope)
         fetch_ahead(layout, True, w, k)
         put(layout, layout == ROWED and k == whole, w, k, g)
     put_at_target(layout, w, mul(stat(layout, o, w, 2), factor))

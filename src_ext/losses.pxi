@@ -765,7 +765,7 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     kind, margin, power, over, general = row_loss
     cdef Matrix m
     # Through double: a Python float is not given to `real`, which Cython takes for float in every module.
-    cdef double some = margin, smoothing, z_loss, softcap, temperature
+    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
@@ -773,14 +773,14 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.power, o.margin, o.classes = power, <real> some, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
-        smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy, o.shard = general
+        (at_target, elsewhere, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy,
+         o.shard) = general
         o.general, o.z_loss, o.bends = True, <real> z_loss, softcap >= 0
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
-        o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
-        o.at_target = <real> (1 - smoothing + smoothing / c)
+        o.per_temperature, o.elsewhere, o.at_target = <real> (1 / temperature), <real> elsewhere, <real> at_target
         m = loan.matrix(class_weight, False)
         o.class_weight, o.dense = m.data, m.data != NULL
-        o.weighted_target = <real> ((1 - smoothing + smoothing / c) / (smoothing / c)) if smoothing else 1
+        o.weighted_target = <real> (at_target / elsewhere) if elsewhere else 1
         m = loan.matrix(pairs, False)
         o.pairs = m.data
         if o.pairs != NULL:
