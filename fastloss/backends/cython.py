@@ -199,13 +199,9 @@ class CythonBackend(Backend):
             targets = class_targets(targets, dtype)
         else:
             options = row_options(loss)
-        top = np.empty(len(scores), np.int64 if dtype == np.float64 else np.int32) if "argmax" in extras else None
         value: float = kernels.score_rows(
-            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy,
-            None if top is None else top.view(dtype),
-        )  # fmt: skip
-        if top is not None:
-            extras["argmax"][...] = top
+            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy, extras.get("argmax")
+        )
         return value
 
     def linear_rows(
