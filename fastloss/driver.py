@@ -270,7 +270,8 @@ def shard_targets(targets: object, n: int) -> Array:
     array = checks.as_array(targets, "targets")
     if array.ndim != 1:
         raise ValueError(
-            f"targets has shape {array.shape}; with shards of the classes it must be ({n},), class indices"
+            f"targets has shape {array.shape}; with shards of the classes it must be ({n},), class indices: stats hold "
+            "the score of one target for each row, which class probabilities have not"
         )
     return checks.targets(array, n, 0)
 
@@ -306,6 +307,14 @@ def check_stats(loss: Any, stats: object, targets: Array) -> backends.Stats:
             outside &= targets != loss.ignore_index
         if outside.any():
             checks.raise_bad_target(targets, int(outside.argmax()), c, loss.ignore_index)
+        if (arrays.classes != c).any():
+            k = int((arrays.classes != c).argmax())
+            raise ValueError(f"the shards that are merged have {arrays.classes[k]} classes, but class_weight has {c}")
+    if loss.weighs_inside(probabilities=False):
+        if np.isnan(arrays.weight).any():
+            raise ValueError("stats are of a loss without label_smoothing; make those of all shards with this loss")
+        if (arrays.classes != arrays.classes[:1]).any():
+            raise ValueError("stats.classes are not all the same; label_smoothing takes one number of classes")
     return arrays
 
 
@@ -319,7 +328,7 @@ def stats_value_call(loss: Any, stats: object, targets: object, sample_weight: o
     whole = check_stats(loss, stats, y)
     backend = backends.choose(None, "gradient", loss, checks.FLOAT64, ())
     weights = fold(loss, y, weight, checks.FLOAT64, reduction, backend)
-    row_loss, multiplier = loss.rows_from_stats(whole), weights.multiplier
+    row_loss, multiplier = loss.rows_from_stats(whole, y), weights.multiplier
     if multiplier is not None:
         row_loss[multiplier == 0] = 0
     if reduction == "none":

@@ -90,7 +90,7 @@ class Loss:
             f"{type(self).__name__} has no stats: every class is compared with the target's score, which one shard has"
         )
 
-    def rows_from_stats(self, stats: Stats) -> Array:
+    def rows_from_stats(self, stats: Stats, targets: Array) -> Array:
         """The row losses from the stats of all classes."""
         raise NotImplementedError
 
@@ -362,12 +362,11 @@ class Softmax(Loss):
                 raise ValueError(f"{name} has no meaning for targets that are class probabilities")
 
     def check_shards(self) -> None:
-        if self.label_smoothing > 0:
-            raise ValueError("label_smoothing has no stats: it takes the scores of all classes; use 0 with shards")
+        """The class axis may be split, whatever the options are."""
 
-    def rows_from_stats(self, stats: Stats) -> Array:
+    def rows_from_stats(self, stats: Stats, targets: Array) -> Array:
         with np.errstate(all="ignore"):
-            return reference.softmax_stats_rows(self, stats)[0]
+            return reference.softmax_stats_rows(self, stats, targets)
 
     def weighs_inside(self, probabilities: bool) -> bool:
         return probabilities or self.label_smoothing > 0

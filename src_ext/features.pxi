@@ -123,7 +123,8 @@ cdef void next_batch(const LinearPass *p, Py_ssize_t *cursor, Py_ssize_t stop, B
         for k in range(n):
             t.more[k] = row_more(&p.options, &p.probabilities, index[k], p.classes, t.y[k])
     for k in range(n, most):
-        t.row[k], t.mult[k], t.y[k], t.more[k] = p.zeros, 0, 0, NULL
+        t.row[k], t.mult[k], t.y[k] = p.zeros, 0, 0
+        t.more[k] = t.more[0] if n and has_more(&p.options) else NULL
     t.n, t.tiles = n, (n + TILE - 1) // TILE
 
 

@@ -17,8 +17,9 @@
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
-# Shards of the classes. Stats are the first walk's: the maximum and the sum of exponentials. The gradient from the stats of
-# all shards is one walk, from a maximum and a factor that are given.
+# Shards of the classes. Stats are the first walk's: the maximum, the sum of exponentials and, in place of a loss, Σ u_j (−d_j).
+# The gradient from the stats of all shards is one walk, from a maximum and a factor that are given; u is without a target,
+# whose entry is given too.
 
 cdef struct Found:
     # Sums over a row of what is walked over, each of its lanes on its own.
@@ -168,9 +169,9 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps
 
 cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Options *o, const Walk *w, State *s,
                               vec *last) noexcept nogil:
-    """Blocks of 16 vectors, whose sums are added up so that rounding does not grow with the classes."""
+    """Blocks of 16 vectors, whose sums are added up so that rounding does not grow with the classes. State.c: the origin."""
     cdef Found f, all = nothing_found(), lost = all
-    cdef vec origin = origin_of_distance(o, s.m)
+    cdef vec origin = s.c
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
         if holds_either(layout, w, start, s.pivot):
@@ -234,6 +235,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     s.more[0], s.more[1] = z, add(size, add(div(s.more[2], total), sub(vset(1), again)))
     if o.shard:
         s.more[0], s.more[1] = s.m, add(others, sub(d, d))  # NaN where m is infinite
+        return away
     if o.z_loss != 0:
         loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
         z = mul(vset(2 * o.z_loss), z)
@@ -271,8 +273,10 @@ cdef inline void back_block(int layout, bint careful, bint dense, const Options 
 
 
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    cdef vec origin = origin_of_distance(o, s.m)
+    cdef vec origin = s.m
     cdef Py_ssize_t start
+    if not keeps_slope(o):
+        origin = origin_of_distance(o, s.m)
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
             back_block(layout, True, dense, o, w, start, s, origin, last)
@@ -297,12 +301,18 @@ cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcep
 
 cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
     """The gradient, complete. Stats: the origin of distances; the factor of exponentials; the target's entry."""
-    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g
-    cdef vec pull = mul(mul(stat(layout, o, w, 1), vset(o.per_temperature)), factor)
+    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g, u
+    cdef vec share = mul(vset(o.per_temperature), factor), pull = mul(stat(layout, o, w, 1), share)
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
-        g = mul(mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull), slope)
+        g = mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull)
+        if o.dense or o.elsewhere != 0:
+            u = vset(o.elsewhere)
+            if o.dense:
+                u = class_numbers(layout, layout == ROWED and k == whole, o.class_weight, k, w)
+            g = sub(g, mul(u, share))
+        g = mul(g, slope)
         fetch_ahead(layout, True, w, k)
         put(layout, layout == ROWED and k == whole, w, k, g)
     put_at_target(layout, w, mul(stat(layout, o, w, 2), factor))
@@ -310,31 +320,56 @@ cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, ve
 
 
 # --- the largest class -----------------------------------------------------------------------------------------------
-cdef inline lane_int class_of(bint bad, const Walk *w, vec m) noexcept nogil:
-    """The lowest class whose score is m, or (`bad`) is NaN; -1: none (ROWED)."""
-    cdef Py_ssize_t k, least
-    cdef vec x
-    cdef mask found
-    for k in range(w.vectors):
-        x = fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY)
-        found = mandnot(veq(m, m), veq(x, x)) if bad else veq(x, m)
-        if not none_of(found):
-            least = k * LANES + first_of(found)
-            return <lane_int> least if least < w.classes else -1
-    return -1
-
-
+# A row without NaN is told by the sum of its scores, which is one operation for each vector; it is NaN too where both
+# infinities are. Then the lowest class that has the maximum is found without a branch that depends on where it is.
 cdef inline lane_int row_argmax(const Walk *w) noexcept nogil:
-    """The lowest class that has the maximum, or the first NaN (ROWED)."""
-    cdef vec m = vset(<real> -INFINITY), x
-    cdef mask bad = vlt(m, m)
-    cdef Py_ssize_t k
-    for k in range(w.vectors):
-        x = fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY)
-        m, bad = vmax(m, x), mor(bad, unordered(x, x))
-    if not none_of(bad):
-        return class_of(True, w, vset(0))
-    return class_of(False, w, vset(lane_greatest(m)))
+    """The lowest class that has the maximum, or the first NaN (ROWED): of rows that may have NaN."""
+    cdef real m = sone(w.src), x
+    cdef Py_ssize_t k, top = 0
+    for k in range(w.classes):
+        x = sone(w.src + k)
+        if x != x:
+            return <lane_int> k
+        if x > m:
+            m, top = x, k
+    return <lane_int> top
+
+
+cdef inline void row_top(const Walk *w, vec *m, vec *total) noexcept nogil:
+    """The maximum and the sum of the scores of each lane (ROWED)."""
+    cdef vec top = vset(<real> -INFINITY), second_top = top, x
+    cdef vec first = vset(0), second = first
+    cdef Py_ssize_t k, whole = w.classes // LANES
+    for k in range(whole // 2):
+        x = fetch(ROWED, False, w, 2 * k, 0)
+        top, first = vmax(top, x), add(first, x)
+        x = fetch(ROWED, False, w, 2 * k + 1, 0)
+        second_top, second = vmax(second_top, x), add(second, x)
+    if whole % 2:
+        x = fetch(ROWED, False, w, whole - 1, 0)
+        top, first = vmax(top, x), add(first, x)
+    if whole < w.vectors:
+        x = fetch(ROWED, True, w, whole, sone(w.src))  # a score once more changes neither the maximum nor whether there is NaN
+        second_top, second = vmax(second_top, x), add(second, x)
+    m[0], total[0] = vmax(top, second_top), add(first, second)
+
+
+cdef inline lane_int class_of(const Walk *w, vec m) noexcept nogil:
+    """The lowest class whose score is m; -1: none (ROWED)."""
+    cdef Py_ssize_t k = 0, least = w.classes
+    cdef uint64_t found = 0
+    for k in range(w.classes // (4 * LANES)):
+        found = bits_of(veq(fetch(ROWED, False, w, 4 * k, 0), m))
+        found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 1, 0), m)) << LANES
+        found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 2, 0), m)) << 2 * LANES
+        found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 3, 0), m)) << 3 * LANES
+        if found:
+            return <lane_int> (4 * k * LANES + first_bit(found))
+    for k in range(w.vectors - 1, w.classes // (4 * LANES) * 4 - 1, -1):
+        found = found << LANES | bits_of(veq(fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY), m))
+    if found:
+        least = w.classes // (4 * LANES) * 4 * LANES + first_bit(found)
+    return <lane_int> least if least < w.classes else -1
 
 
 cdef inline ivec tile_top(const Walk *w, vec m) noexcept nogil:
@@ -347,11 +382,17 @@ cdef inline ivec tile_top(const Walk *w, vec m) noexcept nogil:
 
 
 cdef inline ivec tile_argmax(const Walk *w) noexcept nogil:
-    """The same of each lane (LANED)."""
+    """The lowest class of each lane that has the maximum, or the first NaN (LANED)."""
     cdef ivec cls = iset(0), top = cls, bad = iset(<lane_int> w.classes)
-    cdef vec x, m = vload(w.tile)
+    cdef vec x, m = vload(w.tile), total = m
     cdef mask more
     cdef Py_ssize_t k
+    for k in range(1, w.vectors):
+        x = vload(w.tile + k * TILE)
+        m, total = vmax(m, x), add(total, x)
+    if is_likely(all_lanes(veq(total, total)), 1):
+        return tile_top(w, m)
+    m = vload(w.tile)
     for k in range(w.vectors):
         x = vload(w.tile + k * TILE)
         more = vlt(m, x)

@@ -57,7 +57,8 @@ cdef extern from "simd.h" nogil:
     mask mandnot(mask, mask) noexcept
     bint all_lanes(mask) noexcept
     bint none_of(mask) noexcept
-    int first_of(mask) noexcept
+    uint64_t bits_of(mask) noexcept
+    int first_bit(uint64_t) noexcept
     mask unordered(vec, vec) noexcept
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
@@ -66,6 +67,8 @@ cdef extern from "simd.h" nogil:
     vec with_sign(vec, vec) noexcept
     vec add_where(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
+    vec join_bits(vec, vec) noexcept
+    bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
     const real FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
     vec nearest_steps(vec) noexcept
@@ -466,20 +469,21 @@ cdef struct UnfitPass:
 cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef UnfitPass *p = <UnfitPass *> job
     cdef Py_ssize_t start, last, i, v, stop = min(p.size, (k + 1) * p.segment)
-    cdef vec zero = vset(0), inf = vset(<real> INFINITY), x
-    cdef mask bad, all_true = veq(zero, zero)
+    cdef vec seen
     p.found[k] = -1
     for start in range(k * p.segment, stop, 1024):  # by blocks, so that the position is found afterwards
-        last, bad = min(stop, start + 1024), vlt(zero, zero)
-        for v in range((last - start + LANES - 1) // LANES):
-            i = start + v * LANES
-            x = vload(p.numbers + i) if i + LANES <= stop else vload_part(p.numbers + i, stop - i, 0)
-            bad = mor(bad, mandnot(all_true, mandnot(vlt(x, inf), vlt(x, zero))))
-        if not none_of(bad):
-            for i in range(start, last):
-                if not 0 <= p.numbers[i] < INFINITY:
-                    p.found[k] = i
-                    return
+        last, seen = min(stop, start + 1024), vset(0)
+        for v in range((last - start) // LANES):
+            seen = join_bits(seen, vload(p.numbers + start + v * LANES))
+        i = last - (last - start) % LANES
+        if i < last:
+            seen = join_bits(seen, vload_part(p.numbers + i, last - i, 0))
+        if all_below_2(seen):  # as probabilities are
+            continue
+        for i in range(start, last):
+            if not 0 <= p.numbers[i] < INFINITY:
+                p.found[k] = i
+                return
 
 
 def first_unfit(numbers, int n_threads):

@@ -31,10 +31,14 @@ cdef enum:
 cdef enum:
     # Forms that a row loss is compiled in.
     PLAIN = 0
-    FLAT = 1  # the general softmax, as in general.pxi: without a softcap,
-    DENSE = 2
-    BENT = 3  # and with one
-    ANY = 4  # the other general ones
+    # Of the softmax, as general.pxi has them:
+    FLAT = 1  # without a softcap,
+    WEIGHED = 2  # the same, u being class weights,
+    GIVEN = 3  # or probabilities
+    BENT = 4  # a softcap, and no other u than at the target
+    # Of the hinge:
+    PAIRED = 5  # margins of class pairs, no more
+    ANY = 6  # whatever options there are
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -56,6 +60,7 @@ cdef struct Options:
     bint bends  # there is a softcap
     bint entropy  # is wanted
     const real *pairs  # margins, C of each target, in place of `margin`, which is then 0; or NULL
+    bint paired  # there are some
     bint counts_target
     bint shard  # stats of some of the classes are wanted, no loss
     Py_ssize_t stats_step  # numbers from one of a row's stats to the next (FROM_STATS)
@@ -63,11 +68,27 @@ cdef struct Options:
 cdef inline void fix_form(Options *o, int form) noexcept nogil:
     """What a form says of the options, as constants."""
     o.general = form != PLAIN
-    if form == FLAT or form == DENSE:
-        o.bends, o.dense = False, form == DENSE
-        o.probabilities = o.probabilities and form == DENSE
-    elif form == BENT:
-        o.bends = True
+    if form == FLAT or form == WEIGHED or form == GIVEN or form == BENT:
+        o.bends, o.dense, o.probabilities = form == BENT, form == WEIGHED or form == GIVEN, form == GIVEN
+        if form != FLAT:
+            o.entropy = o.shard = False
+        if form == BENT:
+            o.elsewhere = 0
+    elif form == PAIRED:
+        o.paired, o.counts_target = True, False
+
+
+cdef inline int form_of(const Options *o) noexcept nogil:
+    """The form that is made for some options."""
+    if o.kind == HINGE:
+        return PAIRED if o.paired and not o.counts_target else ANY
+    if o.kind != SOFTMAX:
+        return ANY
+    if not o.bends and not o.dense:
+        return FLAT
+    if o.entropy or o.shard or (o.bends and (o.dense or o.elsewhere != 0)):
+        return ANY
+    return BENT if o.bends else GIVEN if o.probabilities else WEIGHED
 
 
 cdef struct Walk:
@@ -406,8 +427,8 @@ cdef inline vec hinge_score(int layout, bint part, const Options *o, const Walk 
 
 cdef inline void add_target_term(int layout, bint part, int power, const Options *o, const Walk *w, Py_ssize_t k, ivec cls,
                                  HingeSums *sums) noexcept nogil:
-    """max(0, Δ)^power in the target's lane."""
-    cdef vec zero = vset(0), m = vmax(zero, row_numbers(layout, part, w, k) if has_pairs(o) else vset(o.margin))
+    """max(0, Δ)^power in the target's lane, with margins of class pairs."""
+    cdef vec zero = vset(0), m = vmax(zero, row_numbers(layout, part, w, k))
     sums.loss = add(sums.loss, choose(ieq(cls, w.target), m if power == 1 else mul(m, m), zero))
 
 
@@ -423,7 +444,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     for k in range(start, whole):
         hinge_step(layout, False, grad, power, w, k, hinge_score(layout, False, o, w, k),
                    ieq(cls, w.target) if careful else none, edge, share, &own)
-        if careful and o.general and o.counts_target:
+        if careful and counts_pair(o):
             add_target_term(layout, False, power, o, w, k, cls, &own)
         fetch_ahead(layout, grad, w, k)
         cls = next_classes(layout, cls)
@@ -432,7 +453,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     if careful and whole < stop:
         hinge_step(layout, True, grad, power, w, whole, hinge_score(layout, True, o, w, whole),
                    mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
-        if o.general and o.counts_target:
+        if counts_pair(o):
             add_target_term(layout, True, power, o, w, whole, cls, &own)
     if power == 1 and layout == ROWED and LANES >= 8:
         own.loss = add(add(own.loss, second), add(third, fourth))
@@ -468,9 +489,13 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec low = number_or_zero(s.low), loss, mean
+    cdef vec low = number_or_zero(s.low), loss, mean, own
     if o.power == 1:
         low = sub(low, mul(s.b, s.m))
+    if o.general and o.counts_target and not o.paired:
+        own = vmax(vset(0), vset(o.margin))
+        s.a = exact_sum(s.a, own if o.power == 1 else mul(own, own), &own)
+        low = add(low, number_or_zero(own))
     loss = add(s.a, low)
     s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
     s.b = choose(veq(loss, loss), s.b, loss)  # active classes are counted, with NaN or not
@@ -655,7 +680,12 @@ cdef inline bint is_general_softmax(const Options *o) noexcept nogil:
 
 
 cdef inline bint has_pairs(const Options *o) noexcept nogil:
-    return o.general and o.pairs != NULL
+    return o.general and o.paired
+
+
+cdef inline bint counts_pair(const Options *o) noexcept nogil:
+    """Whether the target's own term is its margin with itself."""
+    return o.general and o.paired and o.counts_target
 
 
 cdef inline bint has_low(const Options *o) noexcept nogil:
@@ -765,7 +795,7 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     kind, margin, power, over, general = row_loss
     cdef Matrix m
     # Through double: a Python float is not given to `real`, which Cython takes for float in every module.
-    cdef double some = margin, smoothing, z_loss, softcap, temperature
+    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
@@ -773,16 +803,16 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.power, o.margin, o.classes = power, <real> some, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
-        smoothing, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy, o.shard = general
+        (at_target, elsewhere, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy,
+         o.shard) = general
         o.general, o.z_loss, o.bends = True, <real> z_loss, softcap >= 0
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
-        o.per_temperature, o.elsewhere = <real> (1 / temperature), <real> (smoothing / c)
-        o.at_target = <real> (1 - smoothing + smoothing / c)
+        o.per_temperature, o.elsewhere, o.at_target = <real> (1 / temperature), <real> elsewhere, <real> at_target
         m = loan.matrix(class_weight, False)
         o.class_weight, o.dense = m.data, m.data != NULL
-        o.weighted_target = <real> ((1 - smoothing + smoothing / c) / (smoothing / c)) if smoothing else 1
+        o.weighted_target = <real> (at_target / elsewhere) if elsewhere else 1
         m = loan.matrix(pairs, False)
-        o.pairs = m.data
-        if o.pairs != NULL:
+        o.pairs, o.paired = m.data, m.data != NULL
+        if o.paired:
             o.margin = 0  # they are added to the scores
     return 0

@@ -7,6 +7,7 @@
 
 cdef enum:
     FEW = 2  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
+    FEW_GENERAL = 4  # the same for the general softmax, which has more to do for each row
 
     STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
@@ -27,7 +28,7 @@ cdef struct ScoresPass:
     Py_ssize_t row_loss_stride
     real *z  # log-sum-exps, and entropies, where they are asked for; contiguous
     real *entropy
-    lane_int *top  # the largest classes, where they are asked for; contiguous
+    Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t segment
     bint laned
     bint streams  # the gradient goes past the caches
@@ -36,9 +37,10 @@ cdef struct ScoresPass:
     double *partial
 
 
-cdef bint is_laned(const Matrix *a, const Matrix *b) noexcept nogil:
+cdef bint is_laned(const Options *o, const Matrix *a, const Matrix *b) noexcept nogil:
     """Whether the tile is transposed: few classes, or classes that are not contiguous in source or destination."""
-    return a.columns <= FEW * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
+    cdef Py_ssize_t few = FEW_GENERAL if o.general and o.kind == SOFTMAX else FEW
+    return a.columns <= few * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
 
 
 cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) noexcept nogil:
@@ -122,13 +124,13 @@ cdef inline const real *row_more(const Options *o, const Matrix *probabilities, 
     """What the general form is given of a row beside its scores: margins of its target, probabilities, stats; or NULL."""
     if o.kind == FROM_STATS:
         return probabilities.data + row
-    if o.pairs != NULL:
+    if o.paired:
         return o.pairs + y * c
     return probabilities.data + row * probabilities.row_stride if probabilities.data != NULL else NULL
 
 
 cdef inline bint has_more(const Options *o) noexcept nogil:
-    return o.general and (o.probabilities or o.pairs != NULL)
+    return o.general and (o.probabilities or o.paired)
 
 
 cdef inline void load_more(const real **rows, Py_ssize_t c, real *tile) noexcept nogil:
@@ -175,7 +177,9 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     cdef vec a[128]
     cdef vec b[128]
     cdef vec low[128]
-    cdef State general_state[128]
+    # The same for the general form.
+    cdef vec c_factor[128]
+    cdef vec found[3][128]
     cdef ivec pivot[128]
     cdef vec loss, last = vset(0), zero = vset(0)
     cdef mask dead
@@ -189,33 +193,41 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
-        if general:
-            pivot[g] = tile_top(&w, m[g]) if pivots_on_top(o) else w.target
+        if general and pivots_on_top(o):
+            pivot[g] = tile_top(&w, m[g])
         aim(o, &m[g], &target[g])
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         if general:
-            s.pivot = pivot[g]
+            s.pivot = pivot[g] if pivots_on_top(o) else w.target
+            if o.kind == SOFTMAX:
+                s.c = origin_of_distance(o, s.m)
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
         if has_low(o):
             low[g] = s.low
-        if general:
-            general_state[g] = s
+        if general and o.dense:
+            found[0][g], found[1][g] = s.more[0], s.more[1]
+        if general and o.entropy:
+            found[2][g] = s.more[2]
     for g in range(groups):
-        if general:
-            s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         if has_low(o):
             s.low = low[g]
+        s.more[0] = s.more[1] = s.more[2] = zero
+        if general and o.dense:
+            s.more[0], s.more[1] = found[0][g], found[1][g]
+        if general and o.entropy:
+            s.more[2] = found[2][g]
         loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
             loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
         vstore(losses + g * LANES, loss)
         a[g], b[g] = s.a, s.b
         if general:
-            general_state[g] = s
+            if o.kind == SOFTMAX:
+                c_factor[g] = s.c
             if extras != NULL:
                 dead = veq(vload(mult + g * LANES), zero)
                 vstore(extras + g * LANES, choose(dead, zero, s.more[0]))
@@ -224,9 +236,11 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
         return
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
-        if general:
-            s = general_state[g]
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
+        if general:
+            s.pivot = pivot[g] if pivots_on_top(o) else w.target
+            if o.kind == SOFTMAX:
+                s.c = c_factor[g]
         close_rows(LANED, o, &w, &s, last)
         if not all_live:
             dead = veq(vload(mult + g * LANES), zero)
@@ -255,35 +269,86 @@ cdef inline void keep_extras(const ScoresPass *s, const real *extras, Py_ssize_t
         memcpy(s.entropy + row, extras + EXTRAS, n * sizeof(real))
 
 
-cdef inline void keep_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult, real *tile) noexcept nogil:
-    """The largest classes of n rows; 0 where the multiplier is 0. tile: theirs, transposed, or NULL."""
+cdef void keep_tile_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult, real *tile) noexcept nogil:
+    """The largest classes of the n rows of a transposed tile; 0 where the multiplier is 0."""
     cdef lane_int some[16]
     cdef Walk w
-    cdef int i, g
-    if tile != NULL:
-        for i in range(TILE // LANES):
-            g = i * LANES
-            w = walk_lanes(tile + g, s.scores.columns, iset(0), NULL)
-            istore(some + g, tile_argmax(&w))
-    for i in range(n):
-        if tile == NULL and mult[i] != 0:
-            w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
-            s.top[row + i] = row_argmax(&w)
-        else:
+    cdef int i, g, live = 0
+    for i in range(TILE // LANES):
+        g = i * LANES
+        w = walk_lanes(tile + g, s.scores.columns, iset(0), NULL)
+        istore(some + g, tile_argmax(&w))
+    for i in range(TILE):
+        live += mult[i] != 0
+    if live == TILE:  # as nearly always; then it is all vectors
+        for i in range(TILE):
+            s.top[row + i] = some[i]
+    else:
+        for i in range(n):
             s.top[row + i] = some[i] if mult[i] != 0 else 0
+
+
+cdef void keep_group_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult) noexcept nogil:
+    """The same of n <= GROUP_ROWS rows that are contiguous."""
+    cdef vec top[32]
+    cdef vec total[32]
+    cdef real m[32]
+    cdef real sum_[32]
+    cdef Walk w
+    cdef int i
+    cdef Py_ssize_t v, g
+    for i in range(n):
+        w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
+        row_top(&w, &top[i], &total[i])
+    for i in range(n, (n + LANES - 1) // LANES * LANES):
+        top[i] = total[i] = vset(0)
+    for v in range((n + LANES - 1) // LANES):
+        g = v * LANES
+        vstore(m + g, transposed_max(top + g, 1))
+        vstore(sum_ + g, transposed_sum(total + g, 1))
+    for i in range(n):
+        w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
+        if mult[i] == 0:
+            s.top[row + i] = 0
+        elif sum_[i] == sum_[i]:
+            s.top[row + i] = class_of(&w, vset(m[i]))
+        else:
+            s.top[row + i] = row_argmax(&w)
+
+
+# Not inline: beside a second load of tiles, plain rows of 2 classes took 5 to 8 % longer.
+cdef void load_beside(const ScoresPass *s, Py_ssize_t row, int n, const lane_int *y, const real *mult,
+                      real *tile) noexcept nogil:
+    """What the general form is given of n rows beside their scores, as a transposed tile; of rows that are skipped, any."""
+    cdef Py_ssize_t c = s.scores.columns
+    cdef Matrix given = s.probabilities
+    cdef const real *rows[16]
+    cdef int r
+    if s.options.paired and c * c <= TABLE:
+        look_up_pairs(&s.options, y, c, tile)
+    elif s.options.paired:
+        for r in range(TILE):
+            rows[r] = s.options.pairs + (y[r] if mult[r] != 0 else 0) * c
+        load_more(rows, c, tile)
+    elif STORED_IS_REAL:
+        given.raw = <stored *> given.data
+        load_tile(&given, row, n, tile)
+    else:
+        for r in range(TILE):
+            rows[r] = given.data + (row + min(r, n - 1)) * given.row_stride
+        load_more(rows, c, tile)
 
 
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
     """Σ multiplier · ℓ of rows [start, stop), by batches of transposed tiles."""
     cdef Py_ssize_t row, first, next, c = s.scores.columns
-    cdef int n, i, r, live, tiles
+    cdef int n, i, live, tiles
     cdef bint grad = s.grad.raw != NULL
     cdef bint far = grad and s.grad.raw != s.scores.raw and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES
     cdef lane_int y[256]
     cdef real mult[256]
     cdef real losses[256]
     cdef real extras[512]
-    cdef const real *rows[16]
     cdef bint wants_extras = s.z != NULL or s.entropy != NULL
     cdef double sums[16]
     cdef Py_ssize_t batch = TILE * batch_tiles(c)
@@ -304,13 +369,10 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
                 fetch_numbers(&s.probabilities, next, min(next + TILE, stop))
             load_tile(&s.scores, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
             if s.top != NULL:
-                keep_tops(s, row + i * TILE, min(TILE, n - i * TILE), mult + i * TILE, tile + i * c * TILE)
-            if kept_more != NULL and s.options.pairs != NULL and c * c <= TABLE:
-                look_up_pairs(&s.options, y + i * TILE, c, kept_more + i * c * TILE)
-            elif kept_more != NULL:
-                for r in range(i * TILE, i * TILE + TILE):
-                    rows[r - i * TILE] = row_more(&s.options, &s.probabilities, row + r, c, y[r]) if mult[r] != 0 else NULL
-                load_more(rows, c, kept_more + i * c * TILE)
+                keep_tile_tops(s, row + i * TILE, min(TILE, n - i * TILE), mult + i * TILE, tile + i * c * TILE)
+            if kept_more != NULL:
+                load_beside(s, row + i * TILE, min(TILE, n - i * TILE), y + i * TILE, mult + i * TILE,
+                            kept_more + i * c * TILE)
         if s.options.kind == FROM_STATS:
             more = s.probabilities.data + row
         tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses, more,
@@ -408,6 +470,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef real b[32]
     # The same for the general form.
     cdef vec found[3][32]
+    cdef real origin[32]
     cdef real coefficient[32]
     cdef lane_int pivot[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
@@ -441,6 +504,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     aim_group(o, n, top, m, target)
+    if general and o.kind == SOFTMAX:
+        for r in range((n + LANES - 1) // LANES):
+            vstore(origin + r * LANES, origin_of_distance(o, vload(m + r * LANES)))
     for i in range(n):
         first[i] = second[i] = low[i] = end
         if general:
@@ -455,8 +521,10 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
             w.more_ahead = ahead * s.probabilities.row_stride
-            pivot[i] = class_of(False, &w, vset(m[i])) if pivots_on_top(o) else y[i]
+            pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
             state.pivot = iset(pivot[i])
+            if o.kind == SOFTMAX:
+                state.c = vset(origin[i])
         state.m, state.target = vset(m[i]), vset(target[i])
         open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
         first[i], second[i] = state.a, state.b
@@ -542,17 +610,25 @@ cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, c
 
 
 cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept nogil:
-    cdef int kind = t.o.kind, power = t.o.power
-    if kind == SOFTMAX and t.o.bends:
-        of_kind(layout, SOFTMAX, 1, BENT, grad, t)
-    elif kind == SOFTMAX and t.o.dense and grad:
-        of_kind(layout, SOFTMAX, 1, DENSE, True, t)
-    elif kind == SOFTMAX and t.o.dense:
-        of_kind(layout, SOFTMAX, 1, DENSE, False, t)
-    elif kind == SOFTMAX and grad:
+    cdef int kind = t.o.kind, power = t.o.power, form = form_of(t.o)
+    if kind == SOFTMAX and form == FLAT and grad:
         of_kind(layout, SOFTMAX, 1, FLAT, True, t)
-    elif kind == SOFTMAX:
+    elif kind == SOFTMAX and form == FLAT:
         of_kind(layout, SOFTMAX, 1, FLAT, False, t)
+    elif kind == SOFTMAX and form == GIVEN and grad:
+        of_kind(layout, SOFTMAX, 1, GIVEN, True, t)
+    elif kind == SOFTMAX and form == GIVEN:
+        of_kind(layout, SOFTMAX, 1, GIVEN, False, t)
+    elif kind == SOFTMAX and form == WEIGHED and grad:
+        of_kind(layout, SOFTMAX, 1, WEIGHED, True, t)
+    elif kind == SOFTMAX and form == BENT and grad:
+        of_kind(layout, SOFTMAX, 1, BENT, True, t)
+    elif kind == SOFTMAX:
+        of_kind(layout, SOFTMAX, 1, ANY, grad, t)
+    elif kind == HINGE and power == 1 and form == PAIRED and grad:
+        of_kind(layout, HINGE, 1, PAIRED, True, t)
+    elif kind == HINGE and form == PAIRED and grad:
+        of_kind(layout, HINGE, 2, PAIRED, True, t)
     elif kind == HINGE:
         of_kind(layout, HINGE, power, ANY, grad, t)
     elif kind == HINGE_MAX:
@@ -624,7 +700,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             for i in range(n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
         if s.top != NULL:
-            keep_tops(s, row, n, mult, NULL)
+            keep_group_tops(s, row, n, mult)
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
         keep_extras(s, extras, row, n)
         for i in range(n, GROUP_ROWS):
@@ -699,6 +775,11 @@ cdef void long_block(void *job, Py_ssize_t k, int thread) noexcept nogil:
     restore_mode(mode)
 
 
+cdef void long_top(void *job, Py_ssize_t row, int thread) noexcept nogil:
+    cdef LongPass *p = <LongPass *> job
+    keep_group_tops(p.s, row, 1, p.mult + row)
+
+
 cdef double scores_long(ScoresPass *s, int n_threads) except? -1:
     """Σ multiplier · ℓ over the rows, and their gradients, by blocks of classes."""
     cdef LongPass p
@@ -727,7 +808,7 @@ cdef double scores_long(ScoresPass *s, int n_threads) except? -1:
     convert(&s.targets, 0, <int> n, p.y)
     with nogil:
         if s.top != NULL:
-            keep_tops(s, 0, <int> n, p.mult, NULL)
+            share(long_top, &p, n, n_threads)
         if shifts(o):
             p.walk = LOOK
             share(long_block, &p, n * p.blocks, n_threads)
@@ -805,7 +886,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.laned = is_laned(&s.scores, &s.grad)
+    s.laned = is_laned(&s.options, &s.scores, &s.grad)
     s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
                  and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > STREAM_BYTES)
@@ -854,8 +935,8 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
                top=None):
     """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`.
 
-    The largest classes into `top`, contiguous, of a lane's type, given as `real`; in the general form also log-sum-exps
-    and entropies, into `z` and `entropy`, contiguous.
+    The largest classes into `top`, contiguous, of NumPy's intp; in the general form also log-sum-exps and entropies, into
+    `z` and `entropy`, contiguous.
     """
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
@@ -872,8 +953,7 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
     if entropy is not None:
         m = loan.matrix(entropy, True)
         s.entropy = m.data
-    m = loan.matrix(top, True)
-    s.top = <lane_int *> <void *> m.data
+    s.top = NULL if top is None else <Py_ssize_t *> loan.borrow(top, True).buf
     read_options(&s.options, row_loss, loan, s.scores.columns)
     read_targets(loan, targets, &s.targets, &s.probabilities, &s.options)
     return run_scores(&s, n_threads)

@@ -181,8 +181,7 @@ FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
 FL_INLINE int all_lanes(mask m) { return m == (mask)((1u << LANES) - 1u); }
 FL_INLINE int none_of(mask m) { return m == 0; }
-/* The lowest lane of a mask that is not empty. */
-FL_INLINE int first_of(mask m) { return __builtin_ctz(m); }
+FL_INLINE uint64_t bits_of(mask m) { return m; } /* one for each lane */
 /* Where one of both is NaN. */
 FL_INLINE mask unordered(vec a, vec b) { return FL_COMPARE(cmp)(a, b, _CMP_UNORD_Q); }
 /* The first n lanes of p, the others `fill`; and the first n lanes of v to p. n in [0, LANES]. */
@@ -210,13 +209,13 @@ FL_INLINE int all_lanes(mask m) {
 }
 FL_INLINE mask unordered(vec a, vec b) { return (mask)((a != a) | (b != b)); }
 FL_INLINE int none_of(mask m) { return all_lanes(~m); }
-FL_INLINE int first_of(mask m) {
+FL_INLINE uint64_t bits_of(mask m) {
 #ifdef __x86_64__
-    return __builtin_ctz((unsigned)VOP(movemask)((vec)m));
+    return (unsigned)VOP(movemask)((vec)m);
 #else
-    int k = 0;
-    while (!m[k]) k++;
-    return k;
+    uint64_t bits = 0;
+    for (int k = 0; k < LANES; k++) bits |= (uint64_t)(m[k] != 0) << k;
+    return bits;
 #endif
 }
 FL_INLINE vec choose(mask m, vec a, vec b) {
@@ -254,6 +253,8 @@ FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
 }
 #endif
 #endif
+
+FL_INLINE int first_bit(uint64_t bits) { return __builtin_ctzll(bits); } /* of bits that are not all 0 */
 
 /* |v|; and |v| with the sign of another. */
 FL_INLINE ivec sign_bits(void) { return (ivec)vset(-(real)0.0); }
@@ -298,6 +299,10 @@ FL_INLINE vec less_product(vec total, vec weight, vec d) {
     return total - weight * choose(veq(weight, vset(0)), weight, d);
 #endif
 }
+
+/* The bits of both; and whether numbers joined so are all in [0, 2): neither a sign nor the highest bit of an exponent. */
+FL_INLINE vec join_bits(vec a, vec b) { return (vec)((ivec)a | (ivec)b); }
+FL_INLINE int all_below_2(vec v) { return all_lanes(ieq((ivec)v >> (FASTLOSS_BITS - 2), iset(0))); }
 
 /* The larger of two; which one is given where one is NaN is not said. */
 FL_INLINE vec vmax(vec a, vec b) {
@@ -832,16 +837,16 @@ FL_INLINE void scatter_columns(stored *to, ptrdiff_t row_stride, ptrdiff_t rows,
         if (k < rows) sstore_part(to + k * row_stride, r[k], n);
 }
 
-/* The same of rows that are anywhere: `columns` from `first` on of LANES rows of numbers to compute in; NULL: zeros. */
+/* The same of rows that are anywhere: `columns` from `first` on of LANES rows of numbers to compute in. */
 FL_INLINE void gather_rows(const real *const *rows, ptrdiff_t first, ptrdiff_t columns, real *to) {
     vec r[LANES];
     if (columns <= 4) { /* a transpose would move mostly nothing */
         for (int k = 0; k < LANES; k++)
-            for (ptrdiff_t j = 0; j < columns; j++) to[j * TILE + k] = rows[k] ? rows[k][first + j] : 0;
+            for (ptrdiff_t j = 0; j < columns; j++) to[j * TILE + k] = rows[k][first + j];
         return;
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < LANES; k++) r[k] = rows[k] ? vload_part(rows[k] + first, columns, 0) : vset(0);
+    for (int k = 0; k < LANES; k++) r[k] = vload_part(rows[k] + first, columns, 0);
     transpose(r);
 #pragma GCC unroll 16
     for (int k = 0; k < LANES; k++)

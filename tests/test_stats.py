@@ -16,7 +16,13 @@ LOSSES = {
     "class weights": fl.Softmax(class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 4, 0.25]),
     "z-loss": fl.Softmax(z_loss=0.1),
     "softcap": fl.Softmax(softcap=4.0, temperature=0.5),
-}
+    "smoothing": fl.Softmax(label_smoothing=0.2, ignore_index=7),
+    "smoothing, class weights": fl.Softmax(label_smoothing=0.1, class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 4, 0.25]),
+    "all": fl.Softmax(
+        label_smoothing=0.3, class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 4, 0.25], z_loss=0.01, softcap=30.0,
+        temperature=2.0, ignore_index=3,
+    ),
+}  # fmt: skip
 CALLS = {
     "mean": {},
     "sum, weighted": {"reduction": "sum", "sample_weight": np.arange(12) % 4},
@@ -111,20 +117,22 @@ AWKWARD = np.array(
 @pytest.mark.parametrize("target", range(4))
 def test_infinite_and_nan_scores_as_in_the_contract(backend, cuts, target):
     targets = np.full(len(AWKWARD), target)
-    for seed in range(3):
-        found = split(
-            fl.Softmax(), AWKWARD, targets, cuts, np.random.default_rng(seed), reduction="none", backend=backend
-        )
-        assert_same(found, whole(fl.Softmax(), AWKWARD, targets, reduction="none"))
+    smoothed = fl.Softmax(label_smoothing=0.25), fl.Softmax(label_smoothing=0.25, class_weight=[0, 2, 0, 1])
+    for seed, loss in itertools.product(range(3), (fl.Softmax(), *smoothed)):
+        rng = np.random.default_rng(seed)
+        found = split(loss, AWKWARD, targets, cuts, rng, reduction="none", backend=backend)
+        assert_same(found, whole(loss, AWKWARD, targets, reduction="none"))
 
 
 @pytest.mark.parametrize("c", [1, 17, 40, 70, 300])
 def test_shards_of_any_width(backend, c):
     """In either layout of a tile, more rows than a batch, strided too; the same bits for any number of threads."""
     rng = np.random.default_rng(c)
-    for dtype, loss in itertools.product((np.float32, np.float64), LOSSES.values()):
-        if loss.class_weight is not None or loss.z_loss:  # (the z-loss cancels gradients of two classes)
-            continue
+    weight = rng.integers(0, 4, 2 * c) / 2
+    losses = [fl.Softmax(), fl.Softmax(ignore_index=3), fl.Softmax(softcap=4.0, temperature=0.5)]
+    if c > 1:  # (of two classes, what is added may cancel the gradient)
+        losses += [fl.Softmax(label_smoothing=0.1), fl.Softmax(label_smoothing=0.1, class_weight=weight, softcap=20.0)]
+    for dtype, loss in itertools.product((np.float32, np.float64), losses):
         scores, targets = rng.normal(scale=4, size=(300, 2 * c)).astype(dtype), rng.integers(0, 2 * c, 300)
         assert_same(split(loss, scores, targets, [c], rng, backend=backend), whole(loss, scores, targets), dtype)
     left = scores[:, :c].copy()
@@ -139,6 +147,23 @@ def test_one_dominant_class_keeps_the_digits_of_the_others():
     for cuts in ([1], [2], [1, 2, 3]):
         value, grad = split(fl.Softmax(), scores, targets, cuts, np.random.default_rng(0))
         np.testing.assert_allclose([value, -grad[0, 0]], 2.0611538e-9 + 1.3887944e-11 + 9.35762e-14, rtol=1e-7)
+
+
+@pytest.mark.parametrize("c", [2, 20, 70])
+def test_smoothing_where_one_class_has_all_weight(backend, c):
+    """It has nearly all probability too, and is not the target: the gradient is tiny, and exact to its last places."""
+    rng = np.random.default_rng(c)
+    scores, targets, weight = rng.normal(size=(50, c)), rng.integers(0, c - 1, 50), np.zeros(c)
+    weight[-1] = 3
+    scores[:, -1] += np.linspace(5, 30, 50)
+    loss = fl.Softmax(label_smoothing=0.1, class_weight=weight)
+    for dtype, cuts in itertools.product((np.float32, np.float64), ([], [1], [c - 1], [c // 2, c // 2])):
+        some = scores.astype(dtype)
+        found = split(loss, some, targets, cuts, rng, backend=backend, reduction="sum")
+        value, wanted = whole(loss, some, targets, reduction="sum")
+        largest = np.abs(wanted).max(axis=1, keepdims=True)
+        assert (np.abs(found[1] - wanted) <= 64 * float(np.finfo(dtype).eps) * largest).all()
+        np.testing.assert_allclose(found[0], value, rtol=16 * float(np.finfo(dtype).eps))
 
 
 def test_rows_of_weight_0_are_skipped_with_nan_in_them():
@@ -197,7 +222,8 @@ STATS = fl.Softmax().stats(S, np.zeros(4, int), backend="reference")
         (lambda: fl.Hinge().stats(S, Y), ValueError, "Hinge has no stats: every class is compared"),
         (lambda: fl.Hinge().value_from_stats(STATS, Y), ValueError, "Hinge has no stats"),
         (lambda: fl.Hinge().gradient_from_stats(S, Y, STATS), ValueError, "Hinge has no stats"),
-        (lambda: fl.Softmax(label_smoothing=0.1).stats(S, Y), ValueError, "label_smoothing has no stats"),
+        (lambda: fl.Softmax(label_smoothing=0.1).value_from_stats(STATS, Y % 3), ValueError, "without label_smoothing"),
+        (lambda: fl.Softmax(class_weight=[1] * 5).value_from_stats(STATS, Y % 3), ValueError, "merged have 3 classes"),
         (lambda: fl.Softmax().stats(S, S), ValueError, r"targets has shape \(4, 3\); with shards"),
         (lambda: fl.Softmax().stats(S, Y[:3]), ValueError, r"targets has shape \(3,\); it must be \(4,\)"),
         (lambda: fl.Softmax().stats(S, Y, offset=-1), ValueError, "offset is -1"),

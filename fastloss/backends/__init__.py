@@ -41,6 +41,7 @@ class Stats(NamedTuple):
 
     Shards of the class axis are merged in any order, by `merge`; the arrays may travel between processes in any way.
     They are float64, whatever the scores are, so that what merges round off does not show in a float32 result.
+    Stats are of one loss: options that change scores, and class weights within label smoothing, are part of them.
 
     Attributes
     ----------
@@ -52,6 +53,12 @@ class Stats(NamedTuple):
         The target's score, 0 where the target is in none of the shards.
     found : array (N,) of integers
         How many of the shards have the target: 1 once all are merged.
+    classes : array (N,) of integers
+        How many classes the shards have.
+    weight : array (N,)
+        Σ w_j over the classes, of class weights w, or ones; NaN for a loss without label smoothing, which needs none.
+    away : array (N,)
+        Σ w_j (maximum − s_j) over the classes whose weight is not 0; NaN as well.
 
     Examples
     --------
@@ -67,6 +74,9 @@ class Stats(NamedTuple):
     rest: Array
     target: Array
     found: Array
+    classes: Array
+    weight: Array
+    away: Array
 
     def merge(self, other: Stats) -> Stats:
         """The stats of the classes of both, which must not overlap. Associative and commutative, up to rounding."""
@@ -78,7 +88,14 @@ class Stats(NamedTuple):
                 for side in (self, other)
             )
             rest = np.where(self.maximum >= other.maximum, self.rest + others, other.rest + own)
-        return Stats(maximum, rest, self.target + other.target, self.found + other.found)
+            # Of a side without finite scores, this is 0 or infinite, however far away the maximum is.
+            away, more = (
+                side.away + side.weight * np.where(side.maximum == -np.inf, 0, maximum - side.maximum)
+                for side in (self, other)
+            )
+        target, found = self.target + other.target, self.found + other.found
+        classes, weight = self.classes + other.classes, self.weight + other.weight
+        return Stats(maximum, rest, target, found, classes, weight, away + more)
 
 
 class Backend:

@@ -83,19 +83,40 @@ def row_options(loss: Any) -> tuple[Any, ...]:
 
 
 def general_options(
-    loss: Any, probabilities: bool, dtype: np.dtype[Any], entropy: bool = False, shard: bool = False
+    loss: Any, probabilities: bool, n_classes: int, dtype: np.dtype[Any], entropy: bool = False
 ) -> tuple[Any, ...]:
     """The same for the general form, in the compute type `dtype`."""
     if loss.kind == "softmax":
         weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
-        softcap, smoothing = -1.0 if loss.softcap is None else loss.softcap, loss.label_smoothing
+        smoothing = loss.label_smoothing
         if weight is not None and not probabilities:  # of all but the target, smoothing / C included: normal
-            smoothing = max(smoothing, 1e-30 * len(weight))
-            weight = weight * dtype.type(smoothing / len(weight))
-        numbers = smoothing, loss.z_loss, softcap, loss.temperature
-        return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
+            smoothing = max(smoothing, 1e-30 * n_classes)
+            weight = weight * dtype.type(smoothing / n_classes)
+        elsewhere = smoothing / n_classes
+        return _softmax_options(loss, 1 - smoothing + elsewhere, elsewhere, weight, entropy, False)
     pairs = loss.converted("pair_margins", dtype)
-    return *row_options(loss)[:4], (0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
+    return *row_options(loss)[:4], (1.0, 0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
+
+
+def _softmax_options(
+    loss: Any, at_target: float, elsewhere: float, weight: Array | None, entropy: bool, shard: bool
+) -> tuple[Any, ...]:
+    """u of the target and of other classes, or, if that is not the same for all of these, `weight` of each class."""
+    softcap = -1.0 if loss.softcap is None else loss.softcap
+    numbers = at_target, elsewhere, loss.z_loss, softcap, loss.temperature
+    return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
+
+
+def shard_options(
+    loss: Any, offset: int, n_classes: int, share: float, dtype: np.dtype[Any]
+) -> tuple[Any, ...]:
+    """The same for a shard of `n_classes` classes, none of them the target's; their u is `share`, times the weights."""
+    if not loss.label_smoothing:
+        return _softmax_options(loss, 0.0, 0.0, None, False, True)
+    if loss.class_weight is None:
+        return _softmax_options(loss, share, share, None, False, True)
+    weight = (reference.shard_weights(loss, offset, n_classes) * share).astype(dtype)
+    return _softmax_options(loss, 1.0, 1.0, weight, False, True)
 
 
 def class_targets(targets: Array, dtype: np.dtype[Any]) -> Array:
@@ -182,17 +203,13 @@ class CythonBackend(Backend):
         scores, grad = bits(scores), bits(grad)
         z, entropy = extras.get("lse"), extras.get("entropy")
         if loss.general or targets.ndim == 2 or z is not None or entropy is not None:
-            options = general_options(loss, targets.ndim == 2, dtype, entropy is not None)
+            options = general_options(loss, targets.ndim == 2, scores.shape[1], dtype, entropy is not None)
             targets = class_targets(targets, dtype)
         else:
             options = row_options(loss)
-        top = np.empty(len(scores), np.int64 if dtype == np.float64 else np.int32) if "argmax" in extras else None
         value: float = kernels.score_rows(
-            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy,
-            None if top is None else top.view(dtype),
-        )  # fmt: skip
-        if top is not None:
-            extras["argmax"][...] = top
+            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy, extras.get("argmax")
+        )
         return value
 
     def linear_rows(
@@ -213,7 +230,8 @@ class CythonBackend(Backend):
                 n_threads,
             )  # fmt: skip
         if loss.general or targets.ndim == 2:
-            options, targets = general_options(loss, targets.ndim == 2, W.dtype), class_targets(targets, W.dtype)
+            options = general_options(loss, targets.ndim == 2, len(W), W.dtype)
+            targets = class_targets(targets, W.dtype)
         else:
             options = row_options(loss)
         value: float = kernels.linear_rows(
@@ -243,35 +261,39 @@ class CythonBackend(Backend):
     ) -> None:
         self._kernels[W.dtype].descend(W, velocity, grad, step_size, momentum, decay, decayed)
 
-    def _shard(self, loss: Any, scores: Array) -> tuple[Any, Array, np.dtype[Any], tuple[Any, ...]]:
-        """Kernels, scores, compute type and options for a shard of the classes."""
+    def _shard(self, scores: Array) -> tuple[Any, Array, np.dtype[Any]]:
+        """Kernels, scores and compute type for a shard of the classes."""
         if not self.reads(scores.dtype):
             scores = scores.astype(np.float64)
-        dtype = compute_dtype(scores.dtype, "scores")
-        return self._kernels[scores.dtype], bits(scores), dtype, general_options(loss, False, dtype, shard=True)
+        return self._kernels[scores.dtype], bits(scores), compute_dtype(scores.dtype, "scores")
 
     def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
-        kernels, numbers, dtype, options = self._shard(loss, scores)
-        tops, rest = np.full(len(scores), -np.inf, dtype), np.zeros(len(scores), dtype)
+        kernels, numbers, dtype = self._shard(scores)
+        tops, (rest, away) = np.full(len(scores), -np.inf, dtype), np.zeros((2, len(scores)), dtype)
         if scores.size:
-            kernels.score_rows(options, numbers, None, None, 1.0, None, None, n_threads, tops, rest)
-        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest)
+            options = shard_options(loss, offset, scores.shape[1], 1.0, dtype)
+            kernels.score_rows(options, numbers, None, None, 1.0, None, away, n_threads, tops, rest)
+        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest, away)
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
         scale: float, grad: Array, n_threads: int,
     ) -> None:  # fmt: skip
-        kernels, numbers, dtype, options = self._shard(loss, scores)
+        kernels, numbers, dtype = self._shard(scores)
         if not scores.size:
             return
         column, given = np.full(len(scores), -1), np.zeros((3, len(scores) + 16), dtype)
         with np.errstate(all="ignore"):
             rows, columns, entries = reference.target_entries(loss, scores, targets, offset, stats)
+            heavy = reference.heavy_entries(loss, scores, targets, offset, stats)
             column[rows], given[2, rows] = columns, entries
             given[0, : len(scores)] = stats.maximum * (loss.temperature if loss.softcap is None else 1)
-            given[1, : len(scores)] = reference.stats_factors(loss, stats)
+            given[1, : len(scores)] = reference.stats_factors(loss, stats, targets)
+            share = reference.stats_shares(loss, stats, targets)[1]
         weight = None if multiplier is None else multiplier.astype(dtype)
+        options = shard_options(loss, offset, scores.shape[1], share, dtype)
         kernels.gradient_from_stats(options, numbers, column, given, weight, scale, bits(grad), n_threads)
+        reference.put_entries(grad, heavy, multiplier, scale)
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
         self._kernels[scores.dtype].transform(kind, bits(scores), bits(out), n_threads)

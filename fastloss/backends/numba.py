@@ -78,8 +78,9 @@ class NumbaBackend(reference.ReferenceBackend):
 
     def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         numbers, _ = self._shard(scores)
-        tops, rest = self._scores.shard_sums(loss, numbers, n_threads)
-        return reference.stats_of_sums(loss, scores, targets, offset, tops, rest)
+        weights = reference.shard_weights(loss, offset, scores.shape[1])
+        sums = self._scores.shard_sums(loss, numbers, weights, n_threads)
+        return reference.stats_of_sums(loss, scores, targets, offset, *sums)
 
     def stats_gradient_rows(
         self, loss: Any, scores: Array, targets: Array, offset: int, stats: Stats, multiplier: Array | None,
@@ -91,13 +92,17 @@ class NumbaBackend(reference.ReferenceBackend):
         column, at_target = np.full(len(scores), -1), np.zeros(len(scores), dtype)
         with np.errstate(all="ignore"):
             rows, columns, entries = reference.target_entries(loss, scores, targets, offset, stats)
+            heavy = reference.heavy_entries(loss, scores, targets, offset, stats)
             column[rows], at_target[rows] = columns, entries
             top = (stats.maximum * loss.temperature).astype(dtype)
-            pull = reference.stats_factors(loss, stats).astype(dtype)
+            pull = reference.stats_factors(loss, stats, targets).astype(dtype)
             weight = (np.ones(len(scores)) if multiplier is None else multiplier.astype(np.float64)) * scale
+            share = reference.stats_shares(loss, stats, targets)[1]
+            weights = reference.shard_weights(loss, offset, scores.shape[1])
         self._scores.gradient_from_stats(
-            loss, numbers, column, top, pull, at_target, weight.astype(dtype), grad, n_threads
+            loss, numbers, column, top, pull, at_target, weight.astype(dtype), share, weights, grad, n_threads
         )
+        reference.put_entries(grad, heavy, multiplier, scale)
 
     def linear_rows(
         self, loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,

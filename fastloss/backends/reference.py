@@ -117,72 +117,147 @@ def shard_targets(loss: Any, scores: Array, targets: Array, offset: int) -> tupl
     return rows, columns, s, np.broadcast_to(slope, s.shape)
 
 
+def shard_weights(loss: Any, offset: int, n_classes: int) -> Array:
+    """The class weights of a shard, as label smoothing takes them: (n_classes,)."""
+    weights: Array = np.ones(n_classes) if loss.class_weight is None else loss.class_weight[offset : offset + n_classes]
+    return weights
+
+
 def softmax_stats(loss: Any, scores: Array, targets: Array, offset: int) -> Stats:
-    """Maximum, sum of the exponentials but for a maximum, and target of a shard of the classes; see `Stats`."""
+    """The stats of a shard of the classes; see `Stats`."""
     s, _ = map_scores(loss, scores.astype(np.float64))
     maximum = s.max(axis=1, initial=-np.inf)
-    exps = np.exp(s - maximum[:, None])
+    shifted = s - maximum[:, None]
+    exps = np.exp(shifted)
     bad = np.isnan(exps).any(axis=1)
     if s.shape[1]:
         np.put_along_axis(exps, s.argmax(axis=1)[:, None], 0, axis=1)
     rest = np.where(maximum == -np.inf, 0, np.where(bad, np.nan, exps.sum(axis=1)))
-    return with_targets(loss, scores, targets, offset, maximum, rest)
+    weights = shard_weights(loss, offset, s.shape[1])
+    away = np.where(weights == 0, 0, weights * np.where(s == -np.inf, np.inf, -shifted)).sum(axis=1)
+    return with_targets(loss, scores, targets, offset, maximum, rest, away)
 
 
-def with_targets(loss: Any, scores: Array, targets: Array, offset: int, maximum: Array, rest: Array) -> Stats:
+def with_targets(
+    loss: Any, scores: Array, targets: Array, offset: int, maximum: Array, rest: Array, away: Array
+) -> Stats:
     """Stats of a shard, whose targets are still to be looked up."""
-    target, found = np.zeros(len(scores)), np.zeros(len(scores), np.int64)
+    n, n_classes = scores.shape
+    target, found, classes = np.zeros(n), np.zeros(n, np.int64), np.full(n, n_classes, np.int64)
     rows, _, target_scores, _ = shard_targets(loss, scores, targets, offset)
     target[rows], found[rows] = target_scores, 1
-    return Stats(maximum, rest, target, found)
+    if not loss.label_smoothing:
+        return Stats(maximum, rest, target, found, classes, np.full(n, np.nan), np.full(n, np.nan))
+    weight = shard_weights(loss, offset, n_classes).sum()
+    return Stats(maximum, rest, target, found, classes, np.full(n, weight), away)
 
 
-def stats_of_sums(loss: Any, scores: Array, targets: Array, offset: int, tops: Array, rest: Array) -> Stats:
-    """Stats of a shard from its rows' largest scores and Σ exp but for one that has it, in any type."""
+def stats_of_sums(
+    loss: Any, scores: Array, targets: Array, offset: int, tops: Array, rest: Array, away: Array
+) -> Stats:
+    """Stats of a shard from its rows' largest scores, Σ exp but for one that has it, and Σ w (m − s), in any type."""
     with np.errstate(all="ignore"):
         maximum = np.asarray(map_scores(loss, tops.astype(np.float64))[0])
-        stats = with_targets(loss, scores, targets, offset, maximum, rest.astype(np.float64))
+        sums = rest.astype(np.float64), away.astype(np.float64)
+        stats = with_targets(loss, scores, targets, offset, maximum, *sums)
         empty = np.flatnonzero(tops == -np.inf)  # exp(−inf − −inf) is NaN there, whether the row has one or not
         if len(empty):
-            stats.rest[empty] = softmax_stats(loss, scores[empty], targets[empty], offset).rest
+            some = softmax_stats(loss, scores[empty], targets[empty], offset)
+            stats.rest[empty], stats.away[empty] = some.rest, some.away
     return stats
 
 
-def softmax_stats_rows(loss: Any, stats: Stats) -> tuple[Array, Array]:
-    """The row losses log(1 + rest) + (m − s_y) + λ z² and z = log Σ exp(s), given the stats of all classes."""
+def stats_shares(loss: Any, stats: Stats, targets: Array) -> tuple[Array, float]:
+    """What u is: a number for each row at its target, and another, times the class weights, for all classes."""
+    if not loss.label_smoothing:
+        return np.ones(len(targets)), 0.0
+    share = np.full(len(targets), 1 - loss.label_smoothing)
+    if loss.class_weight is not None:
+        share *= loss.class_weight[np.clip(targets, 0, len(loss.class_weight) - 1)]  # ignored targets may be outside
+    return share, loss.label_smoothing / (stats.classes[0] if len(targets) else 1)
+
+
+def softmax_stats_rows(loss: Any, stats: Stats, targets: Array) -> Array:
+    """The row losses Σ u_j (z − s_j) + λ z², z = m + log(1 + rest), given the stats of all classes."""
+    share, smooth = stats_shares(loss, stats, targets)
     log = np.log1p(stats.rest)
-    z = stats.maximum + log
-    row_loss = log + (stats.maximum - stats.target)
-    return (row_loss + loss.z_loss * z * z if loss.z_loss else row_loss), z
+    row_loss = np.where(share == 0, 0, share * (log + (stats.maximum - stats.target)))
+    if smooth:
+        row_loss += smooth * (stats.weight * log + stats.away)
+    if loss.z_loss:
+        row_loss += loss.z_loss * np.square(stats.maximum + log)
+    row_loss[np.isnan(log) | (stats.maximum == -np.inf)] = np.nan
+    return row_loss
 
 
-def stats_factors(loss: Any, stats: Stats) -> Array:
-    """(1 + 2 λ z) / Σ exp(s − m): what exponentials are multiplied by in the gradient."""
-    pull = 1 + 2 * loss.z_loss * softmax_stats_rows(loss, stats)[1] if loss.z_loss else 1.0
-    return np.asarray(pull / (1 + stats.rest))
+def stats_pull(loss: Any, stats: Stats) -> Array:
+    """2 λ z: what the z-loss adds to Σ u in a gradient."""
+    if not loss.z_loss:
+        return np.zeros(len(stats.rest))
+    return np.asarray(2 * loss.z_loss * (stats.maximum + np.log1p(stats.rest)))
+
+
+def stats_factors(loss: Any, stats: Stats, targets: Array) -> Array:
+    """(Σ u + 2 λ z) / Σ exp(s − m): what exponentials are multiplied by in the gradient."""
+    share, smooth = stats_shares(loss, stats, targets)
+    if smooth:
+        share = share + smooth * stats.weight
+    return np.asarray((share + stats_pull(loss, stats)) / (1 + stats.rest))
+
+
+def stats_entries(loss: Any, stats: Stats, targets: Array, rows: Array, classes: Array, s: Array) -> Array:
+    """The gradient at some classes of some rows, before the maps' slope.
+
+    (Σ_{k≠j} u_k) p_j − u_j Σ_{k≠j} p_k + 2 λ z p_j: no difference cancels. s: the mapped scores there; rest +
+    (1 − exp(s_j − m)) is the sum of the others' exponentials.
+    """
+    share, smooth = stats_shares(loss, stats, targets)
+    d, rest = s - stats.maximum[rows], stats.rest[rows]
+    is_target = targets[rows] == classes
+    u, others = np.where(is_target, share[rows], 0), np.where(is_target, 0, share[rows])
+    if smooth and loss.class_weight is None:
+        u, others = u + smooth, others + smooth * (stats.classes[rows] - 1)
+    elif smooth:
+        weight = loss.class_weight
+        u, others = u + smooth * weight[classes], others + smooth * sum_of_others(weight[None])[0, classes]
+    pull = others + stats_pull(loss, stats)[rows]
+    return np.asarray((pull * np.exp(d) + u * (np.expm1(d) - rest)) / (1 + rest))
 
 
 def target_entries(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> tuple[Array, Array, Array]:
-    """The gradient's entries at the targets in a shard: rows, columns, entries.
-
-    −Σ of the others' exponentials, rest + (1 − exp(s_y − m)), over the sum of all; and what the z-loss adds.
-    """
+    """The gradient's entries at the targets in a shard: rows, columns, entries."""
     rows, columns, s, slope = shard_targets(loss, scores, targets, offset)
-    d, rest = s - stats.maximum[rows], stats.rest[rows]
-    entries = (np.expm1(d) - rest) / (1 + rest)
-    if loss.z_loss:
-        entries += (stats_factors(loss, stats)[rows] - 1 / (1 + rest)) * np.exp(d)
-    return rows, columns, entries * slope
+    return rows, columns, stats_entries(loss, stats, targets, rows, columns + offset, s) * slope
+
+
+def heavy_entries(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> tuple[int, Array] | None:
+    """The column of the class with the largest weight within label smoothing, and the gradient's entries there.
+
+    Only there, and at the target, can one class have nearly all of Σ u, where a difference would cancel.
+    """
+    column = -1 if loss.class_weight is None or not loss.label_smoothing else int(loss.class_weight.argmax()) - offset
+    if not 0 <= column < scores.shape[1]:
+        return None
+    s, slope = map_scores(loss, scores[:, column].astype(np.float64))
+    rows = np.arange(len(scores))
+    return column, stats_entries(loss, stats, targets, rows, rows * 0 + column + offset, s) * slope
+
+
+def put_entries(grad: Array, entries: tuple[int, Array] | None, multiplier: Array | None, scale: float) -> None:
+    """Write `heavy_entries`, times the multiplier and the scale, to the gradient of all rows."""
+    if entries is None:
+        return
+    column, entry = entries
+    with np.errstate(all="ignore"):
+        weight = scale if multiplier is None else multiplier * scale
+        grad[:, column] = np.where(weight == 0, 0, entry * weight)
 
 
 def softmax_stats_gradient(loss: Any, scores: Array, targets: Array, offset: int, stats: Stats) -> Array:
-    """(1 + 2 λ z) p − e_y for a shard of the classes, given the stats of all."""
+    """(U + 2 λ z) p − u for a shard of the classes, given the stats of all."""
     s, slope = map_scores(loss, scores.astype(np.float64))
-    gradient: Array = np.exp(s - stats.maximum[:, None]) * stats_factors(loss, stats)[:, None] * slope
-    rows, columns, entries = target_entries(loss, scores, targets, offset, stats)
-    gradient[rows, columns] = entries
-    gradient[np.isnan(stats.rest)] = np.nan
-    return gradient
+    rows, classes = np.arange(len(s))[:, None], offset + np.arange(s.shape[1])[None]
+    return np.asarray(stats_entries(loss, stats, targets, rows, classes, s) * slope)
 
 
 def softmax_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Array:

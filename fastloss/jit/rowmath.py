@@ -309,11 +309,11 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
             pair; w: its weight; each is 0 where the plan has none.
         settle(m, sy, own, known, sums, low, factor, options) → loss, z, entropy, entry, and 4 numbers for `close`.
             sums: TERMS numbers; low: what the first lacks, as rounded; own: the margin of the target with itself.
-            With `plan.shard`, z is m and entropy the sum of the exponentials but for one maximum.
+            With `plan.shard`, z is m, entropy the sum of the exponentials but for one maximum, and loss Σ u (−d).
         close(kept, q, w, is_target, known, numbers, options) → an entry of the gradient. Where the plan has a target,
             its entry there is `entry` instead.
-        from_stats(x, m, pull, options) → (general softmax) an entry from stats: m is the maximum times the
-            temperature, pull the factor of exponentials.
+        from_stats(x, w, m, pull, share, options) → (general softmax) an entry from stats: m is the maximum times the
+            temperature, pull the factor of exponentials, share that of u; without a target.
 
     Examples
     --------
@@ -501,7 +501,7 @@ def _general(
         pull, top, mark = factor * u / total, factor * top_pull / total, one if tops == one else nan
         entry = (top if e == mark else pull * e - factor * least) * slope
         if shard:
-            return zero, m, rest, zero, zero, zero, zero, zero
+            return away, m, rest, zero, zero, zero, zero, zero
         return loss, z, size + sums[5] / total, entry, pull, top, factor, mark
 
     def close(kept, q, w, is_target, known, numbers, options):
@@ -518,9 +518,12 @@ def _general(
             g = numbers[0] * e
         return g * slope
 
-    def from_stats(x, m, pull, options):
+    def from_stats(x, w, m, pull, share, options):
         s, slope = bent(x, options)
-        return exp((s - m) * options[PER_TEMPERATURE], rounder) * pull * slope
+        g = exp((s - m) * options[PER_TEMPERATURE], rounder) * pull
+        if weights or smooths:
+            g -= target_part(zero, w, False, options) * share
+        return g * slope
 
     made.aim, made.step, made.settle, made.close = jit(aim), jit(step), jit(settle), jit(close)
     made.from_stats = jit(from_stats)

@@ -708,15 +708,22 @@ def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
         out[...] = losses
 
 
-def shard_sums(loss: Any, scores: Array, n_threads: int) -> tuple[Array, Array]:
-    """Of some of the classes: each row's largest score, and Σ exp(d) but for one that has it."""
+def shard_options(loss: Any, plan: Plan, share: float, weights: Array, real: Any) -> Array:
+    """The options of a shard of classes; u, without a target, is `share`, times the class weights if it has them."""
+    table = rowmath.numbers_of(loss, len(weights), real)
+    table[rowmath.ELSEWHERE] = table[rowmath.AT_TARGET] = share
+    return np.concatenate([table, weights.astype(real)]) if plan.weights else table
+
+
+def shard_sums(loss: Any, scores: Array, weights: Array, n_threads: int) -> tuple[Array, Array, Array]:
+    """Of some of the classes: each row's largest score, Σ exp(d) but for one that has it, and Σ w (−d)."""
     real = np.float64 if scores.dtype == np.float64 else np.float32
-    tops, rest = np.full(len(scores), -np.inf, real), np.zeros(len(scores), real)
+    tops, rest, away = np.full(len(scores), -np.inf, real), *np.zeros((2, len(scores)), real)
     if scores.size:
         plan = rowmath.plan_of(loss, False, shard=True)
-        table = rowmath.numbers_of(loss, scores.shape[1], real)
-        run(plan, table, scores, NO_TARGETS, None, 1.0, None, None, tops, rest, n_threads)
-    return tops, rest
+        table = shard_options(loss, plan, 1.0, weights, real)
+        run(plan, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest, n_threads)
+    return tops, rest, away
 
 
 # --- the largest class, and gradients from stats --------------------------------------------------------------------
@@ -775,6 +782,7 @@ def from_stats_kernel(plan: Plan, dtype: str) -> Any:
     stored = cpu.storage(dtype)
     row = rowmath.build(plan, cpu.helper, cpu.tools(stored.real))
     entry, load, save, like, zero = row.from_stats, stored.load, stored.save, stored.like(0), stored.real(0)
+    weights = plan.weights
     number = getattr(types, np.dtype(stored.real).name)
     numbers, words = types.Array(number, 1, "C"), types.Array(types.int64, 1, "C")
 
@@ -791,17 +799,20 @@ def from_stats_kernel(plan: Plan, dtype: str) -> Any:
         c, step, out_step = scores.shape[1], scores.strides[1], grad.strides[1]
         for i in range(first, last):
             source, to = scores.ctypes.data + i * scores.strides[0], grad.ctypes.data + i * grad.strides[0]
-            m, factor = top[i], pull[i] * weight[i] * options[rowmath.PER_TEMPERATURE]
+            m, share = top[i], weight[i] * options[rowmath.PER_TEMPERATURE]
+            factor = pull[i] * share
             if weight[i] == zero:
                 for j in range(c):
                     cpu.put(to + j * out_step, save(zero))
             elif step == scores.itemsize and out_step == step:
                 row, out = cpu.numbers_at(source, c, like), cpu.numbers_at(to, c, like)
                 for j in range(c):
-                    out[j] = save(entry(load(row[j]), m, factor, options))
+                    w = table[TABLE + j] if weights else zero
+                    out[j] = save(entry(load(row[j]), w, m, factor, share, options))
             else:
                 for j in range(c):
-                    cpu.put(to + j * out_step, save(entry(load(cpu.get(source + j * step, like)), m, factor, options)))
+                    w, x = table[TABLE + j] if weights else zero, load(cpu.get(source + j * step, like))
+                    cpu.put(to + j * out_step, save(entry(x, w, m, factor, share, options)))
             if column[i] >= 0 and weight[i] != zero:
                 cpu.put(to + column[i] * out_step, save(at_target[i] * weight[i]))
         cpu.set_rounding_of_tiny(mode)
@@ -810,14 +821,16 @@ def from_stats_kernel(plan: Plan, dtype: str) -> Any:
 
 
 def gradient_from_stats(
-    loss: Any, scores: Array, column: Array, top: Array, pull: Array, at_target: Array, weight: Array, grad: Array,
-    n_threads: int,
+    loss: Any, scores: Array, column: Array, top: Array, pull: Array, at_target: Array, weight: Array, share: float,
+    weights: Array, grad: Array, n_threads: int,
 ) -> None:  # fmt: skip
     """The gradient of a shard: each row's column of the target (−1: none), maximum times T, factor of exponentials,
-    entry at the target, and multiplier.
+    entry at the target, and multiplier; and u of the other classes, as `shard_options` takes it.
     """
-    kernel = cpu.made(from_stats_kernel, rowmath.plan_of(loss, False, shard=True), scores.dtype.name)
-    numbers, real = raw(scores if scores.flags.aligned else scores.copy()), top.dtype
-    given = column, top, pull, at_target, weight, raw(grad), rowmath.numbers_of(loss, scores.shape[1], real)
+    plan = rowmath.plan_of(loss, False, shard=True)
+    kernel = cpu.made(from_stats_kernel, plan, scores.dtype.name)
+    numbers = raw(scores if scores.flags.aligned else scores.copy())
+    table = shard_options(loss, plan, share, weights, top.dtype)
+    given = column, top, pull, at_target, weight, raw(grad), table
     threads = min(n_threads, scores.size // PARALLEL)
     cpu.run(lambda first, last: kernel(numbers, *given, first, last), len(scores), threads)
