@@ -26,6 +26,8 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastloss.jit import rowmath
+
 MOST_THREADS = 256  # that are kept; each starts when it is first of use
 SHARES = 4  # of the work, for each thread, so that a slow one holds up no other
 
@@ -147,7 +149,7 @@ def tools(real: Any) -> SimpleNamespace:
     single = real is np.float32
     return SimpleNamespace(
         real=real, integer=np.int32 if single else np.int64, larger=larger, bits=bits,
-        number=number32 if single else number64,
+        number=number32 if single else number64, choose=rowmath.choose,
     )  # fmt: skip
 
 
