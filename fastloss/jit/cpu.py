@@ -219,6 +219,17 @@ def put(context, address, x):
     return types.void(types.intp, x), generate
 
 
+@intrinsic
+def take(context, address):
+    """The whole number of 64 bits at an address, which is then one more; of several threads, each gets its own."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        return builder.atomic_rmw("add", place, args[0].type(1), "monotonic")
+
+    return types.int64(types.intp), generate
+
+
 @helper
 def numbers_at(address, count, like):
     """Numbers that lie one after the other, as an array."""
@@ -248,6 +259,23 @@ def _submit(task: Callable[[], None]) -> Future[None] | None:
         return _pool.submit(task)
     except RuntimeError:
         return None
+
+
+class Kernel:
+    """A compiled function of two whole numbers, called without the interpreter's lock."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function  # kept: `call` is no more than its address
+        self.call: Callable[[int, int], None] = function.ctypes
+
+
+def run_kernel(kernel: Kernel, job: int, n_threads: int) -> None:
+    """kernel(job, k) for each k < n_threads, on as many threads as there are; it must share out its work itself."""
+    others = [_submit(functools.partial(kernel.call, job, k)) for k in range(1, n_threads)]
+    kernel.call(job, 0)
+    for other in others:
+        if other is not None and not other.cancel():
+            other.result()
 
 
 def run(task: Callable[[int, int], None], count: int, n_threads: int) -> None:

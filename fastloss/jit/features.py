@@ -1,6 +1,6 @@
 """The fused linear layer of few classes: scores, row losses and dW for a tile of rows while it is in the cache.
 
-For each tile of rows: scores against W in panels (`products.dot`), the row losses with the gradient in place, class
+For each tile of rows: scores against W in panels (`products.dot`), the row losses (`walks`) with the gradient in place, class
 by class with the rows side by side, then dW in panels (`products.outer`). Rows are read from memory once, where they
 are and of the type that they have; only rows whose numbers are not contiguous are copied, a tile at a time. Rows of
 multiplier 0 are not in a tile at all.
@@ -21,7 +21,7 @@ from numba import types
 
 from fastloss._checks import Array
 from fastloss.blocks import Workers, split
-from fastloss.jit import cpu, products, rowmath, scores
+from fastloss.jit import cpu, products, rowmath, scores, walks
 
 FEW_CLASSES = 64
 PANEL_BYTES = 1 << 20  # of W: above, the sums of all segments would take over 64 MB
@@ -93,31 +93,33 @@ def tile_rows(row_bytes: int) -> int:
     return rows
 
 
-def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
+def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> Any:
     """The work on some segments, for a row loss in a type."""
-    real, tile_losses = getattr(types, compute), scores.tile_losses(plan, getattr(np, compute))
+    real, walk = getattr(types, compute), scores.tiled_walk(plan, compute, wants_gradient, False)
+    probable, pairs = plan.probabilities, plan.pairs
+    LOSS, FACTOR, WEIGHT, WORK, TABLE = walks.LOSS, walks.FACTOR, walks.WEIGHT, walks.WORK, walks.TABLE
     word, numbers, table = types.intp, types.Array(real, 1, "C", readonly=True), types.Array(types.int64, 2, "C")
     words, matrix = types.Array(types.int64, 1, "C", readonly=True), types.Array(real, 2, "C", readonly=True)
     signature = types.void(
         word, word, word, word, word, word, words, words, matrix, numbers, table, table, word, numbers, word, word,
-        word, word, word, types.boolean, types.Array(real, 1, "A"), numbers, word, word, types.Array(real, 2, "C"),
+        word, word, word, types.Array(real, 1, "A"), numbers, word, word, types.Array(real, 2, "C"),
         types.Array(types.float64, 2, "C"), word, word,
     )  # fmt: skip
 
     @numba.njit(signature, nogil=True, error_model="numpy")
     def segments(
         X, row_stride, feature_stride, copy_row, n_features, row_bytes, rows, targets, probabilities, multiplier, dots,
-        outers, W, bias, centre, zeros, size, whole, left, wants_gradient, losses, options, n_rows, segment, partial,
+        outers, W, bias, centre, zeros, size, whole, left, losses, options, n_rows, segment, partial,
         sums, first, last,
     ):  # fmt: skip
         classes = bias.size
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
         tile = np.empty((classes, size), bias.dtype)
-        more = np.empty((probabilities.shape[1], size), bias.dtype)
+        more = np.empty((classes if probable or pairs else 0, size), bias.dtype)
         copies = np.empty(size * row_bytes if copy_row else 0, np.uint8)
         pulls, totals = np.empty((classes, size), bias.dtype), np.empty(size, np.float64)
         place, address = np.empty(size, np.int64), np.empty(size, np.int64)
-        y, weight, lost = np.zeros(size, np.int64), np.empty(size, bias.dtype), np.empty(size, bias.dtype)
+        y, work = np.zeros(size, np.int64), np.zeros(WORK, bias.dtype)
         itemsize = bias.itemsize
         for k in range(first, last):
             i, stop = k * segment, min(n_rows, (k + 1) * segment)
@@ -128,7 +130,7 @@ def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
                 totals[r] = 0
                 for c in range(classes):
                     pulls[c, r] = 0
-            address_at, tile_at = address.ctypes.data, tile.ctypes.data
+            address_at, tile_at, work_at, y_at = address.ctypes.data, tile.ctypes.data, work.ctypes.data, y.ctypes.data
             while i < stop:
                 n = 0
                 while n < size and i < stop:
@@ -139,12 +141,15 @@ def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
                             to = copies.ctypes.data + n * row_bytes  # taken here: a last use frees it
                             products.call(copy_row, row, n_features, 0, feature_stride, 0, to, 0, 0)
                             row = to
-                        place[n], address[n], weight[n] = i, row, m
-                        if targets.size:
-                            y[n] = targets[i]
-                        else:
+                        place[n], address[n], work[WEIGHT + n], work[FACTOR + n] = i, row, m, m
+                        if probable:
                             for c in range(classes):
                                 more[c, n] = probabilities[i, c]
+                        else:
+                            y[n] = targets[i]
+                        if pairs:
+                            for c in range(classes):
+                                more[c, n] = options[TABLE + targets[i] * classes + c]
                         n += 1
                     elif losses.size:
                         losses[i] = 0
@@ -160,12 +165,13 @@ def segment_kernel(plan: rowmath.Plan, compute: str) -> Any:
                     products.call(
                         dots[b, 0], address_at, filled, at, size, centre, W + dots[b, 2] * itemsize, whole, left
                     )
-                tile_losses(tile, n, y, more, weight, lost, wants_gradient, options)
+                step = size * itemsize
+                walk(n, classes, y_at, work_at, options.ctypes.data, more.ctypes.data, step, tile_at, step)
                 for r in range(n):
-                    totals[r] += np.float64(weight[r]) * np.float64(lost[r])
+                    totals[r] += np.float64(work[WEIGHT + r]) * np.float64(work[LOSS + r])
                 if losses.size:
                     for r in range(n):
-                        losses[place[r]] = lost[r]
+                        losses[place[r]] = work[LOSS + r]
                 if wants_gradient:
                     for c in range(classes):
                         for r in range(n):
@@ -242,7 +248,7 @@ def linear_rows(
     partial = aligned(segments * partial_size, W.dtype).reshape(segments, partial_size)
     sums = np.zeros((segments, classes + 1))
 
-    kernel = cpu.made(segment_kernel, plan, kind.real)
+    kernel = cpu.made(segment_kernel, plan, kind.real, wants_gradient)
     copies = X.strides[1] != X.itemsize and features > 1
     zeros = np.zeros(features, X.dtype)
     arguments = (
@@ -251,7 +257,7 @@ def linear_rows(
         np.ascontiguousarray(y, np.int64), probabilities, weight, table(products.dot, kind, blocks, vectors),
         table(products.outer, kind, outer_blocks, vectors), packed.ctypes.data, bias,
         packed.ctypes.data + classes * panel * W.itemsize, zeros.ctypes.data, size, whole, features - whole * lanes,
-        wants_gradient, np.empty(0, W.dtype) if row_loss is None else row_loss, options, n, segment, partial, sums,
+        np.empty(0, W.dtype) if row_loss is None else row_loss, options, n, segment, partial, sums,
     )  # fmt: skip
 
     useful = max(1, min(n_threads, segments, n * W.size // SMALL))
