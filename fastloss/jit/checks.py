@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -96,17 +97,22 @@ def weigh_kernel(dtype: str) -> Any:
 
 
 NONE = np.empty(0)
+#: By what is quick to look up: a type's name takes NumPy longer than the check of a small call.
+INDICES = {np.dtype(np.int64): "int64", np.dtype(np.int32): "int32"}
+compiled_check = functools.cache(cpu.made)
 
 
 def first_outside(indices: Array, stop: int, ignored: int | None) -> int | None:
     """`Backend.first_outside`; None for arrays that are not served here."""
-    if indices.dtype.name not in ("int64", "int32") or not (indices.flags.c_contiguous and indices.flags.aligned):
+    name = INDICES.get(indices.dtype)
+    flags = indices.flags
+    if name is None or not (flags.c_contiguous and flags.aligned):
         return None
     if stop < 1:
         return None
     if ignored is None or not -(2**63) <= ignored < 2**63:
         ignored = 0  # which is inside
-    position: int = cpu.made(outside_kernel, indices.dtype.name)(indices, stop, ignored)
+    position: int = compiled_check(outside_kernel, name)(indices, stop, ignored)
     return position
 
 

@@ -9,6 +9,7 @@ functions of its own (`helper`), which are inlined and keep their order.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -26,6 +27,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastloss._checks import Array
 from fastloss.jit import rowmath
 
 MOST_THREADS = 256  # that are kept; each starts when it is first of use
@@ -261,6 +263,18 @@ def _submit(task: Callable[[], None]) -> Future[None] | None:
         return None
 
 
+_Pointer = ctypes.c_size_t.from_address
+_HEAD = object.__basicsize__
+
+
+def address(array: Array | None) -> int:
+    """Where an array's numbers begin; 0 for none. NumPy's own ways to it take as long as a small call may take.
+
+    An ndarray begins, after what all objects have, with that pointer: NumPy's C interface promises so.
+    """
+    return 0 if array is None else _Pointer(id(array) + _HEAD).value
+
+
 class Kernel:
     """A compiled function of two whole numbers, called without the interpreter's lock."""
 
@@ -271,6 +285,9 @@ class Kernel:
 
 def run_kernel(kernel: Kernel, job: int, n_threads: int) -> None:
     """kernel(job, k) for each k < n_threads, on as many threads as there are; it must share out its work itself."""
+    if n_threads == 1:
+        kernel.call(job, 0)
+        return
     others = [_submit(functools.partial(kernel.call, job, k)) for k in range(1, n_threads)]
     kernel.call(job, 0)
     for other in others:

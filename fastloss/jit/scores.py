@@ -15,8 +15,9 @@ helps the others when it is done. Rows of multiplier 0 are not read, or what com
 
 from __future__ import annotations
 
+import functools
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -375,11 +376,42 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
 
 # --- from Python ----------------------------------------------------------------------------------------------------
 PARALLEL = 1 << 15  # numbers for each thread, at least
+INT64 = np.dtype(np.int64)
 NO_TARGETS = np.empty(0, np.int64)
 
 
-def address(array: Array | None) -> int:
-    return 0 if array is None else array.__array_interface__["data"][0]
+SUMS = [Struct(f"={k}d") for k in range(SEGMENTS + 1)]
+
+
+class Types(NamedTuple):
+    """What follows from the type of scores."""
+
+    name: str
+    itemsize: int
+    real: Any  # the compute type
+    size: int
+    lanes: int
+
+    @classmethod
+    @functools.cache  # a type's name alone takes NumPy as long as a small call may take
+    def of(cls, dtype: np.dtype[Any]) -> Types:
+        real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        return cls(dtype.name, dtype.itemsize, real, real.itemsize, vectors.lanes_of(real.name))
+
+
+@functools.cache
+def compiled(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> cpu.Kernel:
+    return cpu.made(rows_kernel, plan, dtype, tiled, wants_gradient)
+
+
+def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
+    """The plan of a loss (`which` as in `rowmath.plan_of`), and its options: made once."""
+    kept: dict[Any, tuple[Plan, Array]] = loss.__dict__.setdefault("_prepared", {})
+    key = classes, real, which
+    if key not in kept:
+        plan = rowmath.plan_of(loss, *which)
+        kept[key] = plan, options_of(loss, classes, plan, real)
+    return kept[key]
 
 
 def run(
@@ -388,38 +420,38 @@ def run(
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
     n, c = scores.shape
-    real, itemsize = table.dtype, scores.itemsize
-    lanes = vectors.lanes_of(real.name)
+    dtype, itemsize, real, size, lanes = Types.of(scores.dtype)
     tiled = c <= FEW * lanes
-    kernel = cpu.made(rows_kernel, plan, scores.dtype.name, tiled, grad is not None)
+    kernel = compiled(plan, dtype, tiled, grad is not None)
     if not n:
         return 0.0
     q, y = None, targets
     if plan.probabilities:
         q = np.require(targets, real, ["C", "A"])
-    elif y.dtype != np.int64 or not y.flags.c_contiguous or not y.flags.aligned:
+    elif y.dtype != INT64 or not y.flags.c_contiguous or not y.flags.aligned:
         y = np.require(y, np.int64, ["C", "A"])
     if not scores.flags.aligned:
         scores = scores.copy()
     if multiplier is not None:
         multiplier = np.require(multiplier, real, ["C", "A"])
-    group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * real.itemsize)))
-    segments = min(SEGMENTS, -(-scores.size * real.itemsize // SEGMENT_BYTES))
+    group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * size)))
+    segments = min(SEGMENTS, -(-scores.size * size // SEGMENT_BYTES))
     segment = -(-n // segments)
     if tiled:
         segment = -(-segment // TILE) * TILE
     segments = -(-n // segment)
+    address = cpu.address
     at_scores, at_grad, grad_steps = address(scores), address(grad), (0, itemsize) if grad is None else grad.strides
     streams = (
         not tiled and at_grad not in (0, at_scores) and grad_steps == (c * itemsize, itemsize)
         and scores.nbytes > STREAM_BYTES
     )  # fmt: skip
     workers = max(1, min(n_threads, segments, scores.size // PARALLEL))
-    step = HEADER + WORK * real.itemsize
+    step = HEADER + WORK * size
     if tiled:
-        step += (2 if plan.probabilities or plan.pairs else 1) * c * TILE * real.itemsize
+        step += (2 if plan.probabilities or plan.pairs else 1) * c * TILE * size
     else:
-        step += SLOTS * TILE * lanes * real.itemsize + 3 * group * c * real.itemsize
+        step += SLOTS * TILE * lanes * size + 3 * group * c * size
     step = -(-step // LINE) * LINE
     sums, scratch = PARTS + workers * LINE, -(-(PARTS + workers * LINE + segments * 8) // LINE) * LINE
     memory = np.empty(scratch + workers * step + LINE, np.uint8)
@@ -434,7 +466,7 @@ def run(
     for k in range(workers):
         PART.pack_into(memory, start + PARTS + k * LINE, k * segments // workers, (k + 1) * segments // workers)
     cpu.run_kernel(kernel, at, workers)
-    return float(memory[start + sums : start + sums + 8 * segments].view(np.float64).sum())
+    return sum(SUMS[segments].unpack_from(memory, start + sums))
 
 
 def raw(array: Array) -> Array:
@@ -450,9 +482,8 @@ def score_rows(
     if "argmax" in extras:  # before the gradient, which may be written to the scores
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
-    plan = rowmath.plan_of(loss, targets.ndim == 2, z is not None, entropy is not None)
-    real = np.float64 if scores.dtype == np.float64 else np.float32
-    table = options_of(loss, scores.shape[1], plan, real)
+    real = Types.of(scores.dtype).real
+    plan, table = prepared(loss, scores.shape[1], real, targets.ndim == 2, z is not None, entropy is not None)
     return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
 
 
@@ -479,8 +510,7 @@ def shard_sums(loss: Any, scores: Array, n_threads: int) -> tuple[Array, Array]:
     real = np.float64 if scores.dtype == np.float64 else np.float32
     tops, rest = np.full(len(scores), -np.inf, real), np.zeros(len(scores), real)
     if scores.size:
-        plan = rowmath.plan_of(loss, False, shard=True)
-        table = rowmath.numbers_of(loss, scores.shape[1], real)
+        plan, table = prepared(loss, scores.shape[1], Types.of(scores.dtype).real, False, False, False, True)
         run(plan, table, scores, NO_TARGETS, None, 1.0, None, None, tops, rest, n_threads)
     return tops, rest
 
