@@ -23,9 +23,9 @@ def outside_kernel(dtype: str) -> Any:
 
     @cpu.reducer
     def count(indices, stop, ignored):
-        bad = 0
-        for x in indices:
-            bad += (np.int64(x) < 0 or np.int64(x) >= stop) and np.int64(x) != ignored
+        bad = np.uint64(0)
+        for x in indices:  # a negative one is large without its sign
+            bad |= np.uint64(np.uint64(x) >= np.uint64(stop)) & np.uint64(np.int64(x) != ignored)
         return bad
 
     @numba.njit(
