@@ -153,7 +153,7 @@ def tools(real: Any) -> SimpleNamespace:
     single = real is np.float32
     return SimpleNamespace(
         real=real, integer=np.int32 if single else np.int64, larger=larger, bits=bits,
-        number=number32 if single else number64, choose=rowmath.choose,
+        number=number32 if single else number64, choose=rowmath.choose, exp=None,
     )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def plain_tools(real: Any) -> SimpleNamespace:
     """The tools of a type on NumPy's scalars.
 
     A set of tools has `real` (np.float32 or np.float64); `larger(a, b)`, NaN if one is; `bits(x)`, the number as an
-    integer of its size; `number(i)`, the reverse; and `choose(whether, a, b)`, a function that `build` compiles.
+    integer of its size; `number(i)`, the reverse; `choose(whether, a, b)`, a function that `build` compiles; and `exp`,
+    None where there is no better one than `functions` makes.
     """
     integer = np.int32 if real is np.float32 else np.int64
 
@@ -154,7 +155,7 @@ def plain_tools(real: Any) -> SimpleNamespace:
     def number(i: Any) -> Any:
         return integer(i).view(real)
 
-    return SimpleNamespace(real=real, integer=integer, larger=_larger, bits=bits, number=number, choose=choose)
+    return SimpleNamespace(real=real, integer=integer, larger=_larger, bits=bits, number=number, choose=choose, exp=None)
 
 
 class Constants(NamedTuple):
@@ -248,7 +249,7 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
         found = q * number((bits(t) << mantissa) + bias)
         return choose(t < least, zero, found)
 
-    exp = jit(exp)
+    exp = tools.exp or jit(exp)
 
     def origin(m):
         # (shift, start) of a row with maximum m: its exponentials are exp(s − shift, start), at m 2^raised but for half

@@ -9,6 +9,7 @@ of rows to loops over single numbers. So walks are written as vectors. `Value` h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
+
+from fastloss.jit import rowmath
 
 _features = llvmlite.binding.get_host_cpu_features()
 #: AVX-512, with masks for vectors of any size.
@@ -194,10 +197,37 @@ class Emitter:
     def tools(self) -> SimpleNamespace:
         """The tools of `rowmath`."""
         real: Any = getattr(np, self.name)
+        wide = WIDE and self.lanes * self.size == 64
         return SimpleNamespace(
             real=real, integer=np.int32 if real is np.float32 else np.int64, larger=self.larger, bits=self._bits,
-            number=self._number, choose=self.choose,
+            number=self._number, choose=self.choose, exp=self._exp if wide else None,
         )  # fmt: skip
+
+    def _exp(self, x: Value, start: Any) -> Value:
+        """exp of AVX-512: to the nearest 1 / lanes of a power of two by a table that is a register, and a short series."""
+        k, b, single = rowmath.CONSTANTS[getattr(np, self.name)], self.b, self.size == 4
+        rounder = k.rounder / self.lanes  # adding it rounds to a multiple of 1 / lanes
+        start = (start - k.rounder) + rounder
+        least = self.value(-512.0 if single else -4096.0)  # whose exponential is 0 from wherever; −inf has no rest
+        x = self.choose(least > x, least, x)  # NaN stays
+        t = x * 1.4426950408889634 + start
+        n = t - start
+        r = (x - n * k.log2_high) - n * k.log2_low
+        degree = 3 if single else 8
+        q = self.value(1 / math.factorial(degree))
+        for d in range(degree - 1, 0, -1):
+            q = q * r + 1 / math.factorial(d)
+        q = q * r
+        powers = ir.Constant(self.vector, [float(np.float64(2) ** (k / self.lanes)) for k in range(self.lanes)])
+        letters = "s" if single else "d"
+        kind = ir.FunctionType(self.vector, [self.vector, self.integers])
+        look_up = cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.avx512.permvar.{letters}f.512")
+        power = Value(self, b.call(look_up, [powers, self._bits(t).v]))
+        mask = ir.IntType(self.lanes)
+        kind = ir.FunctionType(self.vector, [self.vector, self.vector, self.vector, mask, INT])
+        scale = cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.avx512.mask.scalef.p{letters}.512")
+        found = (power * q + power).v
+        return Value(self, b.call(scale, [found, (t - rounder).v, found, mask(-1), INT(4)]))
 
     def intrinsic(self, name: str, result: Any, arguments: list[Any], pointed: bool = False) -> Any:
         """A function of LLVM's own that gives a vector (and, `pointed`, takes a pointer to one)."""
