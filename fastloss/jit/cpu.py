@@ -346,9 +346,9 @@ class Kernel:
         self.address: int = function.address
 
 
-# A thread that has to be woken is late: by 10 microseconds, or 300 on a virtual machine whose processors were put to
-# sleep. So one that is done waits awake for a while, as OpenMP's do. Each has a line of memory: what state it is in, and
-# a function's address and arguments.
+# A thread that has to be woken is late: by 300 microseconds on a virtual machine whose processors sleep. So one that is
+# done waits awake for a while, as OpenMP's do. Each has a line of memory: what state it is in, and a function's address
+# and arguments.
 ASLEEP, AWAKE, GIVEN, TAKEN, STOP = range(5)
 PATIENCE = 50_000  # pauses, of about 20 ns each: how long a thread waits awake
 

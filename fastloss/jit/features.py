@@ -1,9 +1,9 @@
 """The fused linear layer of few classes: scores, row losses and dW for a tile of rows while it is in the cache.
 
-For each tile of rows: scores against W in panels (`products.dot`), the row losses (`walks`) with the gradient in place, class
-by class with the rows side by side, then dW in panels (`products.outer`). Rows are read from memory once, where they
-are and of the type that they have; only rows whose numbers are not contiguous are copied, a tile at a time. Rows of
-multiplier 0 are not in a tile at all.
+For each tile of rows: scores against W in panels (`products.dot`), the row losses (`walks`) with the gradient in
+place, class by class with the rows side by side, then dW in panels (`products.outer`). Rows are read from memory once,
+where they are and of the type that they have; only rows whose numbers are not contiguous are copied, a tile at a time.
+Rows of multiplier 0 are not in a tile at all.
 
 Rows are split into segments by the shape alone; each sums dW, db and the loss on its own, and the sums are added in
 order: the same bits for any number of threads.
@@ -96,9 +96,9 @@ def tile_rows(row_bytes: int) -> int:
 
 #: What the kernels are told of a call: words, at an address. Tables are addresses of words, three for each block.
 (
-    X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, PROBABILITIES, MULTIPLIER, DOTS, N_DOTS,
-    OUTERS, N_OUTERS, PACKED, BIAS, CENTRE, ZEROS, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES, TILE_ROWS,
-    SEGMENT, SEGMENTS_AT, PARTIAL, PARTIAL_SIZE, SUMS_AT, TOTAL, SCRATCH, SCRATCH_STEP, TAKEN, ADDED, SCALE,
+    X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, PROBABILITIES, MULTIPLIER, DOTS,
+    N_DOTS, OUTERS, N_OUTERS, PACKED, BIAS, CENTRE, ZEROS, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES,
+    TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL, PARTIAL_SIZE, SUMS_AT, TOTAL, SCRATCH, SCRATCH_STEP, TAKEN, ADDED, SCALE,
 ) = range(37)  # fmt: skip
 JOB = Struct("=36qd")
 ADDED_AT_ONCE = 1024  # numbers of dW
@@ -126,9 +126,11 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def segments(job, worker):
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
-        classes, tile_rows, n_rows, segment = told(job, CLASSES), told(job, TILE_ROWS), told(job, ROWS), told(job, SEGMENT)
+        classes, tile_rows = told(job, CLASSES), told(job, TILE_ROWS)
+        n_rows, segment = told(job, ROWS), told(job, SEGMENT)
         row_bytes, copy_row, features = told(job, ROW_BYTES), told(job, COPY_ROW), told(job, FEATURES)
-        X, row_step, feature_step, picked = told(job, X_AT), told(job, ROW_STEP), told(job, FEATURE_STEP), told(job, PICKED)
+        X, row_step, feature_step = told(job, X_AT), told(job, ROW_STEP), told(job, FEATURE_STEP)
+        picked = told(job, PICKED)
         targets, probabilities, multiplier = told(job, TARGETS), told(job, PROBABILITIES), told(job, MULTIPLIER)
         centre, packed, whole, left = told(job, CENTRE), told(job, PACKED), told(job, WHOLE), told(job, LEFT)
         losses, options, step = told(job, LOSSES), told(job, OPTIONS), tile_rows * size
@@ -141,7 +143,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
         totals_at = work_at + (WORK * size + LINE - 1) // LINE * LINE
         address_at, place_at, y_at = totals_at + line_rows, totals_at + 2 * line_rows, totals_at + 3 * line_rows
         copies = totals_at + 4 * line_rows
-        tile, pulls = cpu.numbers_at(tile_at, classes * tile_rows, zero), cpu.numbers_at(pulls_at, classes * tile_rows, zero)
+        tile = cpu.numbers_at(tile_at, classes * tile_rows, zero)
+        pulls = cpu.numbers_at(pulls_at, classes * tile_rows, zero)
         work, totals = cpu.numbers_at(work_at, WORK, zero), cpu.numbers_at(totals_at, tile_rows, double)
         address, place = cpu.numbers_at(address_at, tile_rows, word), cpu.numbers_at(place_at, tile_rows, word)
         y = cpu.numbers_at(y_at, tile_rows, word)
@@ -305,15 +308,16 @@ def linear_rows(
     dots, outers = table(products.dot, kind, blocks, vectors), table(products.outer, kind, outer_blocks, vectors)
     *_, step = scratch_bytes(classes, size, features * X.itemsize if copies else 0, W.itemsize)
     scratch = aligned(useful * step, np.uint8)
-    job = aligned(JOB.size // 8, np.int64)
+    job: Any = aligned(JOB.size // 8, np.int64)
     address = cpu.address
     JOB.pack_into(
         job, 0, address(X), *X.strides, product(products.copy_row, kind, 0).address if copies else 0, features,
-        features * X.itemsize, address(rows), address(y), address(probabilities), 0 if multiplier is None else address(weight),
-        address(dots), len(dots), address(outers), len(outers), address(packed), address(bias),
-        address(packed) + classes * panel * W.itemsize, address(zeros), whole, features - whole * lanes,
-        address(row_loss), 0 if row_loss is None else row_loss.strides[0], address(options), n, classes, size, segment,
-        segments, address(partial), partial_size, address(sums), address(total), address(scratch), step, 0, 0, scale,
+        features * X.itemsize, address(rows), address(y), address(probabilities),
+        0 if multiplier is None else address(weight), address(dots), len(dots), address(outers), len(outers),
+        address(packed), address(bias), address(packed) + classes * panel * W.itemsize, address(zeros), whole,
+        features - whole * lanes, address(row_loss), 0 if row_loss is None else row_loss.strides[0], address(options),
+        n, classes, size, segment, segments, address(partial), partial_size, address(sums), address(total),
+        address(scratch), step, 0, 0, scale,
     )  # fmt: skip
     cpu.run_kernel(kernel, address(job), useful)
     if dW is not None:

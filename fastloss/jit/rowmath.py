@@ -155,7 +155,9 @@ def plain_tools(real: Any) -> SimpleNamespace:
     def number(i: Any) -> Any:
         return integer(i).view(real)
 
-    return SimpleNamespace(real=real, integer=integer, larger=_larger, bits=bits, number=number, choose=choose, exp=None)
+    return SimpleNamespace(
+        real=real, integer=integer, larger=_larger, bits=bits, number=number, choose=choose, exp=None
+    )  # fmt: skip
 
 
 class Constants(NamedTuple):
@@ -291,8 +293,9 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
 
     tanh = jit(tanh)
     return SimpleNamespace(
-        exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, quick_exp=quick_exp, origin=origin, log=log, tanh=tanh, rounder=rounder
-    )
+        exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, quick_exp=quick_exp, origin=origin, log=log,
+        tanh=tanh, rounder=rounder,
+    )  # fmt: skip
 
 
 def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespace:

@@ -27,10 +27,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastloss._checks import Array
-from fastloss.jit import cpu, rowmath, vectors, walks
+from fastloss.jit import cpu, rowmath, vectors
 from fastloss.jit.rowmath import Plan
 from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
-from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Z, Group, Walk
+from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
 
 FEW = 2  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty
 GROUP_ROWS = 32  # of a rowed group, at most,
@@ -237,7 +237,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
     name = np.dtype(real).name
     load, save, like = stored.load, stored.save, stored.like(0)
     itemsize, size = np.dtype(stored.like).itemsize, np.dtype(real).itemsize
-    number, zero, word, double = real(0), real(0), np.int64(0), np.float64(0)
+    number, word, double = real(0), np.int64(0), np.float64(0)
     lanes = vectors.lanes_of(name)
     probabilities, pairs, is_real = plan.probabilities, plan.pairs, dtype == name
     weigh, add = weigher(name), adder(name)
@@ -401,7 +401,8 @@ class Types(NamedTuple):
 
 @functools.cache
 def compiled(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> cpu.Kernel:
-    return cpu.made(rows_kernel, plan, dtype, tiled, wants_gradient)
+    kernel: cpu.Kernel = cpu.made(rows_kernel, plan, dtype, tiled, wants_gradient)
+    return kernel
 
 
 def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
@@ -454,7 +455,7 @@ def run(
         step += SLOTS * TILE * lanes * size + 3 * group * c * size
     step = -(-step // LINE) * LINE
     sums, scratch = PARTS + workers * LINE, -(-(PARTS + workers * LINE + segments * 8) // LINE) * LINE
-    memory = np.empty(scratch + workers * step + LINE, np.uint8)
+    memory: Any = np.empty(scratch + workers * step + LINE, np.uint8)
     at = address(memory)
     start = -at % LINE
     at += start
@@ -466,7 +467,7 @@ def run(
     for k in range(workers):
         PART.pack_into(memory, start + PARTS + k * LINE, k * segments // workers, (k + 1) * segments // workers)
     cpu.run_kernel(kernel, at, workers)
-    return sum(SUMS[segments].unpack_from(memory, start + sums))
+    return sum(SUMS[segments].unpack_from(memory, start + sums), 0.0)
 
 
 def raw(array: Array) -> Array:

@@ -164,7 +164,8 @@ class Emitter:
 
     def first(self, count: Any) -> Any:
         """Whether a lane is one of the first `count`, any number of 64 bits."""
-        return self.b.icmp_signed("<", self.each_lane(self.integer), self.splat(self.lane(self.least(count, WORD(LINE)))))
+        stop = self.splat(self.lane(self.least(count, WORD(self.lanes))))
+        return self.b.icmp_signed("<", self.each_lane(self.integer), stop)
 
     def lane(self, word: Any) -> Any:
         """A number of 64 bits as one of a lane's size."""
@@ -204,7 +205,7 @@ class Emitter:
         )  # fmt: skip
 
     def _exp(self, x: Value, start: Any) -> Value:
-        """exp of AVX-512: to the nearest 1 / lanes of a power of two by a table that is a register, and a short series."""
+        """exp of AVX-512: the nearest 1 / lanes of a power of two by a table that is a register, and a short series."""
         k, b, single = rowmath.CONSTANTS[getattr(np, self.name)], self.b, self.size == 4
         rounder = k.rounder / self.lanes  # adding it rounds to a multiple of 1 / lanes
         start = (start - k.rounder) + rounder
@@ -318,7 +319,7 @@ class Emitter:
 
     # --- lanes of several vectors at once ---
     def transposed(self, vectors: list[Any], join: Callable[[Any, Any], Any]) -> Any:
-        """A vector of what each of them is, its lanes joined. Items may be tuples of vectors, which are joined as one."""
+        """A vector of what each of them is, its lanes joined. Items may be tuples, which are joined as one."""
         while len(vectors) > 1:
             half = len(vectors) // 2
             vectors = [join(*self._zipped(vectors[k], vectors[k + half])) for k in range(half)]

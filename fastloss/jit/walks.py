@@ -1,13 +1,13 @@
-"""The walks over a group of rows, as vectors, in two layouts: what kernels of scores and of the linear layer do with rows.
+"""The walks over a group of rows, as vectors, in two layouts: what kernels of scores and of the linear layer do.
 
-rowed   a vector holds classes of one row. Rows are where they are, contiguous each. A walk is over all rows of the group
-        before the next begins, so that no row waits for what is folded of it; sums are folded over the lanes of as many
-        rows at once as there are lanes.
-tiled   for few classes: a tile (classes, rows), in which a vector holds one class of several rows, and lanes never mix.
+rowed   a vector holds classes of one row. Rows are where they are, contiguous each. A walk is over all rows of the
+        group before the next begins, so that no row waits for what is folded of it; sums are folded over the lanes of
+        as many rows at once as there are lanes.
+tiled   for few classes: a tile (classes, rows); a vector holds one class of several rows, and lanes never mix.
 
-In both, rows are looked at (maximum, the target's score), aimed, opened (terms are added up), settled, a row in each lane,
-and closed (the gradient). Rowed sums are of blocks of 16 vectors: a block's sum is added to that of the blocks without
-loss. Only a block that has the target, or the row's end, looks at which classes its lanes are.
+In both, rows are looked at (maximum, the target's score), aimed, opened (terms are added up), settled, a row in each
+lane, and closed (the gradient). Rowed sums are of blocks of 16 vectors: a block's sum is added to that of the blocks
+without loss. Only a block that has the target, or the row's end, looks at which classes its lanes are.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -219,7 +219,7 @@ class Walk:
                 kept, *terms = row.step(x, q, self._weight_of(k), is_target, known, self.options)
                 if self.wants_gradient:
                     e.store(e.lift(kept, e.vector), at)
-                return terms[: plan.terms]
+                return list(terms[: plan.terms])
 
             def open_classes(classes: list[Any]) -> None:
                 found = [step(k) for k in classes]
@@ -401,10 +401,8 @@ class Walk:
         ahead = b.add(source, given.ahead)
         direct = plan.kind == "hinge"  # what is kept is the gradient
         kept_type = stored if direct else Stored(e, e.name)
-        if direct:
-            kept_at = self._row(given.grads, given.grads_step, r)
-        else:
-            kept_at = self._row(given.kept, given.kept_step, r)
+        where = (given.grads, given.grads_step) if direct else (given.kept, given.kept_step)
+        kept_at = self._row(*where, r)
         more, known = self._more_of(r), self.known(self.of_row, r)
         excludes = self.has_index
         y = self._target(r) if excludes else WORD(-1)
@@ -439,7 +437,7 @@ class Walk:
                     while len(parts) > 1:
                         parts = [row.top(parts[0], parts[1]), *parts[2:]]
                     e.set(block[0], row.top(e.get(block[0]), parts[0]))
-                elif t == 0 and self.squares or (plan.kind == "hinge" and t == 0 and e.lanes < 8):
+                elif t == 0 and (self.squares or (plan.kind == "hinge" and e.lanes < 8)):
                     for x in parts:
                         total, lost = exact_sum(e.get(block[0]), x)
                         e.set(block[0], total)
