@@ -11,6 +11,7 @@ order: the same bits for any number of threads.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from struct import Struct
@@ -34,7 +35,7 @@ FEW_SEGMENTS = 16
 MOST_ROWS = 64  # of a tile,
 LEAST_ROWS = 16
 TILE_BYTES = 64 << 10  # and what they take, unless they are the least
-SMALL = 1 << 21  # multiplications for each thread, at least: starting one costs about a tenth of a millisecond
+SMALL = 1 << 19  # multiplications for each thread, at least
 
 TYPES = ("float32", "float64", "float16", "bfloat16", "uint8")
 
@@ -42,14 +43,19 @@ TYPES = ("float32", "float64", "float16", "bfloat16", "uint8")
 def can_fuse(X: Array, W: Array) -> bool:
     """Whether the fused pass serves a layer."""
     few = len(W) <= FEW_CLASSES and W.nbytes <= PANEL_BYTES
-    return few and X.dtype.name in TYPES and X.dtype.isnative and X.flags.aligned
+    return few and name_of(X.dtype) in TYPES and X.dtype.isnative and X.flags.aligned
+
+
+@functools.cache  # the name alone takes NumPy as long as a part of a small call
+def name_of(dtype: np.dtype[Any]) -> str:
+    return dtype.name
 
 
 def aligned(size: int, dtype: Any) -> Array:
     """Memory that begins at a multiple of 64 bytes, so that vectors do not lie across two lines of the cache."""
     dtype = np.dtype(dtype)
     memory = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
+    start = -cpu.address(memory) % 64
     return memory[start : start + size * dtype.itemsize].view(dtype)
 
 
@@ -78,11 +84,19 @@ def product(which: Callable[..., None], kind: products.Kind, classes: int) -> An
     return cpu.made(products.compiled, which, kind, classes)
 
 
-def table(which: Callable[..., None], kind: products.Kind, blocks: list[Block], vectors: int) -> Array:
-    """For each block: the address of its product, its first class, where its panel begins."""
-    step = vectors * kind.lanes
-    rows = [(product(which, kind, b.classes).address, b.first, b.first * step) for b in blocks]
-    return np.array(rows, np.int64).reshape(-1, 3)
+class Table(NamedTuple):
+    """A product of all classes."""
+
+    blocks: list[Block]
+    rows: Array  # for each block: the address of its product, its first class, where its panel begins
+
+
+@functools.cache
+def table(which: Callable[..., None], kind: products.Kind, classes: int, most: int, panel: int) -> Table:
+    """By blocks of at most so many classes; `panel`: numbers of a row of W, filled up."""
+    blocks = split_classes(classes, most)
+    rows = [(product(which, kind, b.classes).address, b.first, b.first * panel) for b in blocks]
+    return Table(blocks, np.array(rows, np.int64).reshape(-1, 3))
 
 
 # --- a segment ------------------------------------------------------------------------------------------------------
@@ -260,9 +274,8 @@ def linear_rows(
 ) -> float:  # fmt: skip
     """`Backend.linear_rows` for few classes (`can_fuse`), without dX."""
     (classes, features), n = W.shape, len(X) if rows is None else len(rows)
-    kind = products.Kind(X.dtype.name, W.dtype.name, centre is not None)
-    plan, lanes = rowmath.plan_of(loss, targets.ndim == 2), kind.lanes
-    options = scores.options_of(loss, classes, plan, getattr(np, kind.real))
+    kind = products.Kind(name_of(X.dtype), name_of(W.dtype), centre is not None)
+    (plan, options), lanes = scores.prepared(loss, classes, W.dtype, targets.ndim == 2), kind.lanes
     vectors, whole = -(-features // lanes), features // lanes
     panel = vectors * lanes
     wants_gradient = dW is not None or db is not None
@@ -270,11 +283,13 @@ def linear_rows(
     if rows is not None:
         targets, multiplier = targets[rows], None if multiplier is None else multiplier[rows]
     y = targets if targets.ndim == 1 else NONE
-    probabilities = np.empty((0, 0), W.dtype) if targets.ndim == 1 else np.ascontiguousarray(targets, W.dtype)
-    weight = np.empty(0, W.dtype) if multiplier is None else np.ascontiguousarray(multiplier, W.dtype)
+    probabilities = None if targets.ndim == 1 else np.ascontiguousarray(targets, W.dtype)
+    weight = None if multiplier is None else np.ascontiguousarray(multiplier, W.dtype)
 
-    blocks = split_classes(classes, products.MOST_CLASSES)
-    outer_blocks = split_classes(classes, products.MOST_OUTER_CLASSES) if dW is not None else []
+    blocks, dots = table(products.dot, kind, classes, products.MOST_CLASSES, panel)
+    outer_blocks, outers = table(
+        products.outer, kind, classes if dW is not None else 0, products.MOST_OUTER_CLASSES, panel
+    )
     packed = aligned((classes + 1) * panel, W.dtype)  # the centre is last
     packed[...] = 0
     for block in blocks:
@@ -301,23 +316,21 @@ def linear_rows(
 
     kernel = cpu.made(segment_kernel, plan, kind.real, wants_gradient)
     copies = X.strides[1] != X.itemsize and features > 1
-    zeros, total = np.zeros(features, X.dtype), aligned(partial_size, W.dtype)
+    zeros, total = np.zeros(features, X.dtype), np.empty(partial_size, W.dtype)
     if rows is not None:
         rows = np.ascontiguousarray(rows, np.int64)
     y = np.ascontiguousarray(y, np.int64)
-    dots, outers = table(products.dot, kind, blocks, vectors), table(products.outer, kind, outer_blocks, vectors)
     *_, step = scratch_bytes(classes, size, features * X.itemsize if copies else 0, W.itemsize)
     scratch = aligned(useful * step, np.uint8)
-    job: Any = aligned(JOB.size // 8, np.int64)
+    job: Any = np.empty(JOB.size // 8, np.int64)
     address = cpu.address
     JOB.pack_into(
         job, 0, address(X), *X.strides, product(products.copy_row, kind, 0).address if copies else 0, features,
-        features * X.itemsize, address(rows), address(y), address(probabilities),
-        0 if multiplier is None else address(weight), address(dots), len(dots), address(outers), len(outers),
-        address(packed), address(bias), address(packed) + classes * panel * W.itemsize, address(zeros), whole,
-        features - whole * lanes, address(row_loss), 0 if row_loss is None else row_loss.strides[0], address(options),
-        n, classes, size, segment, segments, address(partial), partial_size, address(sums), address(total),
-        address(scratch), step, 0, 0, scale,
+        features * X.itemsize, address(rows), address(y), address(probabilities), address(weight),
+        address(dots), len(dots), address(outers), len(outers), address(packed), address(bias),
+        address(packed) + classes * panel * W.itemsize, address(zeros), whole, features - whole * lanes,
+        address(row_loss), 0 if row_loss is None else row_loss.strides[0], address(options), n, classes, size, segment,
+        segments, address(partial), partial_size, address(sums), address(total), address(scratch), step, 0, 0, scale,
     )  # fmt: skip
     cpu.run_kernel(kernel, address(job), useful)
     if dW is not None:
