@@ -186,21 +186,26 @@ class Walk:
             return
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
             y = self._targets_from(g) if self.has_index else None
-            top, own = e.sums(1, -np.inf)[0], e.sums(1)[0]
+            top, (own, margin) = e.sums(1, -np.inf)[0], e.sums(2)
+            margins = plan.counts_target and plan.pairs
 
-            def look(classes: list[Any], g: Any = g, y: Any = y, top: Any = top, own: Any = own) -> None:
+            def look(classes: list[Any]) -> None:
                 for k in classes:
                     x = Value(e, e.load(self._at(k, g)))
                     if plan.looks:
                         e.set(top, self.row.top(e.get(top), x))
                     if y is not None:
                         e.set(own, e.choose(self._class(k) == y, x, e.get(own)))
+                        if margins:
+                            e.set(margin, e.choose(self._class(k) == y, self._more_at(k, g), e.get(margin)))
 
             e.each(WORD(0), self.given.c, 2, look)
             if plan.looks:
                 self.keep(TOP, g, e.get(top))
             if y is not None:
                 self.keep(OWN_SCORE, g, e.get(own))
+            if margins:
+                self.keep(OWN_MARGIN, g, e.get(margin))
 
     def _tiled_open(self) -> None:
         e, plan, row = self.e, self.plan, self.row
