@@ -77,7 +77,10 @@ def _tools(dtype: str) -> Any:
         return rowmath.plain_tools(real)
     integer = np.int64 if dtype == "float64" else np.int32
     number = device.float64_of if dtype == "float64" else device.float32_of
-    return SimpleNamespace(real=real, integer=integer, larger=device.larger, bits=device.bits, number=number)
+    return SimpleNamespace(
+        real=real, integer=integer, larger=device.larger, bits=device.bits, number=number, choose=rowmath.choose,
+        exp=None,
+    )  # fmt: skip
 
 
 def _row(plan: Plan) -> Any:

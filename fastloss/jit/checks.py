@@ -4,14 +4,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from fastloss._checks import Array
 from fastloss.jit import cpu
+from fastloss.jit.vectors import BIT, WORD, Emitter
 
 BLOCK = 4096
 
@@ -20,12 +25,40 @@ def outside_kernel(dtype: str) -> Any:
     """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
     kind = getattr(types, dtype)
 
-    @cpu.reducer
-    def count(indices, stop, ignored):
-        bad = 0
-        for x in indices:
-            bad += (np.int64(x) < 0 or np.int64(x) >= stop) and np.int64(x) != ignored
-        return bad
+    size = kind.bitwidth // 8
+
+    @intrinsic
+    def count(typing, indices, n, stop, ignored):
+        def body(context, builder, signature, given):
+            at, n, stop, ignored = given
+            e = Emitter(builder, "float64" if size == 8 else "float32")
+            truths = ir.VectorType(BIT, e.lanes)
+            limit = e.splat(e.lane(e.least(stop, WORD(2 ** (8 * size - 1) - 1))))
+            passed = e.splat(e.lane(ignored))  # where the type is too small for it, it is given as 0, which is inside
+            place = cgutils.alloca_once(builder, truths)
+            builder.store(truths(None), place)
+
+            def look(vectors: list[Any]) -> None:
+                for k in vectors:
+                    x = e.load(e.plus(at, k, e.lanes * size), e.integers, size)
+                    # A negative one is large without its sign.
+                    out = builder.icmp_unsigned(">=", x, limit)
+                    bad = builder.and_(out, builder.icmp_signed("!=", x, passed))
+                    builder.store(builder.or_(builder.load(place), bad), place)
+
+            whole = builder.sdiv(n, WORD(e.lanes))
+            e.each(WORD(0), whole, 4, look)
+            some = builder.bitcast(builder.load(place), ir.IntType(e.lanes))
+            total = cgutils.alloca_once(builder, BIT)
+            builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
+            with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
+                x = e.load(e.plus(at, k, size), e.integer, size)
+                x = e.word(x)
+                bad = builder.and_(builder.icmp_unsigned(">=", x, stop), builder.icmp_signed("!=", x, ignored))
+                builder.store(builder.or_(builder.load(total), bad), total)
+            return builder.load(total)
+
+        return types.boolean(types.intp, types.int64, types.int64, types.int64), body
 
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), types.int64, types.int64), nogil=True,
@@ -33,7 +66,7 @@ def outside_kernel(dtype: str) -> Any:
     )  # fmt: skip
     def first_outside(indices, stop, ignored):
         for a in range(0, indices.size, BLOCK):
-            if count(indices[a : a + BLOCK], stop, ignored):
+            if count(indices.ctypes.data + a * size, min(BLOCK, indices.size - a), stop, ignored):
                 for i in range(a, min(a + BLOCK, indices.size)):
                     x = np.int64(indices[i])
                     if (x < 0 or x >= stop) and x != ignored:
@@ -96,17 +129,23 @@ def weigh_kernel(dtype: str) -> Any:
 
 
 NONE = np.empty(0)
+#: By what is quick to look up: a type's name takes NumPy longer than the check of a small call.
+INDICES = {np.dtype(np.int64): "int64", np.dtype(np.int32): "int32"}
+compiled_check = functools.cache(cpu.made)
 
 
 def first_outside(indices: Array, stop: int, ignored: int | None) -> int | None:
     """`Backend.first_outside`; None for arrays that are not served here."""
-    if indices.dtype.name not in ("int64", "int32") or not (indices.flags.c_contiguous and indices.flags.aligned):
+    name = INDICES.get(indices.dtype)
+    flags = indices.flags
+    if name is None or not (flags.c_contiguous and flags.aligned):
         return None
     if stop < 1:
         return None
-    if ignored is None or not -(2**63) <= ignored < 2**63:
+    bits = 8 * indices.itemsize - 1
+    if ignored is None or not -(2**bits) <= ignored < 2**bits:
         ignored = 0  # which is inside
-    position: int = cpu.made(outside_kernel, indices.dtype.name)(indices, stop, ignored)
+    position: int = compiled_check(outside_kernel, name)(indices, stop, ignored)
     return position
 
 

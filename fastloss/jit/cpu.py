@@ -9,10 +9,13 @@ functions of its own (`helper`), which are inlined and keep their order.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import functools
 import os
 import platform
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +28,9 @@ from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fastloss._checks import Array
+from fastloss.jit import rowmath
 
 MOST_THREADS = 256  # that are kept; each starts when it is first of use
 SHARES = 4  # of the work, for each thread, so that a slow one holds up no other
@@ -147,7 +153,7 @@ def tools(real: Any) -> SimpleNamespace:
     single = real is np.float32
     return SimpleNamespace(
         real=real, integer=np.int32 if single else np.int64, larger=larger, bits=bits,
-        number=number32 if single else number64,
+        number=number32 if single else number64, choose=rowmath.choose, exp=None,
     )  # fmt: skip
 
 
@@ -217,6 +223,76 @@ def put(context, address, x):
     return types.void(types.intp, x), generate
 
 
+@intrinsic
+def take(context, address):
+    """The whole number of 64 bits at an address, which is then one more; of several threads, each gets its own."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        return builder.atomic_rmw("add", place, args[0].type(1), "monotonic")
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def look(context, address):
+    """That number, as another thread may have changed it."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def swap(context, address, new):
+    """Puts another number in its place, and gives the one that was there."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        return builder.atomic_rmw("xchg", place, args[1], "acq_rel")
+
+    return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def swap_if(context, address, old, new):
+    """The same if that is `old`; whether it was."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], args[0].type.as_pointer())
+        found = builder.cmpxchg(place, args[1], args[2], "acq_rel", "acquire")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(context):
+    """Nothing, for a moment in which another thread of the same core has the more."""
+
+    def generate(context, builder, signature, args):
+        if X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def call_address(context, address, job, k):
+    """Call the compiled function of two whole numbers at an address."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [args[1].type, args[2].type])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
 @helper
 def numbers_at(address, count, like):
     """Numbers that lie one after the other, as an array."""
@@ -230,6 +306,7 @@ _pool: ThreadPoolExecutor | None = None
 def _forget() -> None:
     global _pool, _lock
     _pool, _lock = None, threading.RLock()  # a child has none of its parent's threads
+    _helpers.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -246,6 +323,154 @@ def _submit(task: Callable[[], None]) -> Future[None] | None:
         return _pool.submit(task)
     except RuntimeError:
         return None
+
+
+_Pointer = ctypes.c_size_t.from_address
+_HEAD = object.__basicsize__
+
+
+def address(array: Array | None) -> int:
+    """Where an array's numbers begin; 0 for none. NumPy's own ways to it take as long as a small call may take.
+
+    An ndarray begins, after what all objects have, with that pointer: NumPy's C interface promises so.
+    """
+    return 0 if array is None else _Pointer(id(array) + _HEAD).value
+
+
+class Kernel:
+    """A compiled function of two whole numbers, called without the interpreter's lock."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function  # kept: the others are no more than its address
+        self.call: Callable[[int, int], Any] = function.ctypes
+        self.address: int = function.address
+
+
+# A thread that has to be woken is late: by 300 microseconds on a virtual machine whose processors sleep. So one that is
+# done waits awake for a while, as OpenMP's do. Each has a line of memory: what state it is in, and a function's address
+# and arguments.
+ASLEEP, AWAKE, GIVEN, TAKEN, STOP = range(5)
+PATIENCE = 50_000  # pauses, of about 20 ns each: how long a thread waits awake
+
+
+def _serve(mailbox, patience):
+    """Does what is given, until nothing has been given for long."""
+    idle = 0
+    while True:
+        state = look(mailbox)
+        if state == GIVEN and swap_if(mailbox, GIVEN, TAKEN):
+            word = np.int64(0)
+            call_address(get(mailbox + 8, word), get(mailbox + 16, word), get(mailbox + 24, word))
+            swap(mailbox, AWAKE)
+            idle = 0
+        elif state == STOP or (idle > patience and swap_if(mailbox, AWAKE, ASLEEP)):
+            return
+        else:
+            pause()
+            idle += 1
+
+
+def _give(mailbox, function, job, k):
+    """Gives a thread that has nothing to do a call; the state that it was in."""
+    put(mailbox + 8, function)
+    put(mailbox + 16, job)
+    put(mailbox + 24, k)
+    return swap(mailbox, GIVEN)
+
+
+def _end(mailbox, patience):
+    """Takes a call back that has not begun, or waits for its end; whether it has come."""
+    if swap_if(mailbox, GIVEN, AWAKE):
+        return 1
+    for _ in range(patience):
+        if look(mailbox) != TAKEN:
+            return 1
+        pause()
+    return 0
+
+
+def _stop(mailbox, patience):
+    return swap(mailbox, STOP)
+
+
+def _compiled_crew() -> SimpleNamespace:
+    word = types.intp
+    serve = numba.cfunc(types.void(word, word), error_model="numpy")(_serve)
+    give = numba.cfunc(word(word, word, word, word), error_model="numpy")(_give)
+    end = numba.cfunc(word(word, word), error_model="numpy")(_end)
+    stop = numba.cfunc(word(word, word), error_model="numpy")(_stop)
+    kept = serve, give, end, stop
+    return SimpleNamespace(kept=kept, serve=serve.ctypes, give=give.ctypes, end=end.ctypes, stop=stop.ctypes)
+
+
+class Helper:
+    """A thread that kernels can be given to. It has no part in the interpreter but while it falls asleep or wakes."""
+
+    def __init__(self) -> None:
+        self.crew = made(_compiled_crew)
+        self.memory = np.zeros(2 * 64 // 8, np.int64)
+        self.mailbox = -(-address(self.memory) // 64) * 64
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.thread = threading.Thread(target=self._work, name="fastloss", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while self.wake.acquire():
+            self.crew.serve(self.mailbox, PATIENCE)
+            if self.memory[(self.mailbox - address(self.memory)) // 8] == STOP:
+                return
+
+    def give(self, kernel: Kernel, job: int, k: int) -> None:
+        if self.crew.give(self.mailbox, kernel.address, job, k) == ASLEEP:
+            self.wake.release()
+
+    def dismiss(self) -> None:
+        if self.crew.stop(self.mailbox, 0) == ASLEEP:
+            self.wake.release()
+        self.thread.join()
+
+    def end(self) -> None:
+        while not self.crew.end(self.mailbox, PATIENCE):
+            time.sleep(0)  # more threads than processors
+
+
+_helpers: list[Helper] = []  # that have nothing to do, whoever was busy last at the end
+
+
+def _helper() -> Helper | None:
+    """A thread to help; None where the interpreter is about to end and starts none any more."""
+    try:
+        return _helpers.pop()
+    except IndexError:
+        pass
+    try:
+        return Helper()
+    except RuntimeError:
+        return None
+
+
+def run_kernel(kernel: Kernel, job: int, n_threads: int) -> None:
+    """kernel(job, k) for each k < n_threads, on as many threads as there are; it must share out its work itself."""
+    if n_threads == 1:
+        kernel.call(job, 0)
+        return
+    helpers = [found for found in (_helper() for _ in range(n_threads - 1)) if found is not None]
+    try:
+        for k, helper in enumerate(helpers, 1):
+            helper.give(kernel, job, k)
+        kernel.call(job, 0)
+    finally:
+        for helper in helpers:
+            helper.end()
+        _helpers.extend(reversed(helpers))
+
+
+@atexit.register
+def _dismiss() -> None:
+    """Compiled code is unloaded as the interpreter ends: nobody may be in it then."""
+    while _helpers:
+        _helpers.pop().dismiss()
 
 
 def run(task: Callable[[int, int], None], count: int, n_threads: int) -> None:

@@ -135,11 +135,17 @@ def _larger(a: Any, b: Any) -> Any:
     return np.maximum(a, b)
 
 
+def choose(whether: Any, a: Any, b: Any) -> Any:
+    """The tool of that name where numbers are not vectors."""
+    return a if whether else b
+
+
 def plain_tools(real: Any) -> SimpleNamespace:
     """The tools of a type on NumPy's scalars.
 
     A set of tools has `real` (np.float32 or np.float64); `larger(a, b)`, NaN if one is; `bits(x)`, the number as an
-    integer of its size; and `number(i)`, the reverse.
+    integer of its size; `number(i)`, the reverse; `choose(whether, a, b)`, a function that `build` compiles; and `exp`,
+    quicker for each class than what `functions` makes, though off by up to a unit; or None.
     """
     integer = np.int32 if real is np.float32 else np.int64
 
@@ -149,7 +155,9 @@ def plain_tools(real: Any) -> SimpleNamespace:
     def number(i: Any) -> Any:
         return integer(i).view(real)
 
-    return SimpleNamespace(real=real, integer=integer, larger=_larger, bits=bits, number=number)
+    return SimpleNamespace(
+        real=real, integer=integer, larger=_larger, bits=bits, number=number, choose=choose, exp=None
+    )  # fmt: skip
 
 
 class Constants(NamedTuple):
@@ -207,7 +215,7 @@ def _polynomial(jit: Callable[..., Any], coefficients: tuple[Any, ...]) -> Any:
 
 def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespace:
     """exp, log and tanh in plain arithmetic, which compilers turn into vectors; and the exact sum."""
-    real, bits, number, integer = tools.real, tools.bits, tools.number, tools.integer
+    real, bits, number, integer, choose = tools.real, tools.bits, tools.number, tools.integer, tools.choose
     k = CONSTANTS[real]
     zero, one, two, half = real(0), real(1), real(2), real(0.5)
     mantissa, bias, sqrt_half = integer(k.mantissa), integer(k.bias << k.mantissa), integer(k.sqrt_half)
@@ -229,7 +237,7 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
     exact_sum = jit(exact_sum)
 
     def number_or_zero(x):
-        return x if x == x else zero
+        return choose(x == x, x, zero)
 
     number_or_zero = jit(number_or_zero)
 
@@ -241,16 +249,17 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
         r = (x - n * high) - n * low
         q = (exp_series(r) * r + one) * r + one
         found = q * number((bits(t) << mantissa) + bias)
-        return zero if t < least else found
+        return choose(t < least, zero, found)
 
     exp = jit(exp)
+    quick_exp = tools.exp or exp
 
     def origin(m):
         # (shift, start) of a row with maximum m: its exponentials are exp(s − shift, start), at m 2^raised but for half
         # a step. If m is near 0, shift is 0: s − m would be rounded. If it is far, s − m is exact wherever it matters.
         is_near = m * m <= near
         steps = (m * per_log2 + rounder) - rounder
-        return (zero if is_near else m), rounder - ((steps if is_near else zero) - raised)
+        return choose(is_near, zero, m), rounder - (choose(is_near, steps, zero) - raised)
 
     origin = jit(origin)
 
@@ -265,7 +274,7 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
         h = f * f * half
         base, lost = exact_sum(e * high, plus)
         small = low_part + lost
-        small = small if base - base == zero else zero
+        small = choose(base - base == zero, small, zero)
         part = f - (h - (s * (h + z * log_series(z)) + (e * low + small)))
         found, rest = exact_sum(base, part)
         return found + (u - u), rest
@@ -274,18 +283,19 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
 
     def tanh(x):
         # tanh(x), and 1 − |tanh(x)| in full.
-        size = x if x >= zero else -x
+        size = choose(x >= zero, x, -x)
         e = exp(-two * size, rounder)
         r = one / (one + e)
         far = (one - e) * r
         z = x * x
         close = tanh_series(z) * z * x + x
-        return (close if size < half else (far if x >= zero else -far)), two * e * r
+        return choose(size < half, close, choose(x >= zero, far, -far)), two * e * r
 
     tanh = jit(tanh)
     return SimpleNamespace(
-        exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, origin=origin, log=log, tanh=tanh, rounder=rounder
-    )
+        exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, quick_exp=quick_exp, origin=origin, log=log,
+        tanh=tanh, rounder=rounder,
+    )  # fmt: skip
 
 
 def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespace:
@@ -329,6 +339,7 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
     >>> round(float(settled[0]), 2)
     2.04
     """
+    tools = SimpleNamespace(**{**vars(tools), "choose": jit(tools.choose)})
     f = functions(jit, tools)
     made = SimpleNamespace(top=tools.larger, functions=f)
     if plan.kind == "hinge":
@@ -347,17 +358,17 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
 # --- softmax -------------------------------------------------------------------------------------------------------
 # Terms: Σ exp but for the target's.
 def _softmax(jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace) -> None:
-    real = tools.real
+    real, choose = tools.real, tools.choose
     zero, one = real(0), real(1)
-    exp, log, exact_sum, origin = f.exp, f.log, f.exact_sum, f.origin
+    exp, quick_exp, log, exact_sum, origin = f.exp, f.quick_exp, f.log, f.exact_sum, f.origin
 
     def aim(m, sy, factor, options):
         shift, start = origin(m)
         return shift, start, zero
 
     def step(x, q, w, is_target, known, options):
-        e = exp(x - known[0], known[1])
-        return e, (zero if is_target else e), zero, zero, zero, zero, zero
+        e = quick_exp(x - known[0], known[1])
+        return e, choose(is_target, zero, e), zero, zero, zero, zero, zero
 
     def settle(m, sy, own, known, sums, low, factor, options):
         at_top, at = exp(m - known[0], known[1]), exp(sy - known[0], known[1])
@@ -379,16 +390,16 @@ def _softmax(jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace
 def _transform(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:
-    real = tools.real
+    real, choose = tools.real, tools.choose
     zero, one = real(0), real(1)
-    exp, log, exact_sum, origin = f.exp, f.log, f.exact_sum, f.origin
+    exp, quick_exp, log, exact_sum, origin = f.exp, f.quick_exp, f.log, f.exact_sum, f.origin
 
     def aim(m, sy, factor, options):
         shift, start = origin(m)
         return shift, start, m
 
     def step_p(x, q, w, is_target, known, options):
-        e = exp(x - known[0], known[1])
+        e = quick_exp(x - known[0], known[1])
         return e, e, zero, zero, zero, zero, zero
 
     def settle_p(m, sy, own, known, sums, low, factor, options):
@@ -399,16 +410,16 @@ def _transform(
 
     def step_log(x, q, w, is_target, known, options):
         is_top = x == known[2]
-        e = exp(x - known[0], known[1])
-        return x, (zero if is_top else e), (one if is_top else zero), zero, zero, zero, zero
+        e = quick_exp(x - known[0], known[1])
+        return x, choose(is_top, zero, e), choose(is_top, one, zero), zero, zero, zero, zero
 
     def settle_log(m, sy, own, known, sums, low, factor, options):
         rest = (sums[0] + low) / exp(m - known[0], known[1]) + (sums[1] - one)
         whole, lost = exact_sum(one, rest)
         z, under = log(whole, lost / whole, m)
         # Where the maximum is infinite, exponentials of all other scores are 0, or NaN.
-        is_limit = m - m != zero and m == m and sums[0] == sums[0]
-        return (m if is_limit else z), zero, zero, zero, z, under, zero, zero
+        is_limit = (m - m != zero) & (m == m) & (sums[0] == sums[0])
+        return choose(is_limit, m, z), zero, zero, zero, z, under, zero, zero
 
     def close_log(kept, q, w, is_target, known, numbers, options):
         return (kept - numbers[0]) - numbers[1]
@@ -425,9 +436,9 @@ def _transform(
 def _general(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:
-    real = tools.real
+    real, choose = tools.real, tools.choose
     zero, one, two, nan = real(0), real(1), real(2), real(np.nan)
-    exp, log, exact_sum, tanh, rounder = f.exp, f.log, f.exact_sum, f.tanh, f.rounder
+    exp, log, exact_sum, tanh, rounder = f.quick_exp, f.log, f.exact_sum, f.tanh, f.rounder
     dense, probabilities, weights, smooths = plan.dense, plan.probabilities, plan.weights, plan.smooths
     entropy, has_cap, z_loss, shard = plan.entropy, plan.softcap, plan.z_loss, plan.shard
 
@@ -436,20 +447,20 @@ def _general(
         if has_cap:
             t, short = tanh(s / options[SOFTCAP])
             is_finite = s - s == zero
-            return (t * options[SOFTCAP] if is_finite else s), (short * (two - short) if is_finite else one)
+            return choose(is_finite, t * options[SOFTCAP], s), choose(is_finite, short * (two - short), one)
         return s, one
 
     bent = jit(bent)
 
     def target_part(q, w, is_target, options):
-        u = q if probabilities else (options[AT_TARGET] if is_target else options[ELSEWHERE])
+        u = q if probabilities else choose(is_target, options[AT_TARGET], options[ELSEWHERE])
         return u * w if weights else u
 
     target_part = jit(target_part)
 
     def product(weight, d):
         # d may be −inf where the weight is 0.
-        return zero if weight == zero else weight * d
+        return choose(weight == zero, zero, weight * d)
 
     product = jit(product)
 
@@ -464,13 +475,13 @@ def _general(
         if dense:
             u = target_part(q, w, is_target, options)
             away = -product(u, d)
-            u_others, u_tops = (zero if is_top else u), (u if is_top else zero)
+            u_others, u_tops = choose(is_top, zero, u), choose(is_top, u, zero)
         elif smooths:
             away = -d
         if entropy:
             spread = -product(e, d)
         kept = x if has_cap else e
-        return kept, (zero if is_top else e), (one if is_top else zero), away, u_others, u_tops, spread
+        return kept, choose(is_top, zero, e), choose(is_top, one, zero), away, u_others, u_tops, spread
 
     def settle(m, sy, own, known, sums, low, factor, options):
         others, tops, away, u_others, u_tops = sums[0] + low, sums[1], sums[2], sums[3], sums[4]
@@ -498,8 +509,8 @@ def _general(
             u += more
             top_pull += more
         factor = factor * options[PER_TEMPERATURE]
-        pull, top, mark = factor * u / total, factor * top_pull / total, one if tops == one else nan
-        entry = (top if e == mark else pull * e - factor * least) * slope
+        pull, top, mark = factor * u / total, factor * top_pull / total, choose(tops == one, one, nan)
+        entry = choose(e == mark, top, pull * e - factor * least) * slope
         if shard:
             return away, m, rest, zero, zero, zero, zero, zero
         return loss, z, size + sums[5] / total, entry, pull, top, factor, mark
@@ -511,7 +522,7 @@ def _general(
             e = exp((s - known[0]) * options[PER_TEMPERATURE], rounder)
         if dense:
             u = target_part(q, w, is_target, options)
-            g = numbers[1] if e == numbers[3] else numbers[0] * e - numbers[2] * u
+            g = choose(e == numbers[3], numbers[1], numbers[0] * e - numbers[2] * u)
         elif smooths:
             g = numbers[0] * e - numbers[2] * options[ELSEWHERE]
         else:
@@ -536,7 +547,7 @@ def _general(
 def _hinge(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:
-    real = tools.real
+    real, choose = tools.real, tools.choose
     zero, one, power = real(0), real(1), real(plan.power)
     exact_sum, number_or_zero = f.exact_sum, f.number_or_zero
     pairs, linear, mean, counts = plan.pairs, plan.power == 1, plan.mean, plan.counts_target
@@ -549,17 +560,15 @@ def _hinge(
         s = x + q if pairs else x
         if linear:
             d = s + known[0]
-            idle = is_target or d <= known[1]
-            share = known[2] if d > known[1] else d
-            return (
-                (zero if idle else share), (zero if idle else d), (zero if idle else one), zero, zero, zero, zero,
-            )  # fmt: skip
+            idle = is_target | (d <= known[1])
+            share = choose(d > known[1], known[2], d)
+            return choose(idle, zero, share), choose(idle, zero, d), choose(idle, zero, one), zero, zero, zero, zero
         d, rest = exact_sum(s, known[0])
-        idle = is_target or d <= known[1]
-        m = zero if idle else d - known[1]
-        d = zero if idle else d
+        idle = is_target | (d <= known[1])
+        m = choose(idle, zero, d - known[1])
+        d = choose(idle, zero, d)
         rest -= known[1]
-        low = zero if idle else rest * ((d + d) + rest)
+        low = choose(idle, zero, rest * ((d + d) + rest))
         return m * known[2], d * d, m, low, zero, zero, zero
 
     def settle(m, sy, own, known, sums, low, factor, options):
@@ -570,11 +579,11 @@ def _hinge(
         else:
             rest += number_or_zero(sums[2])
         if counts:
-            own = own if own > zero else zero
+            own = choose(own > zero, own, zero)
             total, lost = exact_sum(total, own if linear else own * own)
             rest += number_or_zero(lost)
         loss = total + rest
-        entry = -(pull * known[2]) if loss == loss else loss
+        entry = choose(loss == loss, -(pull * known[2]), loss)
         if mean:
             lost = ((total - loss) + rest) * options[PER_CLASS]
             loss = loss / options[CLASSES] + number_or_zero(lost)
@@ -591,7 +600,7 @@ def _hinge(
 def _hinge_max(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
 ) -> None:
-    real = tools.real
+    real, choose = tools.real, tools.choose
     zero, one, two, none = real(0), real(1), real(2), real(-np.inf)
     exact_sum, number_or_zero = f.exact_sum, f.number_or_zero
     pairs, linear = plan.pairs, plan.power == 1
@@ -601,15 +610,15 @@ def _hinge_max(
 
     def step(x, q, w, is_target, known, options):
         d = (x + q if pairs else x) - known[0]
-        d = none if is_target else d
+        d = choose(is_target, none, d)
         return d + known[1], d, zero, zero, zero, zero, zero
 
     def settle(m, sy, own, known, sums, low, factor, options):
         top, rest = exact_sum(sums[0], known[1])
-        active = zero if top <= zero else top
+        active = choose(top <= zero, zero, top)
         slope = two * active
         if linear:
-            slope = one if top > zero else active
+            slope = choose(top > zero, one, active)
         loss = active if linear else active * active + number_or_zero(two * active * rest)
         g = slope * factor
         return loss, zero, zero, -g, g, top, zero, zero

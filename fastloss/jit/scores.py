@@ -1,55 +1,43 @@
-"""Row losses of given scores: groups of rows, each read once into scratch that stays in cache.
+"""Row losses of given scores: groups of rows, each read from memory once.
 
-For each group: its rows are copied to scratch, in the compute type, and the maximum is found; a walk (`rowmath`'s
-steps) leaves there what the gradient needs; rows are settled, all of the group at once, so that none waits for a
-logarithm or a division of its own; the last walk writes the gradient to where it belongs. Two layouts:
+Rows of many classes are walked along where they are; what the gradient needs is kept in its place. Few classes go
+through a transposed tile. `walks` has both, in vectors; here are the kernels around them. A large gradient that is not
+in place is held in scratch, a group of rows at a time, and goes to memory past the caches: a store to memory that is
+not in cache would read it first. Rows whose classes are not contiguous are copied, a group at a time.
 
-rowed   scratch (rows, classes), padded with −inf to whole vectors: a walk goes along a row, in blocks whose terms are
-        added up in vectors; blocks are added in float64
-tiled   for few classes; scratch (classes, rows): a walk goes along the rows of a class, and no sum is over a vector
-
-`tile_losses` is the tiled form for whoever makes scores itself.
-
-Rows are split into segments by the shape alone, and each has its sum: the same bits for any number of threads. Rows of
-multiplier 0 are not read.
+Rows are split into segments by the shape alone, and each has its sum: the same bits for any number of threads. Each
+thread has a part of the segments, the same from call to call, so that its rows are still in its core's cache, and
+helps the others when it is done. Rows of multiplier 0 are not read, or what comes of them is replaced by 0.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 # mypy: disable-error-code="arg-type, untyped-decorator, var-annotated"
 
 from __future__ import annotations
 
 import functools
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from fastloss._checks import Array
-from fastloss.jit import cpu, rowmath
+from fastloss.jit import cpu, rowmath, vectors
 from fastloss.jit.rowmath import Plan
+from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
+from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
 
-FEW_CLASSES = 40  # up to here rows are tiled
-TILE = 64  # rows of a tile
-# Classes of a block. Equal terms are all rounded the same way, and there are that many of them in a vector's lane:
-BLOCKS = {("hinge", np.float32): 1024, ("hinge", np.float64): 32}
-BLOCK = 128
-PAD = 32  # classes that rows are padded to a multiple of: what is left of vectors is added one by one, less accurately
-GROUP_BYTES = 4 << 10  # of a group of rows, unless one is larger: with their scores and gradients, in the L1 cache
+FEW = 2  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty
+GROUP_ROWS = 32  # of a rowed group, at most,
+GROUP_BYTES = 24 << 10  # and what they take
 SEGMENTS = 64  # at most,
 SEGMENT_BYTES = 16 << 10  # of scores each at least
-
-#: What is known of the rows of a group: where in `work` the numbers begin, one for each row. Offsets are constants, so
-#: that LLVM sees that they do not overlap.
-(
-    TOP, OWN_SCORE, FACTOR, OWN_MARGIN, KNOWN, SUMS, LOW, LOSS, Z, ENTROPY, ENTRY, NUMBERS, TARGET, WEIGHT, WORK,
-) = (TILE * k for k in (0, 1, 2, 3, 4, 7, 13, 14, 15, 16, 17, 18, 22, 23, 24))  # fmt: skip
-K1, K2 = KNOWN + TILE, KNOWN + 2 * TILE
-S1, S2, S3, S4, S5 = (SUMS + k * TILE for k in range(1, 6))
-N1, N2, N3 = (NUMBERS + k * TILE for k in range(1, 4))
-#: Where class weights, or margins of class pairs row by row, begin in the options.
-TABLE = 8
+STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
 
 
 def options_of(loss: Any, classes: int, plan: Plan, real: Any) -> np.ndarray[Any, Any]:
@@ -62,583 +50,369 @@ def options_of(loss: Any, classes: int, plan: Plan, real: Any) -> np.ndarray[Any
     return numbers
 
 
-# --- what both layouts share ----------------------------------------------------------------------------------------
-def _aim_and_settle(plan: Plan, row: Any, real: Any) -> Any:
-    aim, settle, counts, looks = row.aim, row.settle, plan.counts_target, plan.looks
-    zero, terms = real(0), plan.terms
+# --- parts of kernels, in vectors -----------------------------------------------------------------------------------
+# Their arguments are whole numbers, addresses among them; steps are in bytes.
+def rowed_walk(plan: Plan, stored: str, real: str, wants_gradient: bool) -> Any:
+    """The walks over a group of rows."""
 
-    @cpu.helper
-    def aim_rows(work, n, options):
-        for r in range(n):
-            a, b, c = aim(
-                work[TOP + r] if looks else zero, work[OWN_SCORE + r], work[FACTOR + r], options
-            )  # fmt: skip
-            work[KNOWN + r], work[K1 + r], work[K2 + r] = a, b, c
+    @intrinsic
+    def rowed(
+        typing, n, c, targets, work, table, more, more_step, rows, rows_step, kept, kept_step, grads, grads_step,
+        kept_vectors, ahead,
+    ):  # fmt: skip
+        def body(context, builder, signature, given):
+            group = Group(*given, None, None)
+            Walk(Emitter(builder, real), plan, stored, wants_gradient, True, group).rowed()
+            return context.get_dummy_value()
 
-    @cpu.helper
-    def settle_rows(work, n, options):
-        for r in range(n):
-            known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-            sums = (
-                work[SUMS + r], work[S1 + r] if terms > 1 else zero, work[S2 + r] if terms > 2 else zero,
-                work[S3 + r] if terms > 3 else zero, work[S4 + r] if terms > 4 else zero,
-                work[S5 + r] if terms > 5 else zero,
-            )  # fmt: skip
-            own = work[OWN_MARGIN + r] if counts else zero
-            loss, z, entropy, entry, a, b, c, d = settle(
-                work[TOP + r] if looks else zero, work[OWN_SCORE + r], own, known, sums, work[LOW + r],
-                work[FACTOR + r], options,
-            )  # fmt: skip
-            work[LOSS + r], work[Z + r], work[ENTROPY + r], work[ENTRY + r] = loss, z, entropy, entry
-            work[NUMBERS + r], work[N1 + r], work[N2 + r], work[N3 + r] = a, b, c, d
+        return types.void(*[types.intp] * 15), body
 
-    return aim_rows, settle_rows
+    return rowed
 
 
-# --- tiled ----------------------------------------------------------------------------------------------------------
-class Walks(NamedTuple):
-    """The walks over a group of rows, in either layout."""
+def tiled_walk(plan: Plan, real: str, wants_gradient: bool, skips: bool) -> Any:
+    """The walks over a tile of rows: gradients take the place of scores."""
 
-    open: Any
-    close: Any
+    @intrinsic
+    def tiled(typing, n, c, targets, work, table, more, more_step, tile, tile_step):
+        def body(context, builder, signature, given):
+            group = Group(*given[:7], *[None] * 8, *given[7:])
+            Walk(Emitter(builder, real), plan, real, wants_gradient, skips, group).tiled()
+            return context.get_dummy_value()
 
+        return types.void(*[types.intp] * 9), body
 
-def _tiled(plan: Plan, row: Any, real: Any) -> Walks:
-    step, close, top, exact_sum = row.step, row.close, row.top, row.functions.exact_sum
-    number_or_zero = row.functions.number_or_zero
-    aim_rows, settle_rows = _aim_and_settle(plan, row, real)
-    zero, none = real(0), real(-np.inf)
-    probabilities, weights, pairs, looks, terms = (
-        plan.probabilities, plan.weights, plan.pairs, plan.looks, plan.terms
-    )  # fmt: skip
-    is_max, closes, has_target = plan.kind == "hinge max", plan.closes, plan.has_target
-    knows_class = not probabilities and plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard
-    counts, exactly = plan.counts_target, plan.kind == "hinge"
-
-    @cpu.helper
-    def number(more, table, y, work, k, c, r):
-        # The number of row r and class k: a probability, or the margin of the pair.
-        if probabilities:
-            return more[k, r]
-        if pairs:
-            return table[TABLE + y[r] * c + k]
-        return zero
-
-    @cpu.helper
-    def one(tile, more, table, y, work, k, c, r, w, options):
-        known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-        is_target = work[TARGET + r] == real(k) if knows_class else False
-        kept, t0, t1, t2, t3, t4, t5 = step(
-            tile[k, r], number(more, table, y, work, k, c, r), w, is_target, known, options
-        )  # fmt: skip
-        tile[k, r] = kept
-        return t0, t1, t2, t3, t4, t5
-
-    @cpu.helper
-    def open_class(tile, more, table, y, work, k, c, n, options):
-        w = table[TABLE + k] if weights else zero
-        for r in range(n):
-            t0, t1, t2, t3, t4, t5 = one(tile, more, table, y, work, k, c, r, w, options)
-            if is_max:
-                work[SUMS + r] = top(work[SUMS + r], t0)
-            else:
-                total, lost = exact_sum(work[SUMS + r], t0)
-                work[SUMS + r] = total
-                work[LOW + r] += lost
-            if terms > 1:
-                work[S1 + r] += t1
-            if terms > 2:
-                work[S2 + r] += t2
-            if terms > 3:
-                work[S3 + r] += t3
-                work[S4 + r] += t4
-                work[S5 + r] += t5
-
-    @cpu.helper
-    def open_pair(tile, more, table, y, work, k, c, n, options):
-        w, v = (table[TABLE + k] if weights else zero), (table[TABLE + k + 1] if weights else zero)
-        for r in range(n):
-            t0, t1, t2, t3, t4, t5 = one(tile, more, table, y, work, k, c, r, w, options)
-            u0, u1, u2, u3, u4, u5 = one(tile, more, table, y, work, k + 1, c, r, v, options)
-            if is_max:
-                work[SUMS + r] = top(work[SUMS + r], top(t0, u0))
-            else:
-                both = t0 + u0
-                if exactly:
-                    both, lost = exact_sum(t0, u0)
-                    work[LOW + r] += lost
-                total, lost = exact_sum(work[SUMS + r], both)
-                work[SUMS + r] = total
-                work[LOW + r] += lost
-            if terms > 1:
-                work[S1 + r] += t1 + u1
-            if terms > 2:
-                work[S2 + r] += t2 + u2
-            if terms > 3:
-                work[S3 + r] += t3 + u3
-                work[S4 + r] += t4 + u4
-                work[S5 + r] += t5 + u5
-
-    @cpu.helper
-    def open_rows(tile, more, table, y, work, c, n, options):
-        for r in range(n):
-            work[TOP + r] = tile[0, r]
-        if looks:
-            for k in range(1, c):
-                for r in range(n):
-                    work[TOP + r] = top(work[TOP + r], tile[k, r])
-        for r in range(n):
-            work[OWN_SCORE + r] = tile[y[r], r] if knows_class else zero
-            if counts:
-                work[OWN_MARGIN + r] = table[TABLE + y[r] * (c + 1)] if pairs else options[rowmath.MARGIN]
-        aim_rows(work, n, options)
-        for r in range(n):
-            work[TARGET + r] = real(y[r]) if knows_class else zero
-            work[SUMS + r] = none if is_max else zero
-            work[LOW + r] = zero
-            for t in range(1, terms):
-                work[SUMS + TILE * t + r] = zero
-        k = 0
-        while k + 2 <= c:
-            open_pair(tile, more, table, y, work, k, c, n, options)
-            k += 2
-        if k < c:
-            open_class(tile, more, table, y, work, k, c, n, options)
-        if not is_max:
-            for r in range(n):
-                work[LOW + r] = number_or_zero(work[LOW + r])
-        settle_rows(work, n, options)
-
-    @cpu.helper
-    def close_rows(tile, more, table, y, work, c, n, options):
-        if is_max:
-            _give_to_the_largest(tile, y, work, c, n)
-        elif closes:
-            for k in range(c):
-                w = table[TABLE + k] if weights else zero
-                for r in range(n):
-                    known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-                    numbers = work[NUMBERS + r], work[N1 + r], work[N2 + r], work[N3 + r]
-                    is_target = work[TARGET + r] == real(k) if knows_class else False
-                    q = number(more, table, y, work, k, c, r)
-                    tile[k, r] = close(tile[k, r], q, w, is_target, known, numbers, options)
-        if has_target and not is_max:
-            for r in range(n):
-                tile[y[r], r] = work[ENTRY + r]
-
-    @cpu.helper
-    def _give_to_the_largest(tile, y, work, c, n):
-        for r in range(n):
-            largest, at = work[N1 + r], -1
-            for k in range(c):
-                if at < 0 and k != y[r] and (tile[k, r] == largest or tile[k, r] != tile[k, r]):
-                    at = k
-                tile[k, r] = zero
-            if at >= 0:
-                tile[at, r] = work[NUMBERS + r]
-                tile[y[r], r] = -work[NUMBERS + r]
-
-    return Walks(open_rows, close_rows)
+    return tiled
 
 
-def tile_losses(plan: Plan, real: Any) -> Any:
-    """The row losses of a tile of scores, and the gradient in its place: for whoever makes scores itself.
+def transposer(stored_name: str, real: str, is_gather: bool) -> Any:
+    """Rows of contiguous numbers to a tile, or back; the number of rows is a multiple of a vector's lanes."""
 
-    Returns a function that kernels can call:
+    @intrinsic
+    def transposed(typing, rows, step, n, c, tile, tile_step):
+        def body(context, builder, signature, given):
+            rows, step, n, c, tile, tile_step = given
+            e = Emitter(builder, real)
+            stored, pieces = Stored(e, stored_name), 16 // e.size
 
-    tile_losses(scores, n, y, probabilities, weights, losses, wants_gradient, options)
-        scores : (C, R) contiguous, R ≤ TILE: row r of the tile is scores[:, r]. The first n rows are computed; they
-            receive the gradients times `weights`, or, without `wants_gradient`, anything.
-        y : (R,) int64, class indices; not read if the plan has probabilities
-        probabilities : (C, R), or (0, R) if the plan has none
-        weights : (R,) the rows' multipliers, not 0
-        losses : (R,) receives the unweighted row losses
-        options : `options_of`(loss, C, plan, real)
+            def part(g: Any, k: Any, columns: int) -> None:
+                at = builder.add(rows, builder.add(builder.mul(g, step), builder.mul(k, WORD(stored.size))))
+                places = [
+                    e.plus(builder.add(tile, builder.mul(builder.add(k, WORD(i)), tile_step)), g, e.size)
+                    for i in range(columns)
+                ]
+                if is_gather:
+                    for vector, place in zip(stored.gather(at, step, columns), places, strict=True):
+                        e.store(vector, place)
+                else:
+                    stored.scatter([e.load(place) for place in places], at, step)
 
-    Parameters
-    ----------
-    plan : Plan
-        `rowmath.plan_of`(loss, whether targets are probabilities).
-    real : np.float32 or np.float64
-        The type of all of these.
-    """
-    walks = _tiled(plan, rowmath.build(plan, cpu.helper, cpu.tools(real)), real)
-    open_tile, close_tile = walks.open, walks.close
+            left = builder.srem(c, WORD(pieces))
+            whole = builder.sub(c, left)
+            with e.loop(WORD(0), n, e.lanes) as g:
+                with e.loop(WORD(0), whole, pieces) as k:
+                    part(g, k, pieces)
+                for columns in range(1, pieces):
+                    with builder.if_then(builder.icmp_signed("==", left, WORD(columns))):
+                        part(g, whole, columns)
+            return context.get_dummy_value()
 
-    @numba.njit(error_model="numpy")
-    def losses_of_tile(scores, n, y, probabilities, weights, losses, wants_gradient, options):
-        work = np.empty(WORK, real)
-        for r in range(n):
-            work[FACTOR + r] = weights[r]
-        numbers = (
-            options[0], options[1], options[2], options[3], options[4], options[5], options[6], options[7]
-        )  # fmt: skip
-        c = len(scores)
-        open_tile(scores, probabilities, options, y, work, c, n, numbers)
-        if wants_gradient:
-            close_tile(scores, probabilities, options, y, work, c, n, numbers)
-        for r in range(n):
-            losses[r] = work[LOSS + r]
+        return types.void(*[types.intp] * 6), body
 
-    return losses_of_tile
+    return transposed
 
 
-# --- rowed ----------------------------------------------------------------------------------------------------------
-def _rowed(plan: Plan, row: Any, real: Any, load: Any, save: Any, writes: bool, direct: bool) -> Any:
-    """The walk along one row: its terms, added up. `direct`: from the scores themselves, as they are stored."""
-    step, top, exact_sum = row.step, row.top, row.functions.exact_sum
-    zero, none = real(0), real(-np.inf)
-    probabilities, weights, pairs = plan.probabilities, plan.weights, plan.pairs
-    is_max, wide = plan.kind == "hinge max", real is np.float32
-    size = BLOCKS.get((plan.kind, real), BLOCK)
-    # Terms of the hinge are as large as their sum's rounding allows; those of the softmax only matter by a logarithm.
-    sum_type = np.float64 if plan.kind == "hinge" else real
-    excludes = plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard and not probabilities
+def weigher(real: str) -> Any:
+    """What n rows weigh, from their multipliers (address 0: all 1); lanes past them weigh nothing."""
 
-    def block_walk(is_careful):
-        @cpu.reducer
-        def walk(source, kept, more, weight, y, known, options):
-            t0, t1, t2, t3, t4, t5 = none if is_max else sum_type(0), zero, zero, zero, zero, zero
-            for j in range(source.size):
-                q = more[j] if probabilities or pairs else zero
-                w = weight[j] if weights else zero
-                # In place is said so: where two arrays may overlap, vectors are not made.
-                x = load(source[j]) if direct else kept[j]
-                k, u0, u1, u2, u3, u4, u5 = step(x, q, w, is_careful and j == y, known, options)
-                if writes:
-                    kept[j] = save(k)
-                t0 = top(t0, u0) if is_max else t0 + sum_type(u0)
-                t1 += u1
-                t2 += u2
-                t3 += u3
-                t4 += u4
-                t5 += u5
-            return t0, t1, t2, t3, t4, t5
+    @intrinsic
+    def weigh(typing, n, multiplier, scale, work):
+        def body(context, builder, signature, given):
+            n, multiplier, scale, work = given
+            e = Emitter(builder, real)
+            factor = e.splat(builder.fptrunc(scale, e.real) if e.size == 4 else scale)
+            with e.loop(WORD(0), n, e.lanes) as g:
+                some = e.first(builder.sub(n, g))
+                place = cgutils.alloca_once(builder, e.vector)
+                builder.store(builder.select(some, e.lift(1, e.vector), e.lift(0, e.vector)), place)
+                with builder.if_then(builder.icmp_signed("!=", multiplier, WORD(0))):
+                    builder.store(e.load_some(e.plus(multiplier, g, e.size), some, e.vector, e.size), place)
+                weight = builder.load(place)
+                e.store(weight, e.plus(work, builder.add(g, WORD(WEIGHT)), e.size))
+                e.store(builder.fmul(weight, factor), e.plus(work, builder.add(g, WORD(FACTOR)), e.size))
+            return context.get_dummy_value()
 
-        return walk
+        return types.void(types.intp, types.intp, types.float64, types.intp), body
 
-    plain, careful = block_walk(False), block_walk(excludes)
+    return weigh
 
-    @cpu.helper
-    def add(total, lost, x):
-        if wide:
-            return total + np.float64(x), lost
-        found, rest = exact_sum(total, x)
-        return found, lost + rest
 
-    @cpu.helper
-    def tail(lost):
-        # Where a sum is infinite, what it lacks is NaN.
-        return lost if lost == lost else np.float64(0)
+def adder(real: str) -> Any:
+    """Adds weight · loss of n rows to sums at `totals`, a float64 for each lane."""
 
-    @cpu.helper
-    def open_row(source, kept, more, weight, c, y, known, options):
-        # The row's terms, and what the first lacks. If direct, `source` and `kept` do not overlap; else they are one.
-        t0, low = np.float64(none if is_max else zero), np.float64(0)
-        t1, t2, t3, t4, t5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
-        l1, l2, l3, l4, l5 = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
-        for a in range(0, c, size):
-            b = min(c, a + size)
-            part = more[a:b] if probabilities or pairs else more
-            some = weight[a:b] if weights else weight
-            if excludes and a <= y < b:
-                u0, u1, u2, u3, u4, u5 = careful(source[a:b], kept[a:b], part, some, y - a, known, options)
-            else:
-                u0, u1, u2, u3, u4, u5 = plain(source[a:b], kept[a:b], part, some, 0, known, options)
-            if is_max:
-                t0 = cpu.larger(t0, np.float64(u0))
-            else:
-                t0, low = add(t0, low, u0)
-            t1, l1 = add(t1, l1, u1)
-            t2, l2 = add(t2, l2, u2)
-            t3, l3 = add(t3, l3, u3)
-            t4, l4 = add(t4, l4, u4)
-            t5, l5 = add(t5, l5, u5)
-        if not wide:
-            t1, t2, t3, t4, t5 = t1 + tail(l1), t2 + tail(l2), t3 + tail(l3), t4 + tail(l4), t5 + tail(l5)
-        if wide and not is_max:
-            low = t0 - np.float64(real(t0))
-        low = tail(low)
-        return real(t0), real(t1), real(t2), real(t3), real(t4), real(t5), real(low)
+    @intrinsic
+    def add(typing, n, work, totals):
+        def body(context, builder, signature, given):
+            n, work, totals = given
+            e = Emitter(builder, real)
+            doubles = ir.VectorType(ir.DoubleType(), e.lanes)
 
-    return open_row
+            def wide(which: int, g: Any) -> Any:
+                found = e.load(e.plus(work, builder.add(g, WORD(which)), e.size))
+                return builder.fpext(found, doubles) if e.size == 4 else found
+
+            with e.loop(WORD(0), n, e.lanes) as g:
+                product = builder.fmul(wide(WEIGHT, g), wide(LOSS, g))
+                e.store(builder.fadd(e.load(totals, doubles, 8), product), totals, 8)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 3), body
+
+    return add
+
+
+def streamer(size: int) -> Any:
+    """Copies n numbers of a size past the caches; `to` is a multiple of the size."""
+
+    @intrinsic
+    def stream(typing, to, source, n):
+        def body(context, builder, signature, given):
+            to, source, n = given
+            e = Emitter(builder, "float32")
+            number, line = ir.IntType(8 * size), ir.VectorType(ir.IntType(64), LINE // 8)
+            mark = builder.module.add_metadata([ir.IntType(32)(1)])
+
+            def copy(first: Any, stop: Any) -> None:
+                with e.loop(first, stop, 1) as k:
+                    e.store(e.load(e.plus(source, k, size), number, size), e.plus(to, k, size), size)
+
+            head = builder.sdiv(builder.and_(builder.neg(to), WORD(LINE - 1)), WORD(size))
+            head = e.least(head, n)
+            lines = builder.sdiv(builder.sub(n, head), WORD(LINE // size))
+            rest = builder.add(head, builder.mul(lines, WORD(LINE // size)))
+            copy(WORD(0), head)
+            with e.loop(head, rest, LINE // size) as k:
+                place = builder.inttoptr(e.plus(to, k, size), line.as_pointer())
+                builder.store(e.load(e.plus(source, k, size), line, size), place, align=LINE).set_metadata(
+                    "nontemporal", mark
+                )
+            copy(rest, n)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 3), body
+
+    return stream
+
+
+@intrinsic
+def end_streams(typing):
+    """Before another thread may look."""
+
+    def body(context, builder, signature, given):
+        if cpu.X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse.sfence"), [])
+        return context.get_dummy_value()
+
+    return types.void(), body
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
+#: What a kernel is told of a call: words, at an address.
+(
+    SCORES, ROW_STEP, COLUMN_STEP, GRADS, GRADS_ROW_STEP, GRADS_COLUMN_STEP, TARGETS, MULTIPLIER, SCALE, LOSSES,
+    LOSSES_STEP, Z_AT, ENTROPY_AT, Q, OPTIONS, SUMS_AT, SEGMENT, ROWS, CLASSES, GROUP, STREAMS, SCRATCH, SCRATCH_STEP,
+    WORKERS,
+) = range(24)  # fmt: skip
+JOB = Struct("=8qd15q")
+#: After them, for each thread, a line with the next segment of its part, and where that ends.
+PARTS, PART = 4 * LINE, Struct("=2q")
+HEADER = 2 * LINE  # of a thread's scratch: sums of losses, a float64 for each lane
+
+
 def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> Any:
-    """The work on some segments of rows of scores of a type."""
+    """The work of one thread: segments of rows of scores of a type."""
     stored = cpu.storage(dtype)
     real = stored.real
-    row = rowmath.build(plan, cpu.helper, cpu.tools(real))
-    load, save, close, top = stored.load, stored.save, row.close, row.top
-    none, zero, one, like = real(-np.inf), real(0), real(1), stored.like(0)
-    stored_type = stored.like
-    itemsize = np.dtype(stored_type).itemsize
-    probabilities, pairs, weights, looks, closes = (
-        plan.probabilities, plan.pairs, plan.weights, plan.looks, plan.closes
-    )  # fmt: skip
-    has_target, is_max, counts, general = plan.has_target, plan.kind == "hinge max", plan.counts_target, plan.general
-    with_targets = plan.kind in ("softmax", "hinge", "hinge max") and not plan.shard and not probabilities
-    padded = looks and not general
-    direct = plan.kind == "hinge"  # the first walk makes the gradient: from the scores to where it belongs
+    name = np.dtype(real).name
+    load, save, like = stored.load, stored.save, stored.like(0)
+    itemsize, size = np.dtype(stored.like).itemsize, np.dtype(real).itemsize
+    number, word, double = real(0), np.int64(0), np.float64(0)
+    lanes = vectors.lanes_of(name)
+    probabilities, pairs, is_real = plan.probabilities, plan.pairs, dtype == name
+    weigh, add = weigher(name), adder(name)
     if tiled:
-        walks = _tiled(plan, row, real)
-        open_tile, close_tile = walks.open, walks.close
-        open_row = aim_rows = settle_rows = cpu.nothing
+        walk = tiled_walk(plan, name, wants_gradient, True)
+        gather, scatter = transposer(dtype, name, True), transposer(dtype, name, False)
+        gather_real = gather if is_real else transposer(name, name, True)
     else:
-        open_tile = close_tile = cpu.nothing
-        if direct:
-            open_row = _rowed(plan, row, real, load, save, wants_gradient, True)
-        else:
-            open_row = _rowed(plan, row, real, cpu.same, cpu.same, wants_gradient or is_max, False)
-        aim_rows, settle_rows = _aim_and_settle(plan, row, real)
-
-    @cpu.reducer
-    def copy_and_look(source, kept):
-        m = none
-        for j in range(source.size):
-            x = load(source[j])
-            kept[j] = x
-            if looks:
-                m = top(m, x)
-        return m
+        walk, stream = rowed_walk(plan, dtype, name, wants_gradient), streamer(itemsize)
 
     @cpu.helper
-    def fetch(base, step, c, kept):
-        # A row to scratch; its maximum.
-        if step == itemsize:
-            m = copy_and_look(cpu.numbers_at(base, c, like), kept[:c])
-        else:
-            m = none
-            for j in range(c):
-                x = load(cpu.get(base + j * step, like))
-                kept[j] = x
-                m = top(m, x)
-        if padded:
-            for j in range(c, kept.size):
-                kept[j] = none
-        return m
+    def told(job, which):
+        return cpu.get(job + 8 * which, word)
 
     @cpu.helper
-    def finish(kept, out, more, weight, y, known, numbers, options):
-        # The gradient of a row from scratch; `out` may be the same.
-        for j in range(out.size):
-            if closes and not is_max:
-                q = more[j] if probabilities or pairs else zero
-                w = weight[j] if weights else zero
-                out[j] = save(close(kept[j], q, w, weights and with_targets and j == y, known, numbers, options))
-            elif is_max:
-                out[j] = save(zero)
-            else:
-                out[j] = save(kept[j])
-
-    @cpu.helper
-    def largest(kept, y, top_margin):
-        # The lowest class with the largest margin, or the first NaN; the row's size if none.
-        for j in range(kept.size):
-            if j != y and (kept[j] == top_margin or kept[j] != kept[j]):
-                return j
-        return kept.size
-
-    @cpu.helper
-    def give(out, kept, work, r, y):
-        # What is not like other entries.
-        if is_max:
-            at = largest(kept, y, work[N1 + r])
-            if at < out.size:
-                out[at] = save(work[NUMBERS + r])
-                out[y] = save(work[ENTRY + r])
-        elif has_target:
-            out[y] = save(work[ENTRY + r])
-
-    @cpu.helper
-    def rowed_group(base, strides, out_base, out_strides, place, y, q, table, work, tile, buffer, n, c, options):
-        for r in range(n):
-            m = fetch(base + place[r] * strides[0], strides[1], c, tile[r])
-            work[TOP + r] = m
-            work[OWN_SCORE + r] = tile[r, y[r]] if with_targets else zero
-            if counts:
-                work[OWN_MARGIN + r] = table[TABLE + y[r] * (c + 1)] if pairs else options[rowmath.MARGIN]
-        aim_rows(work, n, options)
-        stop = tile.shape[1] if padded else c
-        some = table[TABLE : TABLE + c] if weights else table
-        for r in range(n):
-            more = q[place[r]] if probabilities else table
-            if pairs:
-                more = table[TABLE + y[r] * c : TABLE + (y[r] + 1) * c]
-            known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-            t0, t1, t2, t3, t4, t5, low = open_row(tile[r], tile[r], more, some, stop, y[r], known, options)
-            work[SUMS + r], work[S1 + r], work[S2 + r], work[S3 + r] = t0, t1, t2, t3
-            work[S4 + r], work[S5 + r], work[LOW + r] = t4, t5, low
-        settle_rows(work, n, options)
-        if wants_gradient:
-            for r in range(n):
-                more = q[place[r]] if probabilities else table
-                if pairs:
-                    more = table[TABLE + y[r] * c : TABLE + (y[r] + 1) * c]
-                known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-                numbers = work[NUMBERS + r], work[N1 + r], work[N2 + r], work[N3 + r]
-                to = out_base + place[r] * out_strides[0]
-                out = cpu.numbers_at(to, c, like) if out_strides[1] == itemsize else buffer[:c]
-                finish(tile[r, :c], out, more, some, y[r], known, numbers, options)
-                give(out, tile[r, :c], work, r, y[r])
-                if out_strides[1] != itemsize:
-                    for j in range(c):
-                        cpu.put(to + j * out_strides[1], buffer[j])
-
-    @cpu.helper
-    def direct_group(base, strides, out_base, out_strides, place, y, q, table, work, tile, buffer, n, c, options):
-        for r in range(n):
-            work[OWN_SCORE + r] = load(cpu.get(base + place[r] * strides[0] + y[r] * strides[1], like))
-            if counts:
-                work[OWN_MARGIN + r] = table[TABLE + y[r] * (c + 1)] if pairs else options[rowmath.MARGIN]
-        aim_rows(work, n, options)
-        for r in range(n):
-            at, to = base + place[r] * strides[0], out_base + place[r] * out_strides[0]
-            more = table[TABLE + y[r] * c : TABLE + (y[r] + 1) * c] if pairs else table
-            source, out = buffer[:c], buffer[c:]
-            if strides[1] != itemsize or at == to:  # vectors are made only where what is read is not what is written
-                for j in range(c):
-                    buffer[j] = cpu.get(at + j * strides[1], like)
-            else:
-                source = cpu.numbers_at(at, c, like)
-            if wants_gradient and out_strides[1] == itemsize:
-                out = cpu.numbers_at(to, c, like)
-            known = work[KNOWN + r], work[K1 + r], work[K2 + r]
-            t0, t1, t2, t3, t4, t5, low = open_row(source, out, more, table, c, y[r], known, options)
-            work[SUMS + r], work[S1 + r], work[S2 + r], work[S3 + r] = t0, t1, t2, t3
-            work[S4 + r], work[S5 + r], work[LOW + r] = t4, t5, low
-            if wants_gradient and out_strides[1] != itemsize:
-                for j in range(c):
-                    cpu.put(to + j * out_strides[1], out[j])
-        settle_rows(work, n, options)
-        if wants_gradient:
-            for r in range(n):
-                to = out_base + place[r] * out_strides[0] + y[r] * out_strides[1]
-                cpu.put(to, save(work[ENTRY + r]))
-
-    @cpu.helper
-    def tiled_group(base, strides, out_base, out_strides, place, y, q, table, work, tile, more, n, c, options):
-        for r in range(n):
-            at = base + place[r] * strides[0]
+    def tiled_group(job, i, n, c, scratch):
+        work, tile = scratch, scratch + WORK * size
+        more = tile + c * TILE * size
+        rows, row_step, column_step = told(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
+        rows += i * row_step
+        targets, options, step = told(job, TARGETS) + 8 * i, told(job, OPTIONS), TILE * size
+        whole = n // lanes * lanes
+        some = whole if column_step == itemsize else 0
+        gather(rows, row_step, some, c, tile, step)
+        for k in range(c):
+            for r in range(some, n):
+                x = load(cpu.get(rows + r * row_step + k * column_step, like))
+                cpu.put(tile + k * step + r * size, x)
+        if probabilities:
+            q = told(job, Q) + i * c * size
+            gather_real(q, c * size, whole, c, more, step)
             for k in range(c):
-                tile[k, r] = load(cpu.get(at + k * strides[1], like))
-            if probabilities:
-                for k in range(c):
-                    more[k, r] = q[place[r], k]
-        open_tile(tile, more, table, y, work, c, n, options)
-        if wants_gradient:
-            close_tile(tile, more, table, y, work, c, n, options)
+                for r in range(whole, n):
+                    cpu.put(more + k * step + r * size, cpu.get(q + (r * c + k) * size, number))
+        elif pairs:
             for r in range(n):
-                to = out_base + place[r] * out_strides[0]
+                y = cpu.get(targets + 8 * r, word)
+                y = y if 0 <= y < c else 0  # an ignored target may be no class
                 for k in range(c):
-                    cpu.put(to + k * out_strides[1], save(tile[k, r]))
+                    margin = cpu.get(options + (TABLE + y * c + k) * size, number)
+                    cpu.put(more + k * step + r * size, margin)
+        walk(n, c, targets, work, options, more, step, tile, step)
+        if wants_gradient:
+            rows, row_step, column_step = told(job, GRADS), told(job, GRADS_ROW_STEP), told(job, GRADS_COLUMN_STEP)
+            rows += i * row_step
+            some = whole if column_step == itemsize else 0
+            scatter(rows, row_step, some, c, tile, step)
+            for k in range(c):
+                for r in range(some, n):
+                    x = cpu.get(tile + k * step + r * size, number)
+                    cpu.put(rows + r * row_step + k * column_step, save(x))
 
-    number = getattr(types, np.dtype(real).name)
-    vector, matrix = types.Array(number, 1, "A"), types.Array(number, 2, "C", readonly=True)
-    numbers = types.Array(number, 1, "C", readonly=True)
-    signature = types.void(
-        types.Array(stored.kind, 2, "A", readonly=True), types.Array(types.int64, 1, "C", readonly=True), numbers,
-        number, types.Array(stored.kind, 2, "A"), vector, vector, vector, matrix, numbers,
-        types.Array(types.float64, 1, "C"), types.intp, types.intp, types.intp,
-    )  # fmt: skip
-
-    @numba.njit(signature, nogil=True, error_model="numpy")
-    def kernel(
-        scores, targets, multiplier, scale, grad, losses, zs, entropies, q, table, sums, segment, first, last
-    ):
-        mode = cpu.set_rounding_of_tiny(np.int32(-1))
-        n_rows, c = scores.shape
-        options = (table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7])
-        place, y, work = np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(WORK, real)
-        if tiled:
-            size, tile = TILE, np.zeros((c, TILE), real)
-            more = np.zeros((c if probabilities else 0, TILE), real)
-        else:
-            width = (c + PAD - 1) // PAD * PAD
-            size = max(1, min(TILE, GROUP_BYTES // (width * work.itemsize)))
-            tile, buffer = np.empty((size, width), real), np.empty(2 * c, stored_type)
-        base, out_base = scores.ctypes.data, grad.ctypes.data
-        for s in range(first, last):
-            i, stop, total = s * segment, min(n_rows, (s + 1) * segment), 0.0
-            while i < stop:
-                n = 0
-                while n < size and i < stop:
-                    weight = multiplier[i] if multiplier.size else one
-                    if weight != zero:
-                        place[n] = i
-                        if with_targets:
-                            y[n] = targets[i]
-                        work[WEIGHT + n], work[FACTOR + n] = weight, weight * scale
-                        n += 1
-                    else:
-                        if wants_gradient:
-                            for k in range(c):
-                                grad[i, k] = save(zero)
-                        if losses.size:
-                            losses[i] = zero
-                        if zs.size:
-                            zs[i] = zero
-                        if entropies.size:
-                            entropies[i] = zero
-                    i += 1
-                if tiled:
-                    tiled_group(
-                        base, scores.strides, out_base, grad.strides, place, y, q, table, work, tile, more, n, c,
-                        options,
-                    )  # fmt: skip
-                elif direct:
-                    direct_group(
-                        base, scores.strides, out_base, grad.strides, place, y, q, table, work, tile, buffer, n, c,
-                        options,
-                    )  # fmt: skip
-                else:
-                    rowed_group(
-                        base, scores.strides, out_base, grad.strides, place, y, q, table, work, tile, buffer, n, c,
-                        options,
-                    )  # fmt: skip
+    @cpu.helper
+    def rowed_group(job, i, n, c, scratch):
+        work, kept_vectors = scratch, scratch + WORK * size
+        held = kept_vectors + SLOTS * TILE * lanes * size  # gradients that are not written where they belong at once
+        copied = held + told(job, GROUP) * c * size  # scores that are not contiguous,
+        kept = copied + told(job, GROUP) * c * size  # and what is kept if gradients are not of the compute type
+        rows, row_step, column_step = told(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
+        targets, options = told(job, TARGETS) + 8 * i, told(job, OPTIONS)
+        rows += i * row_step
+        ahead = told(job, GROUP) * row_step
+        if column_step != itemsize:
+            for k in range(c):
                 for r in range(n):
-                    total += np.float64(work[WEIGHT + r]) * np.float64(work[LOSS + r])
-                if losses.size:
+                    cpu.put(copied + (r * c + k) * itemsize, cpu.get(rows + r * row_step + k * column_step, like))
+            rows, row_step, ahead = copied, c * itemsize, 0
+        grads, grads_step, kept_step = told(job, GRADS), told(job, GRADS_ROW_STEP), c * size
+        grads += i * grads_step
+        to, to_step, is_held = grads, grads_step, told(job, STREAMS) or told(job, GRADS_COLUMN_STEP) != itemsize
+        if is_held:
+            to, to_step = held, c * itemsize
+        if is_real:
+            kept, kept_step = to, to_step
+        more = told(job, Q) + i * c * size if probabilities else 0
+        walk(
+            n, c, targets, work, options, more, c * size, rows, row_step, kept, kept_step, to, to_step, kept_vectors,
+            ahead,
+        )  # fmt: skip
+        if wants_gradient and is_held:
+            if told(job, STREAMS):
+                stream(grads, held, n * c)
+            else:
+                column_step = told(job, GRADS_COLUMN_STEP)
+                for k in range(c):
                     for r in range(n):
-                        losses[place[r]] = work[LOSS + r]
-                if zs.size:
-                    for r in range(n):
-                        zs[place[r]] = work[Z + r]
-                if entropies.size:
-                    for r in range(n):
-                        entropies[place[r]] = work[ENTROPY + r]
-            sums[s] = total
+                        x = cpu.get(held + (r * c + k) * itemsize, like)
+                        cpu.put(grads + r * grads_step + k * column_step, x)
+
+    group = tiled_group if tiled else rowed_group
+
+    @cpu.helper
+    def give(to, step, work, which, n):
+        for r in range(n):
+            cpu.put(to + r * step, cpu.get(work + (which + r) * size, number))
+
+    @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
+    def kernel(job, worker):
+        mode = cpu.set_rounding_of_tiny(np.int32(-1))
+        n_rows, c, segment, most = told(job, ROWS), told(job, CLASSES), told(job, SEGMENT), told(job, GROUP)
+        scratch = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
+        totals, work = scratch, scratch + HEADER
+        scale, multiplier, workers = cpu.get(job + 8 * SCALE, double), told(job, MULTIPLIER), told(job, WORKERS)
+        losses, z, entropy = told(job, LOSSES), told(job, Z_AT), told(job, ENTROPY_AT)
+        for turn in range(workers):
+            part = job + PARTS + (worker + turn) % workers * LINE
+            s = cpu.take(part)
+            while s < cpu.get(part + 8, word):
+                i, stop = s * segment, min(n_rows, (s + 1) * segment)
+                for k in range(lanes):
+                    cpu.put(totals + 8 * k, double)
+                while i < stop:
+                    n = min(most, stop - i)
+                    weigh(n, multiplier + i * size if multiplier else 0, scale, work)
+                    group(job, i, n, c, work)
+                    add(n, work, totals)
+                    if losses:
+                        step = told(job, LOSSES_STEP)
+                        give(losses + i * step, step, work, LOSS, n)
+                    if z:
+                        give(z + i * size, size, work, Z, n)
+                    if entropy:
+                        give(entropy + i * size, size, work, ENTROPY, n)
+                    i += n
+                total = double
+                for k in range(lanes):
+                    total += cpu.get(totals + 8 * k, double)
+                cpu.put(told(job, SUMS_AT) + 8 * s, total)
+                s = cpu.take(part)
+        if told(job, STREAMS):
+            end_streams()
         cpu.set_rounding_of_tiny(mode)
 
-    return kernel
+    return cpu.Kernel(kernel)
 
 
 # --- from Python ----------------------------------------------------------------------------------------------------
 PARALLEL = 1 << 15  # numbers for each thread, at least
+INT64 = np.dtype(np.int64)
 NO_TARGETS = np.empty(0, np.int64)
 
 
-def raw(array: Array) -> Array:
-    """16-bit floats as the integers that their bits are, which Numba has; other numbers as they are."""
-    return array.view(np.uint16) if array.itemsize == 2 else array
+SUMS = [Struct(f"={k}d") for k in range(SEGMENTS + 1)]
 
 
-class Nothing(NamedTuple):
-    """Arguments that are left out, in a compute type."""
+class Types(NamedTuple):
+    """What follows from the type of scores."""
 
-    vector: Array
-    matrix: Array
+    name: str
+    itemsize: int
+    real: Any  # the compute type
+    size: int
+    lanes: int
 
     @classmethod
-    @functools.cache
-    def of(cls, real: Any) -> Nothing:
-        return cls(np.empty(0, real), np.empty((0, 0), real))
+    @functools.cache  # a type's name alone takes NumPy as long as a small call may take
+    def of(cls, dtype: np.dtype[Any]) -> Types:
+        real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        return cls(dtype.name, dtype.itemsize, real, real.itemsize, vectors.lanes_of(real.name))
 
 
 @functools.cache
-def no_gradient(dtype: np.dtype[Any]) -> Array:
-    return raw(np.empty((0, 0), dtype))
+def compiled(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> cpu.Kernel:
+    kernel: cpu.Kernel = cpu.made(rows_kernel, plan, dtype, tiled, wants_gradient)
+    return kernel
+
+
+def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
+    """The plan of a loss (`which` as in `rowmath.plan_of`), and its options: made once."""
+    kept: dict[Any, tuple[Plan, Array]] = loss.__dict__.setdefault("_prepared", {})
+    key = classes, real, which
+    if key not in kept:
+        plan = rowmath.plan_of(loss, *which)
+        kept[key] = plan, options_of(loss, classes, plan, real)
+    return kept[key]
 
 
 def run(
@@ -647,33 +421,58 @@ def run(
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
     n, c = scores.shape
-    tiled = c <= FEW_CLASSES
-    kernel = cpu.made(rows_kernel, plan, scores.dtype.name, tiled, grad is not None)
+    dtype, itemsize, real, size, lanes = Types.of(scores.dtype)
+    tiled = c <= FEW * lanes
+    kernel = compiled(plan, dtype, tiled, grad is not None)
     if not n:
         return 0.0
-    real = table.dtype
-    none = Nothing.of(real)
-    q, y = none.matrix, targets
+    q, y = None, targets
     if plan.probabilities:
-        q, y = np.require(targets, real, ["C", "A"]), NO_TARGETS
-    elif y.dtype != np.int64 or not y.flags.c_contiguous or not y.flags.aligned:
+        q = np.require(targets, real, ["C", "A"])
+    elif y.dtype != INT64 or not y.flags.c_contiguous or not y.flags.aligned:
         y = np.require(y, np.int64, ["C", "A"])
     if not scores.flags.aligned:
         scores = scores.copy()
-    segments = min(SEGMENTS, -(-scores.size * real.itemsize // SEGMENT_BYTES))
+    if multiplier is not None:
+        multiplier = np.require(multiplier, real, ["C", "A"])
+    group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * size)))
+    segments = min(SEGMENTS, -(-scores.size * size // SEGMENT_BYTES))
     segment = -(-n // segments)
     if tiled:
         segment = -(-segment // TILE) * TILE
     segments = -(-n // segment)
-    sums = np.empty(segments)
-    vector = none.vector
-    arguments = (
-        raw(scores), y, vector if multiplier is None else np.require(multiplier, real, ["C", "A"]), real.type(scale),
-        no_gradient(scores.dtype) if grad is None else raw(grad), vector if losses is None else losses,
-        vector if z is None else z, vector if entropy is None else entropy, q, table, sums, segment,
+    address = cpu.address
+    at_scores, at_grad, grad_steps = address(scores), address(grad), (0, itemsize) if grad is None else grad.strides
+    streams = (
+        not tiled and at_grad not in (0, at_scores) and grad_steps == (c * itemsize, itemsize)
+        and scores.nbytes > STREAM_BYTES
     )  # fmt: skip
-    cpu.run(lambda first, last: kernel(*arguments, first, last), segments, min(n_threads, scores.size // PARALLEL))
-    return float(sums[0]) if segments == 1 else float(sums.sum())
+    workers = max(1, min(n_threads, segments, scores.size // PARALLEL))
+    step = HEADER + WORK * size
+    if tiled:
+        step += (2 if plan.probabilities or plan.pairs else 1) * c * TILE * size
+    else:
+        step += SLOTS * TILE * lanes * size + 3 * group * c * size
+    step = -(-step // LINE) * LINE
+    sums, scratch = PARTS + workers * LINE, -(-(PARTS + workers * LINE + segments * 8) // LINE) * LINE
+    memory: Any = np.empty(scratch + workers * step + LINE, np.uint8)
+    at = address(memory)
+    start = -at % LINE
+    at += start
+    JOB.pack_into(
+        memory, start, at_scores, *scores.strides, at_grad, *grad_steps, address(y), address(multiplier), scale,
+        address(losses), 0 if losses is None else losses.strides[0], address(z), address(entropy), address(q),
+        address(table), at + sums, segment, n, c, group, streams, at + scratch, step, workers,
+    )  # fmt: skip
+    for k in range(workers):
+        PART.pack_into(memory, start + PARTS + k * LINE, k * segments // workers, (k + 1) * segments // workers)
+    cpu.run_kernel(kernel, at, workers)
+    return sum(SUMS[segments].unpack_from(memory, start + sums), 0.0)
+
+
+def raw(array: Array) -> Array:
+    """16-bit floats as the integers that their bits are, which Numba has; other numbers as they are."""
+    return array.view(np.uint16) if array.itemsize == 2 else array
 
 
 def score_rows(
@@ -684,9 +483,8 @@ def score_rows(
     if "argmax" in extras:  # before the gradient, which may be written to the scores
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
-    plan = rowmath.plan_of(loss, targets.ndim == 2, z is not None, entropy is not None)
-    real = np.float64 if scores.dtype == np.float64 else np.float32
-    table = options_of(loss, scores.shape[1], plan, real)
+    real = Types.of(scores.dtype).real
+    plan, table = prepared(loss, scores.shape[1], real, targets.ndim == 2, z is not None, entropy is not None)
     return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
 
 
