@@ -85,6 +85,15 @@ def _compute(text: str, inputs: list[Array], outputs: list[Array]) -> None:
     """Serve a call: value, then gradients, into `outputs`."""
     loss, reduction, names, wrt = _read(text)
     operands = dict(zip(names, inputs, strict=True))
+    try:
+        _serve(loss, reduction, operands, wrt, outputs)
+    except ValueError as error:  # of what only the numbers tell: all else was checked before XLA was asked
+        raise ValueError(f"labels: {error}") from None
+
+
+def _serve(
+    loss: fl.Loss, reduction: str, operands: dict[str, Array], wrt: tuple[str, ...], outputs: list[Array]
+) -> None:
     if "upstream" in operands:
         _pull(loss, reduction, operands, dict(zip(wrt, outputs, strict=True)))
     elif "scores" in operands:

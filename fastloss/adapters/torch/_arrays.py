@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def as_array(tensor: Tensor) -> Array:
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A loss; infinite where it is too large for its type, as in PyTorch."""
-    return torch.scalar_tensor(value, dtype=torch.float64).to(dtype)
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def as_tensor(array: Array) -> Tensor:
@@ -62,8 +63,12 @@ class _Reserve:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.unlock()
         self.empty()
+
+    def unlock(self) -> None:
+        """A new lock: in a forked child nobody may be left to open the one that there was."""
+        self._lock = threading.Lock()
 
     def empty(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -81,6 +86,8 @@ class _Reserve:
 
 
 _reserve = _Reserve()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reserve.unlock)
 
 
 def empty_cache() -> None:
