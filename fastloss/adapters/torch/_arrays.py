@@ -21,6 +21,7 @@ except ImportError as error:
 
 Tensor: TypeAlias = Any
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 
 
@@ -35,17 +36,21 @@ def bfloat16() -> np.dtype[Any]:
 
 def as_array(tensor: Tensor) -> Array:
     """The tensor's memory as an array: never a copy, but where PyTorch has put off a change of sign."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know
-        array: Array = tensor.detach().view(torch.int16).numpy().view(bfloat16())
+        array: Array = tensor.view(torch.int16).numpy().view(bfloat16())
     else:
-        array = tensor.detach().numpy()
+        array = tensor.numpy()
     return array
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A loss; infinite where it is too large for its type, as in PyTorch."""
+    if dtype is torch.float32 and -FLOAT32_MAX < value < FLOAT32_MAX:  # at once, in a third of the time
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
 

@@ -229,19 +229,27 @@ def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Ten
 
 
 def loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
-    """Of scores (N, C) and class indices, reduced and without class weights: in one pass."""
-    *rest, wide = options
-    o = Options(*rest)
-    targets = _Targets(target, input.shape[1], None, o)
-    (_, loss), *_ = targets.terms
+    """Of scores (N, C) and class indices, reduced and without class weights: in one pass.
+
+    That no row is ignored is found in the check of the targets, which stops at the first that is no class.
+    """
+    kind, p, margin, label_smoothing, ignored, reduction, wide = options
+    n_classes = input.shape[1]
     out = empty_like(input) if input.numel() > SMALL else None
-    with targets.checked():
-        value, gradient = loss.value_and_grad(
-            as_array(input), targets.rows, out=None if out is None else as_array(out), reduction=o.reduction,
-            n_threads=_threads(),
-        )  # fmt: skip
-    dtype = torch.float32 if wide else input.dtype
-    return scalar(value, dtype), as_tensor(gradient) if out is None else out
+    scores, rows = as_array(input), as_array(target)
+    how = {"out": None if out is None else as_array(out), "reduction": reduction, "n_threads": _threads()}
+    found = None
+    if ignored is None or not 0 <= ignored < n_classes:
+        try:
+            found = plain_loss(kind, p, margin, label_smoothing, None).value_and_grad(scores, rows, **how)
+        except ValueError:  # before anything is computed
+            found = None
+    if found is None:
+        targets = _Targets(target, n_classes, None, Options(*options[:-1]))
+        with targets.checked():
+            found = targets.terms[0][1].value_and_grad(scores, rows, **how)
+    value, gradient = found
+    return scalar(value, torch.float32 if wide else input.dtype), as_tensor(gradient) if out is None else out
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, wide: bool) -> Any:

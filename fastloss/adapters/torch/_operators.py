@@ -14,6 +14,8 @@ transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _functorch: Any = getattr(torch._C, "_functorch", None)
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def _is_batch(tensor: Tensor) -> bool:
     """Whether a factor stands for a batch of them, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
@@ -32,10 +34,10 @@ def _is_plain(tensors: Any) -> bool:
         return False
     if transforming() or _modes() or _is_batch(tensors[0]):
         return False
-    return all(
-        t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda))
-        for t in tensors
-    )
+    for t in tensors:  # noqa: SIM110 - all() of them takes twice as long
+        if t is not None and not (type(t) in PLAIN and (t.is_cpu or t.is_cuda)):
+            return False
+    return True
 
 
 def _room(tensor: Tensor) -> Any:
@@ -187,6 +189,9 @@ class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
         return *_scores_backward(ctx, upstream)[:3], None
 
 
+# As `_EagerScores.apply`, which first looks for transforms: that was done.
+_apply_scores: Any = super(torch.autograd.Function, _EagerScores).apply
+
 scores_gradient = _Operator(
     f"(Tensor upstream, Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}) -> Tensor",
     compute.scores_gradient,
@@ -200,7 +205,7 @@ scores_loss = _Operator(
     _fake_scores_loss,
     _save_scores,
     _scores_backward,
-    lambda input, target, weight, *options: _EagerScores.apply(input, target, weight, options),
+    lambda input, target, weight, *options: _apply_scores(input, target, weight, options),
 )
 
 
