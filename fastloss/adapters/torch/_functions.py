@@ -40,10 +40,9 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}; it must be dense ({name}.to_dense())")
-        on_cpu = tensor.is_cpu
-        if not (on_cpu or tensor.is_meta or torch.compiler.is_compiling()):
+        if tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
             cuda.require(name, tensor)
-        if first is not None and not (on_cpu and first[1].is_cpu) and tensor.device != first[1].device:
+        if first is not None and tensor.device != first[1].device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but {first[0]} on {first[1].device}; they must be on one device"
             )
