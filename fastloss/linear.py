@@ -474,7 +474,7 @@ def linear_value_and_grad(
 
     folded = driver.fold(loss, y, weight, dtype, reduction, chosen, workers)
     multiplier, total = folded.multiplier, folded.total(n)
-    like = {"W": weights, "b": weights[:, 0] if bias is None else bias, "X": features}
+    like = {"W": weights, "b": np.empty(c, weights.dtype) if bias is None else bias, "X": features}
     found = {name: np.empty(like[name].shape, dtype) for name in wrt}
     row_loss = np.empty(n, dtype) if reduction == "none" else None
     weights, bias = weights.astype(dtype, copy=False), None if bias is None else bias.astype(dtype)

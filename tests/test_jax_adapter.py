@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -328,6 +329,72 @@ def test_checkpoint_and_scan():
     )
 
 
+def test_shard_map_over_two_devices():
+    """Gradients of what is the same on all devices are summed over them; once they were not, in silence."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from functools import partial
+from jax.sharding import Mesh, PartitionSpec as P
+from fastloss.adapters import jax as fast
+
+if not hasattr(jax, "shard_map"):
+    from jax.experimental.shard_map import shard_map
+    jax.shard_map = shard_map
+mesh = Mesh(np.array(jax.devices()), ("d",))
+assert mesh.size == 2
+rng = np.random.default_rng(0)
+S, X, W = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 5), (4, 3), (5, 3)))
+y = jnp.asarray(rng.integers(0, 5, 4))
+
+def close(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+def total(loss, specs, *arguments):
+    def part(*arguments):
+        return jax.lax.psum(loss(*arguments).sum(), "d")
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())(*arguments)
+
+grads = lambda *losses: [jax.jit(jax.grad(lambda s: total(f, (P(), P("d")), s, y)))(S) for f in losses]
+name = "softmax_cross_entropy_with_integer_labels"
+ours, theirs = getattr(fast, name), getattr(optax.losses, name)
+close(*grads(lambda s, y: ours(s[:2], y), lambda s, y: theirs(s[:2], y)))
+for reduction, reduce in (("mean", jnp.mean), ("none", lambda r: r)):
+    layer = partial(fast.linear_cross_entropy, reduction=reduction)
+    scores = lambda X, W, y: reduce(theirs(X @ W.T, y))
+    specs = P("d"), P(), P("d")
+    both = [jax.jit(jax.grad(lambda *a: total(f, specs, *a, y), (0, 1)))(X, W) for f in (layer, scores)]
+    for found, wanted in zip(*both):
+        close(found, wanted)
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=os.environ | flags
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_shard_map_of_all_losses():
+    """On one device; the values were right even where types were not."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    specs = (jax.sharding.PartitionSpec("d"),) * 2
+
+    def total(name, scores, targets):
+        mapped = jax.shard_map(getattr(fast, name), mesh=mesh, in_specs=specs, out_specs=specs[0])
+        return mapped(scores, targets).sum()
+
+    for name in ALL:
+        scores, targets = draw((4, 5)), targets_of(name, (4, 5))
+        found = jax.jit(jax.grad(functools.partial(total, name)))(scores, targets)
+        wanted = jax.grad(lambda s, name=name, targets=targets: getattr(fast, name)(s, targets).sum())(scores)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_python_numbers_do_not_widen_the_type():
+    scores = draw((4, 5), "bfloat16")
+    for q in (0.25, jnp.where(scores > 0, 0.4, 0.1)):
+        assert fast.softmax_cross_entropy(scores, q).dtype == optax.losses.softmax_cross_entropy(scores, q).dtype
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)], ids=str)
 def test_empty_batches(shape):
     for name in ALL:
@@ -490,7 +557,7 @@ def test_linear_of_no_rows():
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_labels_out_of_range(wrap, label):
     scores, labels = draw((4, 5)), jnp.array([0, 1, label, 2])
-    message = rf"targets\[2\] is {label}, but scores have 5 classes \(0 to 4\)"
+    message = rf"labels: targets\[2\] is {label}, but scores have 5 classes \(0 to 4\)"
     for function in (fast.softmax_cross_entropy_with_integer_labels, fast.multiclass_hinge_loss):
         with pytest.raises((ValueError, JaxError), match=message):
             jax.block_until_ready(wrap(function)(scores, labels))
@@ -499,7 +566,7 @@ def test_labels_out_of_range(wrap, label):
 
 
 def test_negative_probabilities():
-    with pytest.raises((ValueError, JaxError), match=r"targets\[0, 1\] is -1.0; targets must be finite"):
+    with pytest.raises((ValueError, JaxError), match=r"labels: targets\[0, 1\] is -1.0; targets must be finite"):
         jax.block_until_ready(fast.softmax_cross_entropy(draw((1, 2)), jnp.array([[0.5, -1.0]])))
 
 
@@ -521,6 +588,7 @@ S, Y, X, W = (np.zeros(shape, kind) for shape, kind in (((4, 5), "f4"), (4, "i4"
         (lambda: fast.softmax_cross_entropy(S, S[:, :3]), ValueError, r"labels has shape \(4, 3\)"),
         (lambda: fast.softmax_cross_entropy(S.astype(int), S), TypeError, "logits has dtype"),
         (lambda: fast.softmax_cross_entropy(jnp.zeros((2, 3), "float8_e5m2"), S), TypeError, "floats of 16 to 64 bits"),
+        (lambda: fast.softmax_cross_entropy_with_integer_labels(1.0, Y), ValueError, r"logits have shape \(\)"),
         (lambda: fast.multiclass_hinge_loss(S[0, 0], Y[0]), ValueError, r"scores has shape \(\)"),
         (lambda: fast.multiclass_hinge_loss(S > 0, Y), TypeError, "scores has dtype bool"),
         (lambda: fast.multiclass_hinge_loss(S, Y, over="all"), ValueError, "over is 'all'"),

@@ -3,6 +3,7 @@
 import doctest
 import gc
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -634,8 +635,13 @@ def errors():
     yield lambda: lce(x[0], w[:, None], y[0]), ValueError, r"for one example \(D,\) it must be \(C, D\)"
     yield lambda: lmm(x, w[:, None], y[:, None]), ValueError, r"for this loss it must be \(C, D\)"
     yield lambda: lce(x.double(), w, y), TypeError, r"float32, torch.float64; they must have one dtype"
-    yield lambda: lce(x, w, torch.rand(4, 3, requires_grad=True)), ValueError, r"target.detach\(\)"
     yield lambda: adapter.LinearMultiMarginLoss(2, 3, p=3), ValueError, r"p is 3"
+    yield lambda: ce(s, y, label_smoothing="a"), TypeError, r"label_smoothing is 'a'; it must be a number"
+    yield lambda: ce(s, y, ignore_index=2.0), TypeError, r"ignore_index is 2.0; it must be an integer"
+    yield lambda: ce(s, y, ignore_index=None), TypeError, r"ignore_index is None; it must be an integer"
+    yield lambda: mm(s, y, margin=None), TypeError, r"margin is None; it must be a number"
+    yield lambda: ce(s.to_sparse(), y), TypeError, r"input has layout torch.sparse_coo.*input\.to_dense\(\)"
+    yield lambda: lce(x, w, y, options=7), TypeError, r"options is 7; it must be a torch\.nn\.LinearCrossEntropyOptions"
     yield lambda: adapter.LinearCrossEntropyLoss(2, 3, weight=torch.ones(2)), ValueError, r"weight has shape \(2,\)"
 
 
@@ -710,6 +716,166 @@ def test_a_change_of_sign_that_is_put_off():
     assert scores.is_neg()
     expected = torch.nn.functional.cross_entropy(scores.resolve_neg(), target)
     torch.testing.assert_close(adapter.cross_entropy(scores, target), expected)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["cross_entropy", "multi_margin_loss", "linear_cross_entropy"])
+def test_the_samples_of_pytorch_for_its_functions(name):
+    """Values, dtypes and gradients, those of probability targets too, in 16 and 32 bits (modules are tested in 64)."""
+    invocations = pytest.importorskip(
+        "torch.testing._internal.common_methods_invocations", reason="PyTorch's samples need expecttest"
+    )
+    ops = [op for op in invocations.op_db if op.name == f"nn.functional.{name}"]
+    if not ops:
+        pytest.skip(f"this PyTorch has no samples of {name}")
+    ours, theirs, count = getattr(adapter, name), getattr(F, name), 0
+    for dtype, requires_grad in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        samples = list(ops[0].sample_inputs("cpu", dtype, requires_grad=requires_grad))
+        for sample in samples:
+            results = []
+            for loss, prepare in ((ours, lambda x: x), (theirs, widened)):
+
+                def copy(x, prepare=prepare):
+                    if not isinstance(x, torch.Tensor):
+                        return x
+                    return prepare(x.detach().clone().requires_grad_(x.requires_grad))
+
+                arguments = [copy(x) for x in (sample.input, *sample.args)]
+                options = {key: copy(x) for key, x in sample.kwargs.items()}
+                value = loss(*arguments, **options)
+                leaves = [x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor) and x.requires_grad]
+                if value.requires_grad:
+                    value.sum().backward()
+                results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+            for found, wanted in zip(*results, strict=True):
+                assert (found is None) == (wanted is None)
+                if found is not None:
+                    assert found.dtype == dtype
+                    torch.testing.assert_close(found, wanted.to(dtype), rtol=2e-2, atol=2e-3, equal_nan=True)
+            count += 1
+    assert count > 20
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_losses_of_probabilities_have_the_widest_type(dtypes, reduction):
+    short, wide = dtypes
+    scores, q, weight = torch.randn(4, 3).to(short), torch.rand(4, 3).to(wide), torch.rand(3).to(wide)
+    options = {"weight": weight, "reduction": reduction}
+    for loss, tensors in (("cross_entropy", (scores, q)), ("linear_cross_entropy", (scores, scores[:3], q))):
+        ours, theirs = (getattr(module, loss)(*tensors, **options) for module in (adapter, F))
+        assert ours.dtype == theirs.dtype == wide
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)
+    compiled = torch.compile(lambda s, q: adapter.cross_entropy(s, q, reduction=reduction), backend="aot_eager")
+    assert compiled(scores, q).dtype == wide
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("positions", [(), (2,)], ids=str)
+def test_probabilities_have_a_gradient_in_a_linear_layer_too(positions, reduction):
+    tensors = [
+        torch.randn(4, 3),
+        torch.randn(5, *positions, 3),
+        torch.rand(4, 5, *positions),
+        torch.randn(5, *positions),
+    ]
+    options = {"weight": torch.rand(5), "reduction": reduction, "label_smoothing": 0.1}
+
+    def call(loss, *tensors, **options):
+        return loss(*tensors[:3], linear_bias=tensors[3], **options)
+
+    assert_same(partial(call, adapter.linear_cross_entropy), partial(call, F.linear_cross_entropy), tensors, **options)
+    q = tensors[2].requires_grad_()
+    (alone,) = torch.autograd.grad(call(adapter.linear_cross_entropy, *tensors, **options).sum(), q)
+    (wanted,) = torch.autograd.grad(call(F.linear_cross_entropy, *tensors, **options).sum(), q)
+    close(alone, wanted)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_linear_layer_without_features_or_positions(reduction):
+    def check(target, *tensors):
+        assert_same(
+            partial(adapter.linear_cross_entropy, target=target, reduction=reduction),
+            partial(F.linear_cross_entropy, target=target, reduction=reduction),
+            tensors,
+        )
+
+    check(torch.tensor([0, 3, 1]), torch.zeros(3, 0), torch.zeros(4, 0))
+    check(torch.zeros(3, 0, dtype=torch.long), torch.randn(3, 5), torch.randn(4, 0, 5))
+    check(torch.zeros(0, dtype=torch.long), torch.randn(0, 5), torch.randn(4, 5))
+
+
+def test_gradients_by_a_batch_of_upstream_factors():
+    scores, weight = torch.randn(5, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    target = torch.randint(0, 4, (5,))
+    for ours, theirs, leaf in (
+        (adapter.cross_entropy, F.cross_entropy, scores),
+        (adapter.multi_margin_loss, F.multi_margin_loss, scores),
+        (partial(adapter.linear_cross_entropy, scores), partial(F.linear_cross_entropy, scores), weight),
+    ):
+        for reduction, factors in (("mean", torch.tensor([1.0, -2.0, 0.0])), ("none", torch.eye(5))):
+            found, wanted = (
+                torch.autograd.grad(loss(leaf, target, reduction=reduction), leaf, factors, is_grads_batched=True)[0]
+                for loss in (ours, theirs)
+            )
+            close(found, wanted)
+
+
+def test_transforms_without_a_rule_use_the_operators_or_say_so():
+    scores, target = torch.randn(5, 4), torch.randint(0, 4, (5,))
+    close(torch.func.functionalize(adapter.cross_entropy)(scores, target), F.cross_entropy(scores, target))
+    for transform in (torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match=r"fastloss has no forward mode \(jvp\)"):
+            transform(lambda s: adapter.cross_entropy(s, target))(scores)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(scores.requires_grad_(), torch.ones(5, 4))
+        with pytest.raises(NotImplementedError, match=r"fastloss has no forward mode \(jvp\)"):
+            adapter.cross_entropy(dual, target)
+
+
+def test_a_default_device_is_not_that_of_the_results():
+    target = torch.zeros(5, dtype=torch.long)
+    with torch.device("meta"):
+        scores, weight = (torch.ones(5, 4, device="cpu", requires_grad=True) for _ in range(2))
+        adapter.cross_entropy(scores, target).backward()
+        adapter.linear_cross_entropy(scores.detach(), weight, target).backward()
+    assert scores.grad.device.type == weight.grad.device.type == "cpu"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_while_another_thread_takes_memory_of_gradients():
+    """The child has a lock that nobody is there to open."""
+    code = """
+import os, torch
+from fastloss.adapters.torch import _arrays
+_arrays._reserve._lock.acquire()
+child = os.fork()
+if not child:
+    _arrays.empty_like(torch.ones(1 << 20))
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes that checks look at
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "LinearCrossEntropyLoss"])
+def test_modules_may_be_traced(name):
+    module = getattr(adapter, name)(*(4, 4) * name.startswith("Linear"))
+    scores, target = torch.randn(5, 4, requires_grad=True), torch.randint(0, 4, (5,))
+    traced = torch.jit.trace(module, (scores, target))
+    close(traced(2 * scores, target), module(2 * scores, target))
+    (found,), (wanted,) = (torch.autograd.grad(m(scores, target), scores) for m in (traced, module))
+    close(found, wanted)
+
+
+def test_modules_tell_their_options():
+    text = repr(adapter.LinearCrossEntropyLoss(3, 4, out_features=(2,), ignore_index=1, label_smoothing=0.1))
+    for option in ("in_features=3", "num_classes=4", "bias=False", "out_features=(2,)", "reduction=mean",
+                   "ignore_index=1", "label_smoothing=0.1", "options=None"):  # fmt: skip
+        assert option in text
+    assert "p=2, margin=0.5, reduction=sum" in repr(adapter.LinearMultiMarginLoss(3, 4, p=2, margin=0.5, reduction="sum"))  # fmt: skip  # noqa: E501
 
 
 # --- documentation ----------------------------------------------------------------------------------------------------

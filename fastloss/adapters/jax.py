@@ -85,6 +85,15 @@ def _compute(text: str, inputs: list[Array], outputs: list[Array]) -> None:
     """Serve a call: value, then gradients, into `outputs`."""
     loss, reduction, names, wrt = _read(text)
     operands = dict(zip(names, inputs, strict=True))
+    try:
+        _serve(loss, reduction, operands, wrt, outputs)
+    except ValueError as error:  # of what only the numbers tell: all else was checked before XLA was asked
+        raise ValueError(f"labels: {error}") from None
+
+
+def _serve(
+    loss: fl.Loss, reduction: str, operands: dict[str, Array], wrt: tuple[str, ...], outputs: list[Array]
+) -> None:
     if "upstream" in operands:
         _pull(loss, reduction, operands, dict(zip(wrt, outputs, strict=True)))
     elif "scores" in operands:
@@ -159,6 +168,28 @@ _HANDLER = _xla.register(ffi, TARGET, _compute)
 
 
 # --- calls, and their derivatives ----------------------------------------------------------------------------------
+def _devices(array: Any) -> frozenset[str]:
+    """The axes of devices along which an array differs, within `shard_map`."""
+    kind = jax.typeof(array) if hasattr(jax, "typeof") else None
+    kind = getattr(kind, "manual_axis_type", kind)  # in JAX 0.10
+    found: frozenset[str] = getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+    return found
+
+
+def _vary(array: Any, axes: frozenset[str]) -> Any:
+    """The array as one that differs along these axes. Its gradient is then summed over those that are new to it."""
+    new = tuple(axes - _devices(array))
+    if not new:
+        return array
+    return jax.lax.pcast(array, new, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(array, new)
+
+
+def _alike(operands: dict[str, Any]) -> dict[str, Any]:
+    """The operands, all of which differ along the axes that one does: XLA's calls ask for that."""
+    axes = frozenset().union(*(_devices(array) for array in operands.values() if array is not None))
+    return {name: array if array is None else _vary(array, axes) for name, array in operands.items()}
+
+
 def _call(
     loss: fl.Loss, reduction: str, operands: dict[str, Any], results: dict[str, tuple[tuple[int, ...], Any]]
 ) -> list[Any]:
@@ -167,7 +198,9 @@ def _call(
     wrt = [name for name in results if name != "value"]
     text = json.dumps([_describe(loss), reduction, list(given), wrt])
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results.values()]
-    return list(ffi.ffi_call(TARGET, shapes, vmap_method="expand_dims")(*given.values(), call=text))
+    found = ffi.ffi_call(TARGET, shapes, vmap_method="expand_dims")(*given.values(), call=text)
+    axes = _devices(next(iter(given.values())))
+    return [_vary(result, axes) for result in found]
 
 
 def _named(scores: Any, targets: Any, keep: Any) -> dict[str, Any]:
@@ -310,12 +343,14 @@ def _labels(value: Any, shape: tuple[int, ...], of: str) -> Any:
 def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """The class axes, from 0 on."""
     given = axis if isinstance(axis, tuple) else (axis,)
-    if not given or not all(isinstance(a, int) and not isinstance(a, bool) for a in given):
+    if ndim == 0:
+        raise ValueError("logits have shape (); they must have an axis of classes, (..., C)")
+    if not given or not all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in given):
         raise ValueError(f"axis is {axis!r}; it must be an integer, or a tuple of integers")
     for a in given:
         if not -ndim <= a < ndim:
             raise ValueError(f"axis is {axis!r}, but logits have {ndim} dimensions ({-ndim} to {ndim - 1})")
-    found = tuple(a % ndim for a in given)
+    found = tuple(int(a) % ndim for a in given)
     if len(set(found)) < len(found):
         raise ValueError(f"axis is {axis!r}; it must name each dimension once")
     return found
@@ -351,7 +386,8 @@ def _row_losses(loss: fl.Loss, scores: Any, targets: Any, keep: Any) -> Any:
     flat = targets.reshape((-1, c) if targets.ndim == scores.ndim else -1)
     if math.prod(batch) == 0:  # then -1 is ambiguous, and there is nothing to compute
         return jnp.zeros(tuple(batch), scores.dtype)
-    return _rows(loss, scores.reshape(-1, c), flat, None if keep is None else keep.reshape(-1)).reshape(batch)
+    operands = {"scores": scores.reshape(-1, c), "targets": flat, "keep": None if keep is None else keep.reshape(-1)}
+    return _rows(loss, *_alike(operands).values()).reshape(batch)
 
 
 # --- the losses ----------------------------------------------------------------------------------------------------
@@ -433,7 +469,7 @@ def softmax_cross_entropy(logits: Any, labels: Any, axis: Any = -1, where: Any =
     [1.386299967765808]
     """
     scores, q = _floats(logits, "logits"), jnp.asarray(labels)
-    dtype = jnp.promote_types(scores.dtype, q.dtype)
+    dtype = jnp.result_type(scores, q)  # Python's numbers do not count, as in optax
     try:
         shape = jnp.broadcast_shapes(scores.shape, q.shape)
     except ValueError:
@@ -561,5 +597,5 @@ def linear_cross_entropy(
         if keep.shape != batch:
             raise ValueError(f"where has shape {keep.shape}; it must be {batch}: whether each row counts")
         operands["keep"] = keep.reshape(rows)
-    value = _linear_loss(loss, reduction, operands)
+    value = _linear_loss(loss, reduction, _alike(operands))
     return value.reshape(batch) if reduction == "none" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ except ImportError as error:
 
 Tensor: TypeAlias = Any
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 
 
@@ -34,18 +36,22 @@ def bfloat16() -> np.dtype[Any]:
 
 def as_array(tensor: Tensor) -> Array:
     """The tensor's memory as an array: never a copy, but where PyTorch has put off a change of sign."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:  # which NumPy does not know
-        array: Array = tensor.detach().view(torch.int16).numpy().view(bfloat16())
+        array: Array = tensor.view(torch.int16).numpy().view(bfloat16())
     else:
-        array = tensor.detach().numpy()
+        array = tensor.numpy()
     return array
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A loss; infinite where it is too large for its type, as in PyTorch."""
-    return torch.scalar_tensor(value, dtype=torch.float64).to(dtype)
+    if dtype is torch.float32 and -FLOAT32_MAX < value < FLOAT32_MAX:  # at once, in a third of the time
+        return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def as_tensor(array: Array) -> Tensor:
@@ -62,8 +68,12 @@ class _Reserve:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.unlock()
         self.empty()
+
+    def unlock(self) -> None:
+        """A new lock: in a forked child nobody may be left to open the one that there was."""
+        self._lock = threading.Lock()
 
     def empty(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -81,6 +91,8 @@ class _Reserve:
 
 
 _reserve = _Reserve()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reserve.unlock)
 
 
 def empty_cache() -> None:

@@ -181,7 +181,7 @@ def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: 
     targets = _Targets(batch, x.shape[1], weight, o)
     matrices = _matrices(x) or [x.movedim(1, -1).reshape(-1, x.shape[1])]
     reduction, threads = "none" if o.reduction == "none" else "sum", _threads()
-    dtype = torch.float32 if wide else input.dtype
+    dtype = loss_dtype(input, target, weight, wide)
     with targets.checked():
         values = [
             sum(
@@ -229,19 +229,36 @@ def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Ten
 
 
 def loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
-    """Of scores (N, C) and class indices, reduced and without class weights: in one pass."""
-    *rest, wide = options
-    o = Options(*rest)
-    targets = _Targets(target, input.shape[1], None, o)
-    (_, loss), *_ = targets.terms
+    """Of scores (N, C) and class indices, reduced and without class weights: in one pass.
+
+    That no row is ignored is found in the check of the targets, which stops at the first that is no class.
+    """
+    kind, p, margin, label_smoothing, ignored, reduction, wide = options
+    n_classes = input.shape[1]
     out = empty_like(input) if input.numel() > SMALL else None
-    with targets.checked():
-        value, gradient = loss.value_and_grad(
-            as_array(input), targets.rows, out=None if out is None else as_array(out), reduction=o.reduction,
-            n_threads=_threads(),
-        )  # fmt: skip
+    scores, rows = as_array(input), as_array(target)
+    how = {"out": None if out is None else as_array(out), "reduction": reduction, "n_threads": _threads()}
+    found = None
+    if ignored is None or not 0 <= ignored < n_classes:
+        try:
+            found = plain_loss(kind, p, margin, label_smoothing, None).value_and_grad(scores, rows, **how)
+        except ValueError:  # before anything is computed
+            found = None
+    if found is None:
+        targets = _Targets(target, n_classes, None, Options(*options[:-1]))
+        with targets.checked():
+            found = targets.terms[0][1].value_and_grad(scores, rows, **how)
+    value, gradient = found
+    return scalar(value, torch.float32 if wide else input.dtype), as_tensor(gradient) if out is None else out
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, wide: bool) -> Any:
+    """PyTorch multiplies by probabilities, and by their weights, without a conversion: the wider type is the loss's."""
     dtype = torch.float32 if wide else input.dtype
-    return scalar(value, dtype), as_tensor(gradient) if out is None else out
+    if target.is_floating_point():
+        for other in (target, weight):
+            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return dtype
 
 
 def rows_shape(input: Tensor, target: Tensor) -> Any:
@@ -258,10 +275,10 @@ def _linear_pass(
     linear_weight, linear_bias. A K-dimensional layer (C, d1, ..., D) is a classifier (C, D) at each position d1, ...
     """
     classes, features = linear_weight.shape[0], input.shape[-1]
-    X: Array = as_array(input).reshape(-1, features)
-    W: Array = as_array(linear_weight).reshape(classes, -1, features)
-    b: Array | None = None if linear_bias is None else as_array(linear_bias).reshape(classes, -1)
-    positions = W.shape[1]
+    positions = math.prod(linear_weight.shape[1:-1])
+    X: Array = as_array(input).reshape(math.prod(input.shape[:-1]), features)
+    W: Array = as_array(linear_weight).reshape(classes, positions, features)
+    b: Array | None = None if linear_bias is None else as_array(linear_bias).reshape(classes, positions)
     dtypes = [None if a is None else a.dtype for a in (X, W, b)]
     if X.itemsize == 2 and positions * len(targets.terms) > 1:  # the gradients are sums
         X, W, b = X.astype(np.float32), W.astype(np.float32), None if b is None else b.astype(np.float32)
@@ -284,8 +301,13 @@ def _linear_pass(
                 else:
                     found[name].append(grads[name])
         values.append(value)
-    total = np.stack(values, axis=1).reshape(-1) if reduction == "none" else sum(values)
     done: list[Array | None] = [None] * 3
+    if not positions:
+        for k, (name, array) in enumerate(zip("XWb", (X, W, b), strict=True)):
+            if name in found and array is not None:
+                done[k] = np.zeros_like(array)
+        return np.zeros(0) if reduction == "none" else 0.0, done
+    total = np.stack(values, axis=1).reshape(-1) if reduction == "none" else sum(values)
     for k, name in enumerate("XWb"):
         if name in found:
             terms = found[name]
@@ -333,7 +355,7 @@ def linear_loss(
         value, arrays = _linear_pass(
             input, linear_weight, linear_bias, targets, reduction, chunk_rows, wrt if wanted else (False,) * 3, factors
         )
-    dtype = torch.float32 if wide else input.dtype
+    dtype = loss_dtype(input, target, weight, wide)
     if reduction == "none":
         loss = torch.from_numpy(value).to(dtype).reshape(linear_rows_shape(input, linear_weight, target))
     else:

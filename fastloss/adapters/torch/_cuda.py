@@ -129,10 +129,6 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _loss_type(input: Tensor, wide: bool) -> Any:
-    return torch.float32 if wide else input.dtype
-
-
 # --- losses of scores -------------------------------------------------------------------------------------------------
 def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     require("input", input)
@@ -144,7 +140,7 @@ def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: 
         value = rows.loss.value(scores, rows.rows, reduction=o.reduction)
     else:
         value = rows.reduce(rows.loss.value(scores, rows.rows, reduction="none"))
-    value = value.to(_loss_type(input, wide))
+    value = value.to(compute.loss_dtype(input, target, weight, wide))
     return value.reshape(compute.rows_shape(input, target)) if o.reduction == "none" else value
 
 
@@ -172,7 +168,7 @@ def loss_and_gradient(input: Tensor, target: Tensor, options: Any) -> tuple[Tens
     rows = _Rows(target, input.shape[1], None, o, input)
     out = torch.empty_like(input)
     value, gradient = rows.loss.value_and_grad(input.detach(), rows.rows, out=out, reduction=o.reduction)
-    return value.to(_loss_type(input, wide)), gradient
+    return value.to(compute.loss_dtype(input, target, None, wide)), gradient
 
 
 def scale(gradients: Any, upstream: Tensor) -> None:
@@ -256,7 +252,7 @@ def linear_loss(
     if names and not _is_whole(linear_weight, rows):
         one = torch.ones((), dtype=torch.float64, device=input.device)
     loss, found = _layer(input, linear_weight, linear_bias, rows, chunk_rows, names, one)
-    loss = loss.to(_loss_type(input, wide))
+    loss = loss.to(compute.loss_dtype(input, target, weight, wide))
     if o.reduction == "none":
         loss = loss.reshape(compute.linear_rows_shape(input, linear_weight, target))
     return loss, *_filled(found, input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from typing import Any
 
@@ -24,7 +25,8 @@ def checked_reduction(reduction: str, size_average: bool | None, reduce: bool | 
             stacklevel=3,
         )  # fmt: skip
         return wanted
-    checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    if reduction not in checks.REDUCTIONS:
+        checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     return reduction
 
 
@@ -36,6 +38,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}; it must be dense ({name}.to_dense())")
         if tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
             cuda.require(name, tensor)
         if first is not None and tensor.device != first[1].device:
@@ -71,20 +75,41 @@ def check_weight(weight: Tensor | None, n_classes: int) -> None:
         raise ValueError("weight requires a gradient, which these losses do not have: use weight.detach()")
 
 
-def _entropy_options(target: Tensor, ignore_index: int | None, label_smoothing: float, reduction: str) -> Options:
+def _number(value: Any, name: str) -> float:
+    """A float of any number, also in torch.compile."""
+    if type(value) in (int, float):
+        return value  # type: ignore[no-any-return]
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+
+
+def _index(value: Any, name: str) -> int:
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be an integer") from None
+
+
+def _entropy_options(target: Tensor, ignore_index: int, label_smoothing: float, reduction: str) -> Options:
+    label_smoothing, ignore_index = _number(label_smoothing, "label_smoothing"), _index(ignore_index, "ignore_index")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be a number from 0 to 1")
     if target.is_floating_point():
-        if ignore_index is not None and ignore_index >= 0:
+        if ignore_index >= 0:
             raise ValueError(
                 f"ignore_index is {ignore_index}; it has no meaning for targets that are class probabilities"
             )
-        ignore_index = None
+        return Options("softmax", 1, 1.0, float(label_smoothing), None, reduction)
     return Options("softmax", 1, 1.0, float(label_smoothing), ignore_index, reduction)
 
 
 def hinge_options(p: int, margin: float, reduction: str) -> Options:
     checks.one_of(p, "p", (1, 2))
+    margin = _number(margin, "margin")
     if not -math.inf < margin < math.inf:  # in words that torch.compile knows
         raise ValueError(f"margin is {margin!r}; it must be a finite number")
     return Options("hinge", int(p), float(margin), reduction=reduction)
@@ -132,7 +157,7 @@ def cross_entropy(
 
     Returns
     -------
-    tensor of input's dtype; float32 for 16-bit scores under autocast
+    tensor of input's dtype; float32 for 16-bit scores under autocast; of the widest dtype for probabilities
 
     Raises
     ------
@@ -215,14 +240,10 @@ def _layer_loss(
     options: Options, chunk_rows: int | None,
 ) -> Tensor:  # fmt: skip
     """Of a layer whose tensors have been checked."""
-    wrt = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
-    if target.requires_grad:
-        raise ValueError(
-            "target requires a gradient, which the losses of a linear layer do not have: use target.detach(), or the "
-            "loss of the scores"
-        )
-    if transforming is not None and not torch.compiler.is_compiling() and transforming():
-        wrt = [False] * 3  # there the backward pass computes them
+    graded = torch.is_grad_enabled()
+    wrt = [int(graded and t is not None and t.requires_grad) for t in (input, linear_weight, linear_bias)]
+    if not torch.compiler.is_compiling() and ((transforming is not None and transforming()) or torch.jit.is_tracing()):
+        wrt = [0] * 3  # there the backward pass computes them
     arguments = (input, linear_weight, target, linear_bias, weight, *options, _is_wide(input), chunk_rows, wrt)
     return linear_loss(*arguments)[0]
 
@@ -280,7 +301,7 @@ def linear_cross_entropy(
     linear_weight : tensor (C, D), or (C, d1, ..., D) for a K-dimensional loss
     target : tensor
         Class indices of any integer type, (), (N,) or (N, d1, ...); or probabilities (C,), (N, C) or (N, C, d1, ...),
-        which have no gradient here.
+        of which a gradient takes the scores as a whole.
     linear_bias : tensor (C,), or (C, d1, ...), optional
     ignore_index : int, optional
         Rows with this target are skipped, and not multiplied either. None stands for -100.
@@ -305,6 +326,8 @@ def linear_cross_entropy(
     if ignore_index is None:
         ignore_index = DEFAULT_IGNORED
     entropy = _entropy_options(target, ignore_index, label_smoothing, reduction)
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"options is {options!r}; it must be a torch.nn.LinearCrossEntropyOptions")
     chunk_rows = None if options is None else options.batch_chunk_size
     return _layer_loss(input, linear_weight, target, linear_bias, weight, entropy, chunk_rows)
 

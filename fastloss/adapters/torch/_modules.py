@@ -55,6 +55,9 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):  # type: ignore[misc]
 class _LinearLoss(torch.nn.Module):  # type: ignore[misc]
     """A linear layer and the loss of its scores, with the state of `torch.nn.LinearCrossEntropyLoss`."""
 
+    #: Options that the module's text tells.
+    _shown: tuple[str, ...] = ("reduction",)
+
     def __init__(
         self, in_features: int, num_classes: int, out_features: tuple[int, ...], bias: bool, device: Any, dtype: Any,
         weight: Tensor | None, reduction: str,
@@ -71,10 +74,13 @@ class _LinearLoss(torch.nn.Module):  # type: ignore[misc]
     def _layer(self) -> tuple[Tensor, Tensor | None]:
         """Weight (C, d1, ..., D) and bias."""
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
-        return self.linear.weight.reshape(*shape, -1), None if bias is None else bias.reshape(shape)
+        weight = self.linear.weight.reshape(*shape, self.linear.in_features)
+        return weight, None if bias is None else bias.reshape(shape)
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, reduction={self.reduction!r}"
+        first = f"in_features={self.linear.in_features}, num_classes={self.num_classes}"
+        bias = f"bias={self.linear.bias is not None}"
+        return ", ".join([first, bias, *(f"{name}={getattr(self, name)}" for name in self._shown)])
 
 
 class LinearCrossEntropyLoss(_LinearLoss):
@@ -89,6 +95,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
     >>> head.linear.weight.grad.shape
     torch.Size([10, 3])
     """
+
+    _shown = ("out_features", "reduction", "ignore_index", "label_smoothing", "options")
 
     def __init__(
         self,
@@ -136,6 +144,8 @@ class LinearMultiMarginLoss(_LinearLoss):
     >>> head.linear.weight.grad.shape
     torch.Size([10, 3])
     """
+
+    _shown = ("p", "margin", "reduction")
 
     def __init__(
         self,

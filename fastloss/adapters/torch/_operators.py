@@ -12,23 +12,41 @@ from fastloss.adapters.torch._compute import Options
 
 transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_functorch: Any = getattr(torch._C, "_functorch", None)
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_batch(tensor: Tensor) -> bool:
+    """Whether a factor stands for a batch of them, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return _functorch is not None and bool(_functorch.is_legacy_batchedtensor(tensor))
+
+
+def _functionalizing() -> bool:
+    """Whether the innermost transform is one that asks for operators alone."""
+    top = _functorch.peek_interpreter_stack()
+    return bool(top is not None and top.key() == _functorch.TransformType.Functionalize)
 
 
 def _is_plain(tensors: Any) -> bool:
     """Whether nothing watches tensors of the CPU or CUDA but autograd: no compiler, transform, mode, or subclass."""
     if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if transforming() or _modes():
+    if transforming() or _modes() or _is_batch(tensors[0]):
         return False
-    return all(
-        t is None or ((type(t) is torch.Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda))
-        for t in tensors
-    )
+    for t in tensors:  # noqa: SIM110 - all() of them takes twice as long
+        if t is not None and not (type(t) in PLAIN and (t.is_cpu or t.is_cuda)):
+            return False
+    return True
 
 
 def _room(tensor: Tensor) -> Any:
     """What computes on a tensor's device."""
     return cuda if tensor.is_cuda else compute
+
+
+def _no_forward_mode(*_: Any) -> Any:
+    raise NotImplementedError("fastloss has no forward mode (jvp): use reverse mode, or PyTorch's own loss")
 
 
 def _check_tangents(tensors: Any) -> None:
@@ -37,7 +55,7 @@ def _check_tangents(tensors: Any) -> None:
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError("fastloss has no forward mode (jvp): use reverse mode, or PyTorch's own loss")
+        _no_forward_mode()
 
 
 class _Operator:
@@ -72,6 +90,7 @@ class _Operator:
             "forward": staticmethod(self.op),
             "setup_context": staticmethod(save),
             "backward": staticmethod(backward),
+            "jvp": staticmethod(_no_forward_mode),
             "generate_vmap_rule": True,
         }
         self._transformable = type(function.__name__, (torch.autograd.Function,), members)
@@ -84,7 +103,9 @@ class _Operator:
                 return getattr(_room(tensors[0]), self._name)(*arguments)
             if self._eager is not None:
                 return self._eager(*arguments)
-        elif transforming is not None and not torch.compiler.is_compiling() and transforming():
+        elif (
+            transforming is not None and not torch.compiler.is_compiling() and transforming() and not _functionalizing()
+        ):
             return self._transformable.apply(*arguments)  # type: ignore[attr-defined]
         return self.op(*arguments)
 
@@ -103,7 +124,7 @@ def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
 def _fake_scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
     *rest, wide = options
     shape = compute.rows_shape(input, target) if Options(*rest).reduction == "none" else ()
-    return input.new_empty(shape, dtype=torch.float32 if wide else input.dtype)
+    return input.new_empty(shape, dtype=compute.loss_dtype(input, target, weight, wide))
 
 
 def _save_scores(ctx: Any, inputs: Any, output: Any) -> None:
@@ -150,10 +171,12 @@ class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
             return loss
         return _room(input).scores_loss(input, target, weight, *options)
 
+    jvp = staticmethod(_no_forward_mode)
+
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient, ctx.gradient = ctx.gradient, None  # its own, to scale and give away: a second pass computes a new one
-        if gradient is not None and not torch.is_grad_enabled():
+        if gradient is not None and not torch.is_grad_enabled() and not _is_batch(upstream):
             if gradient.is_cuda:
                 cuda.scale([gradient], upstream)
                 return gradient, None, None, None
@@ -165,6 +188,9 @@ class _EagerScores(torch.autograd.Function):  # type: ignore[misc]
         del gradient  # 16-bit floats are rounded once
         return *_scores_backward(ctx, upstream)[:3], None
 
+
+# As `_EagerScores.apply`, which first looks for transforms: that was done.
+_apply_scores: Any = super(torch.autograd.Function, _EagerScores).apply
 
 scores_gradient = _Operator(
     f"(Tensor upstream, Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}) -> Tensor",
@@ -179,7 +205,7 @@ scores_loss = _Operator(
     _fake_scores_loss,
     _save_scores,
     _scores_backward,
-    lambda input, target, weight, *options: _EagerScores.apply(input, target, weight, options),
+    lambda input, target, weight, *options: _apply_scores(input, target, weight, options),
 )
 
 
@@ -194,7 +220,7 @@ def _fake_linear_loss(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *rest, wide, _, wrt = options
     shape = compute.linear_rows_shape(input, linear_weight, target) if Options(*rest).reduction == "none" else ()
-    loss = input.new_empty(shape, dtype=torch.float32 if wide else input.dtype)
+    loss = input.new_empty(shape, dtype=compute.loss_dtype(input, target, weight, wide))
     return loss, *_fake_gradients(
         (input, linear_weight, linear_bias), wrt if compute.scales_later(input, options) else (False,) * 3
     )
@@ -216,13 +242,14 @@ def _save_linear(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _linear_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     tensors, grads = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    *options, _, chunk_rows, _ = ctx.options
+    *options, _, chunk_rows, asked = ctx.options
     wrt = _wanted(ctx)
-    if torch.is_grad_enabled() or not grads or not compute.scales_later(tensors[0], ctx.options):
+    known = compute.scales_later(tensors[0], ctx.options) and all(a >= w for a, w in zip(asked, wrt, strict=True))
+    if torch.is_grad_enabled() or not known:
         found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
     else:
         found = tuple(upstream * g for g in grads)
-    return _for_inputs(found, wrt, ctx.options)
+    return _for_inputs(ctx, found, wrt, upstream)
 
 
 def _wanted(ctx: Any) -> list[bool]:
@@ -231,9 +258,17 @@ def _wanted(ctx: Any) -> list[bool]:
     return [dX, dW, db]
 
 
-def _for_inputs(found: Any, wrt: list[bool], options: Any) -> tuple[Any, ...]:
+def _for_inputs(ctx: Any, found: Any, wrt: list[bool], upstream: Tensor) -> tuple[Any, ...]:
     dX, dW, db = (g if wanted else None for g, wanted in zip(found, wrt, strict=True))
-    return dX, dW, None, db, None, *(None,) * len(options)
+    target_gradient = None
+    if ctx.needs_input_grad[2]:
+        input, linear_weight, target, linear_bias, weight = ctx.saved_tensors[:5]
+        flat, bias = linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
+        real = torch.promote_types(torch.promote_types(flat.dtype, input.dtype), torch.float32)
+        scores = torch.nn.functional.linear(input.to(real), flat.to(real), None if bias is None else bias.to(real))
+        options = Options(*ctx.options[: len(Options._fields)])
+        target_gradient = _target_gradient(upstream, scores.reshape(target.shape), target, weight, options)
+    return dX, dW, target_gradient, db, None, *(None,) * len(ctx.options)
 
 
 class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
@@ -245,32 +280,39 @@ class _EagerLinear(torch.autograd.Function):  # type: ignore[misc]
         loss, *ctx.gradients = _room(arguments[0]).linear_loss(*arguments)
         return loss
 
+    jvp = staticmethod(_no_forward_mode)
+
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         found, ctx.gradients = ctx.gradients, None
         *options, _, chunk_rows, _ = ctx.options
         wrt = _wanted(ctx)
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or found is None or not compute.scales_later(tensors[0], ctx.options):
+        if (
+            torch.is_grad_enabled()
+            or found is None
+            or not compute.scales_later(tensors[0], ctx.options)
+            or _is_batch(upstream)
+        ):
             found = linear_gradient(upstream, *tensors, *options, chunk_rows, wrt)
         elif tensors[0].is_cuda:
             cuda.scale(found, upstream)
         elif (factor := upstream.item()) != 1:
             for gradient in found:
                 gradient *= factor
-        return _for_inputs(found, wrt, ctx.options)
+        return _for_inputs(ctx, found, wrt, upstream)
 
 
 _LAYER = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 linear_gradient = _Operator(
-    f"(Tensor upstream, {_LAYER}, {compute.SCHEMA}, int? chunk_rows, bool[] wrt) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor upstream, {_LAYER}, {compute.SCHEMA}, int? chunk_rows, int[] wrt) -> (Tensor, Tensor, Tensor)",
     compute.linear_gradient,
     _fake_linear_gradient,
     _save_nothing,
     _no_second_derivative,
 )
 linear_loss = _Operator(
-    f"({_LAYER}, {compute.SCHEMA}, bool wide, int? chunk_rows, bool[] wrt) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_LAYER}, {compute.SCHEMA}, bool wide, int? chunk_rows, int[] wrt) -> (Tensor, Tensor, Tensor, Tensor)",
     compute.linear_loss,
     _fake_linear_loss,
     _save_linear,
