@@ -292,6 +292,10 @@ class LinearObjective:
         grad = self._gradient_out(array, out)
         return self._data(array, rows, grad), grad
 
+    def data_value(self, W: object, rows: object = None) -> float:
+        """As `value`, without the penalty."""
+        return self._data(self.check_weights(W), rows, None)
+
     def values(self, W_stack: object) -> Array:
         """The objective at K candidates `(K, C, D + 1)`, in one pass over X: array (K,) of float64."""
         stack = self.check_weights(W_stack, ndim=3, name="W_stack")

@@ -251,6 +251,25 @@ def row_math(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, di
     return row_loss.astype(scores.dtype), gradient.astype(scores.dtype), {"row_loss": row_loss, **extras}
 
 
+def why_no_hessian(loss: Any) -> str | None:
+    """Why a loss has no Hessian products; None if it has."""
+    if loss.kind == "hinge" and loss.power == 1:
+        return "Hinge(power=1) has no second derivative; use power=2"
+    if loss.kind == "softmax" and (loss.z_loss or loss.softcap is not None):
+        return "Hessian products are not defined here for Softmax with z_loss or softcap"
+    return None
+
+
+def hvp_rows(loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
+    """multiplier · (Hessian of ℓ) · direction, for each row."""
+    live = live_rows(multiplier)
+    product = np.zeros_like(direction)
+    with np.errstate(all="ignore"):
+        curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
+    product[live] = curve if multiplier is None else curve * multiplier[live, None]
+    return product
+
+
 # --- penalties -----------------------------------------------------------------------------------------------------
 def wide(W: Array) -> Array:
     """W in a type that its squares and sums fit in."""
@@ -306,12 +325,7 @@ class ReferenceBackend(Backend):
         return "NumPy on whole arrays"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        if verb == "hvp":
-            if loss.kind == "hinge" and loss.power == 1:
-                return "Hinge(power=1) has no second derivative; use power=2"
-            if loss.kind == "softmax" and (loss.z_loss or loss.softcap is not None):
-                return "Hessian products are not defined here for Softmax with z_loss or softcap"
-        return None
+        return why_no_hessian(loss) if verb == "hvp" else None
 
     @np.errstate(all="ignore")
     def score_rows(
@@ -361,12 +375,7 @@ class ReferenceBackend(Backend):
         return value
 
     def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
-        live = live_rows(multiplier)
-        product = np.zeros_like(direction)
-        with np.errstate(all="ignore"):
-            curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
-        product[live] = curve if multiplier is None else curve * multiplier[live, None]
-        return product
+        return hvp_rows(loss, scores, targets, multiplier, direction)
 
     def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         with np.errstate(all="ignore"):
