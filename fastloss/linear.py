@@ -255,6 +255,15 @@ class LinearObjective:
         checks.apart(out, "out", {"W": W, "X": self.X, "targets": self.targets})
         return out
 
+    def load_rows(self, rows: Any) -> Array:
+        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D)."""
+        found = self.X[rows].astype(self.dtype)
+        if self._shift is not None:
+            found -= self._shift.astype(self.dtype)
+        if self._scale is not None:
+            found /= self._scale.astype(self.dtype)
+        return found
+
     def penalised(self, W: Array) -> Array:
         """The part of W (or of a gradient) that the penalty acts on: all but the bias."""
         return W[..., :-1] if self.bias else W

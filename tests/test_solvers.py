@@ -46,6 +46,33 @@ def test_solvers_agree(loss, more):
         assert found.n_evaluations >= found.n_iter > 0
 
 
+@pytest.mark.parametrize("loss", SMOOTH.values(), ids=SMOOTH)
+@pytest.mark.parametrize("penalty", [fl.L2(1e-6), None], ids=["L2", "none"])
+def test_a_preconditioner_takes_less_iterations_to_the_same_minimum(loss, penalty):
+    """Features of all sizes, far from 0, some of them twice; shift, scale and weights."""
+    X, y = problem(n=400, d=6)
+    X = np.column_stack([X * [1, 3, 0.1, 10, 1, 1] + 20, X[:, :2] + X[:, 2:4]])
+    more = {"sample_weight": np.arange(400) % 3, "shift": X.mean(axis=0), "scale": np.full(8, 2.0)}
+    o = objective(loss, X, y, penalty=penalty, **more)
+    plain, quick = lbfgs(o, tol=1e-7, max_iter=3000), lbfgs(o, tol=1e-7, max_iter=3000, precondition=True)
+    assert quick.value <= plain.value * (1 + 1e-7)
+    assert quick.n_iter < plain.n_iter / 2
+    assert np.abs(o.value_and_grad(quick.W)[1]).max() < 1e-5
+    again = lbfgs(o, quick.W, tol=1e-7, precondition=True)
+    assert again.n_iter <= 2
+    assert again.value <= quick.value * (1 + 1e-9)
+
+
+def test_preconditioned_smoothing():
+    X, y = problem(n=24, d=2, c=3)
+    o = objective(fl.Hinge(), X, y)
+    assert smoothing(o, tol=1e-6, precondition=True).value == pytest.approx(smoothing(o, tol=1e-6).value, rel=1e-3)
+    with pytest.raises(TypeError, match="precondition is 3"):
+        smoothing(o, precondition=3)
+    with pytest.raises(TypeError, match="precondition is 3"):
+        lbfgs(objective(fl.Softmax(), X, y), precondition=3)
+
+
 @pytest.mark.parametrize("penalty", [fl.L1(0.02), fl.ElasticNet(0.02, beta=0.5)], ids=repr)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_proximal_gradient_meets_the_conditions_of_a_minimum(penalty, dtype):
@@ -204,5 +231,6 @@ def test_limits_and_starts(solver):
 def test_the_same_bits_for_any_threads():
     X, y = problem(n=400, d=30, dtype=np.float32)
     for solver, loss in ((lbfgs, fl.Softmax()), (newton_cg, fl.Softmax()), (smoothing, fl.Hinge(over="max"))):
-        one, two = (solver(objective(loss, X, y, n_threads=n), max_iter=15).W for n in (1, 2))
-        assert one.tobytes() == two.tobytes()
+        for more in ({}, {"precondition": True})[: 1 + (solver is not newton_cg)]:
+            one, two = (solver(objective(loss, X, y, n_threads=n), max_iter=15, **more).W for n in (1, 2))
+            assert one.tobytes() == two.tobytes()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from fastloss import _checks as checks
-from fastloss import blocks
+from fastloss import blocks, threads
 from fastloss._checks import Array
 from fastloss.linear import LinearObjective
 from fastloss.train.descent import DivergenceError, _initial
@@ -21,6 +22,9 @@ Callback = Callable[[Array, float], object]
 RELATIVE_DECREASE = 64 * float(np.finfo(float).eps)
 #: Evaluations that the line search of L-BFGS may take for one step.
 LINE_SEARCH = 50
+#: Rows whose second moments a preconditioner takes, at least; rows at a time; and what is added to their diagonal, as a
+#: part of its mean, so that features which depend on each other do no harm.
+SAMPLE, CHUNK, JITTER = 4096, 2048, 1e-6
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,11 @@ def check_finite(value: float) -> None:
 
 
 @functools.cache
-def load_scipy() -> Any:
-    """`scipy.optimize`, its BLAS known to our switch from now on."""
-    import scipy.optimize
-
+def load_scipy(name: str = "optimize") -> Any:
+    """A part of SciPy, its BLAS known to our switch from now on."""
+    module = import_module(f"scipy.{name}")
     blocks.one_blas_thread.look_again()
-    return scipy.optimize
+    return module
 
 
 def minimise(function: Any, w: Array, **options: Any) -> Any:
@@ -91,25 +94,107 @@ def minimise(function: Any, w: Array, **options: Any) -> Any:
         return optimize.minimize(function, w, jac=True, **options)
 
 
-class _Flat:
-    """The objective for SciPy: flat float64 vectors, passes counted, the largest entry of the last gradient kept."""
+class Preconditioner:
+    """Variables V = W L in which an objective is about equally curved in all directions.
 
-    def __init__(self, objective: LinearObjective, shape: tuple[int, ...]) -> None:
+    L Lᵀ is the Hessian that all rows alike would give: their second moments (with a 1 for the bias), weighted, times
+    the curvature of the loss at equal scores, and the penalty's. Up to a factor that is Böhning's bound on the Hessian
+    of the softmax. Moments are of SAMPLE rows, or four for each feature, at most.
+
+    References
+    ----------
+    Böhning, "Multinomial logistic regression algorithm", 1992.
+    """
+
+    def __init__(self, objective: LinearObjective, n_classes: int) -> None:
+        n, d = objective.X.shape
+        columns = d + objective.bias
+        some = np.arange(0, n, max(1, n // max(SAMPLE, 4 * d)))
+        multiplier = objective.weights.multiplier
+        weight = np.ones(len(some)) if multiplier is None else multiplier[some].astype(np.float64)
+        if not weight.any():
+            weight[...] = 1
+        root = np.sqrt(weight / weight.sum())
+        moments = np.zeros((columns, columns))
+
+        def add(rows: slice, features: slice, block: Array) -> None:
+            moments[rows, features] += block
+
+        with blocks.Workers(threads.resolve(objective.n_threads)) as workers:
+            for part in blocks.cut(len(some), CHUNK):
+                x = np.ones((part.stop - part.start, columns), objective.dtype)
+                x[:, :d] = objective.load_rows(some[part])
+                x *= root[part, None].astype(objective.dtype)
+                blocks.multiply(workers, x.T, x, add)
+        if not np.isfinite(moments).all():
+            raise DivergenceError("X, shifted and scaled, has NaN, infinity or huge entries", None)
+        if objective.loss.kind == "softmax":
+            moments /= n_classes
+        diagonal = np.diagonal(moments)
+        lift = np.full(columns, JITTER * float(diagonal.mean()))
+        if objective.penalty is not None:
+            lift[:d] += objective.penalty.decay
+        moments[np.diag_indices(columns)] += np.where(diagonal + lift > 0, lift, 1.0)
+        self._linalg = load_scipy("linalg")
+        with blocks.one_blas_thread():
+            self._factor = self._linalg.cholesky(moments, lower=True, overwrite_a=True).astype(objective.dtype)
+
+    def _solve(self, right: Array, transposed: bool) -> Array:
+        found: Array = self._linalg.solve_triangular(
+            self._factor, right.T.astype(self._factor.dtype), lower=True, trans=int(transposed), check_finite=False
+        )
+        return np.asarray(found.T, np.float64)
+
+    def weights(self, V: Array) -> Array:
+        """W = V L⁻¹, in the objective's precision."""
+        return self._solve(V, transposed=True)
+
+    def gradient(self, grad: Array) -> Array:
+        """The gradient for V from that for W: G L⁻ᵀ."""
+        return self._solve(grad, transposed=False)
+
+    def variables(self, W: Array) -> Array:
+        """V = W L."""
+        with blocks.one_blas_thread():
+            return (W.astype(self._factor.dtype) @ self._factor).astype(np.float64)
+
+
+class _Flat:
+    """The objective for SciPy: flat float64 vectors, passes counted, the largest entry of the last gradient kept.
+
+    With a preconditioner the vectors are its variables; the gradient whose entries count is that for W.
+    """
+
+    def __init__(
+        self, objective: LinearObjective, shape: tuple[int, ...], preconditioner: Preconditioner | None = None
+    ) -> None:
         self.flat, self.shape, self.dtype = objective.flat, shape, objective.dtype
+        self.preconditioner = preconditioner
         self.n_evaluations, self.value, self.steepest = 0, np.inf, np.inf
         self._at: Array | None = None
 
     def __call__(self, w: Array) -> tuple[float, Array]:
-        value, grad = self.flat(w)
+        value, grad = self.flat(self.weights(w).ravel())
         if self.n_evaluations == 0:
             check_finite(value)
         self.n_evaluations += 1
         self.value, self.steepest, self._at = value, float(np.abs(grad).max(initial=0)), w.copy()
+        if self.preconditioner is not None:
+            grad = self.preconditioner.gradient(grad.reshape(self.shape)).ravel()
         return value, grad
 
     def hessp(self, w: Array, v: Array) -> Array:
         self.n_evaluations += 1
         return self.flat.hessp(w, v)
+
+    def variables(self, W: Array) -> Array:
+        """The vector to start from."""
+        W = W.astype(np.float64)
+        return (W if self.preconditioner is None else self.preconditioner.variables(W)).ravel()
+
+    def weights(self, w: Array) -> Array:
+        V = w.reshape(self.shape)
+        return V if self.preconditioner is None else self.preconditioner.weights(V)
 
     def steepest_at(self, w: Array) -> float:
         """The largest entry of the gradient at w; it costs nothing where w is what was evaluated last."""
@@ -119,12 +204,12 @@ class _Flat:
 
     def unmoved(self, first: Array, tol: float) -> Solution:
         """The solution that no step led to."""
-        converged = self.steepest_at(first.ravel().astype(np.float64)) <= tol
+        converged = self.steepest_at(self.variables(first)) <= tol
         message = "the gradient is within tol at the start" if converged else "max_iter is 0"
         return Solution(first, self.value, 0, self.n_evaluations, converged, message)
 
     def unflatten(self, w: Array) -> Array:
-        return w.reshape(self.shape).astype(self.dtype)
+        return self.weights(w).astype(self.dtype)
 
     def solution(self, found: Any, converged: bool, message: str) -> Solution:
         return Solution(
@@ -154,6 +239,7 @@ def lbfgs(
     max_iter: int = 100,
     memory: int = 10,
     relative_decrease: float = RELATIVE_DECREASE,
+    precondition: bool | Preconditioner = False,
     callback: Callback | None = None,
 ) -> Solution:
     """Minimise an objective with a gradient by SciPy's L-BFGS, one fused pass over X for each evaluation.
@@ -174,6 +260,9 @@ def lbfgs(
         Pairs of steps and changes of the gradient that are kept, at least 1.
     relative_decrease : float
         Ends, too, when an iteration brings less than this part of the objective.
+    precondition : bool or Preconditioner
+        Work in variables in which the objective is about equally curved in all directions: far fewer iterations where
+        features are correlated, as pixels are. Takes D² numbers, D³ / 3 operations, and products as of 4 D rows.
     callback : function, optional
         Called with W and the value after each iteration; the run ends if it returns True.
 
@@ -190,7 +279,8 @@ def lbfgs(
 
     References
     ----------
-    Zhu, Byrd, Lu, Nocedal, "Algorithm 778: L-BFGS-B", 1997.
+    Zhu, Byrd, Lu, Nocedal, "Algorithm 778: L-BFGS-B", 1997; Böhning, "Multinomial logistic regression algorithm", 1992
+    (the preconditioner).
 
     Examples
     --------
@@ -199,25 +289,38 @@ def lbfgs(
     >>> objective = fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3), penalty=fl.L2(0.1))
     >>> found = lbfgs(objective, tol=1e-8)
     >>> found.converged, round(found.value, 6)
-    (True, 0.885697)
+    (True, 0.751002)
     """
     first = start(objective, W, n_classes, tol, max_iter, callback)
     checks.integer(memory, "memory", low=1)
     checks.number(relative_decrease, "relative_decrease", low=0)
-    function = _Flat(objective, first.shape)
+    _ = objective.flat  # raises for penalties without a gradient
+    if not isinstance(precondition, bool | Preconditioner):
+        raise TypeError(f"precondition is {precondition!r}; it must be True, False or a Preconditioner")
+    if isinstance(precondition, bool):
+        preconditioner = Preconditioner(objective, len(first)) if precondition else None
+    else:
+        preconditioner = precondition
+    function = _Flat(objective, first.shape, preconditioner)
     options = {
         "maxiter": max_iter,
         "maxfun": (max_iter + 1) * LINE_SEARCH,
         "maxls": LINE_SEARCH,
         "maxcor": memory,
-        "gtol": tol,
+        "gtol": tol if preconditioner is None else 0.0,
         "ftol": relative_decrease,
     }
-    after = _stopping(function, callback, lambda w: False)
-    w = first.ravel().astype(np.float64)
-    if max_iter == 0:  # SciPy's would take a step
+
+    def flat_enough(w: Array) -> bool:
+        return preconditioner is not None and function.steepest_at(w) <= tol
+
+    w = function.variables(first)
+    if max_iter == 0 or flat_enough(w):  # SciPy's would take a step
         return function.unmoved(first, tol)
+    after = _stopping(function, callback, flat_enough)
     found = minimise(function, w, method="L-BFGS-B", options=options, callback=after)
+    if flat_enough(found.x):
+        return function.solution(found, True, "the gradient is within tol")
     return function.solution(found, bool(found.success), str(found.message))
 
 
@@ -248,12 +351,12 @@ def newton_cg(
     >>> objective = fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3), penalty=fl.L2(0.1))
     >>> found = newton_cg(objective, tol=1e-8)
     >>> found.converged, round(found.value, 6)
-    (True, 0.885697)
+    (True, 0.751002)
     """
     first = start(objective, W, n_classes, tol, max_iter, callback)
     objective.choose_backend("hvp")  # raises where there is no Hessian
     function = _Flat(objective, first.shape)
-    w = first.ravel().astype(np.float64)
+    w = function.variables(first)
 
     def flat_enough(w: Array) -> bool:
         return function.steepest_at(w) <= tol

@@ -57,8 +57,8 @@ def proximal_gradient(
     >>> X, y = np.array([[1.0, 0.1], [-1.0, 0.1], [2.0, -0.1], [-2.0, -0.1]]), np.array([0, 1, 0, 1])
     >>> objective = fl.LinearObjective(fl.Softmax(), X, y, penalty=fl.L1(0.1))
     >>> found = proximal_gradient(objective, tol=1e-6)
-    >>> found.converged, (found.W != 0).tolist()
-    (True, [[True, False, False], [True, False, False]])
+    >>> found.converged, (found.W[:, :-1] != 0).tolist()
+    (True, [[True, False], [True, False]])
     """
     x = start(objective, W, n_classes, tol, max_iter, callback).astype(np.float64)
     penalty, penalised = objective.penalty, objective.penalised
