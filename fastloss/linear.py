@@ -257,7 +257,7 @@ class LinearObjective:
 
     def load_rows(self, rows: Any) -> Array:
         """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D)."""
-        found = self.X[rows].astype(self.dtype)
+        found: Array = self.X[rows].astype(self.dtype)
         if self._shift is not None:
             found -= self._shift.astype(self.dtype)
         if self._scale is not None:

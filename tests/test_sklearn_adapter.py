@@ -1,5 +1,6 @@
 """The classifiers by scikit-learn's own checks and beside its own; its logistic regression within `accelerate()`."""
 
+import importlib
 import pickle
 import re
 import subprocess
@@ -463,3 +464,13 @@ def test_iris_and_the_parameters_in_the_documents():
         for name in made().get_params():
             assert re.search(rf"^    {name} : ", made.__doc__, re.MULTILINE), name
         assert "<" not in made.__doc__
+
+
+def test_the_guide():
+    """Its code runs, in order; its table of lines names what there is."""
+    text = (ROOT / "docs/sklearn.md").read_text(encoding="utf-8")
+    space = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/sklearn.md", "exec"), space)
+    for name in re.findall(r"fastloss\.adapters\.sklearn import (\w+)", text):
+        assert hasattr(importlib.import_module("fastloss.adapters.sklearn"), name)

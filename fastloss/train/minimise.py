@@ -140,10 +140,10 @@ class Preconditioner:
             self._factor = self._linalg.cholesky(moments, lower=True, overwrite_a=True).astype(objective.dtype)
 
     def _solve(self, right: Array, transposed: bool) -> Array:
-        found: Array = self._linalg.solve_triangular(
+        found = self._linalg.solve_triangular(
             self._factor, right.T.astype(self._factor.dtype), lower=True, trans=int(transposed), check_finite=False
         )
-        return np.asarray(found.T, np.float64)
+        return np.array(found.T, np.float64)
 
     def weights(self, V: Array) -> Array:
         """W = V L⁻¹, in the objective's precision."""
@@ -156,7 +156,7 @@ class Preconditioner:
     def variables(self, W: Array) -> Array:
         """V = W L."""
         with blocks.one_blas_thread():
-            return (W.astype(self._factor.dtype) @ self._factor).astype(np.float64)
+            return np.asarray(W.astype(self._factor.dtype) @ self._factor, np.float64)
 
 
 class _Flat:
