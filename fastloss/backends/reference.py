@@ -239,8 +239,33 @@ def hinge_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Arr
     return np.asarray(curve / (c if loss.over == "mean" else 1))
 
 
+def softmax_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
+    """∂²ℓ / ∂s_j²: U p_j (1 − p_j) / T², with Σ of the others for 1 − p_j."""
+    s, _ = map_scores(loss, scores)
+    _, exps, total, _ = shifted_exp(s)
+    p = exps / total
+    weighs = targets.ndim == 2 or loss.label_smoothing or (loss.class_weight is not None and loss.weighs_inside(False))
+    total_u = target_vectors(loss, targets, *scores.shape).sum(axis=1, keepdims=True) if weighs else 1.0
+    return np.asarray(total_u * p * (sum_of_others(exps) / total) / loss.temperature**2)
+
+
+def hinge_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
+    """The generalised diagonal for the squared hinge: 2 where a class is active, for the target twice their number."""
+    n, c = np.arange(len(scores)), scores.shape[1]
+    m = margins(loss, scores, targets)
+    m[n, targets] = -np.inf
+    if loss.over == "max":
+        keep = np.zeros(m.shape, bool)
+        keep[n, m.argmax(axis=1)] = True
+        m = np.where(keep, m, -np.inf)
+    curve = np.where(np.isnan(m), m, np.where(m > 0, 2.0, 0.0))
+    curve[n, targets] = curve.sum(axis=1)
+    return np.asarray(curve / (c if loss.over == "mean" else 1))
+
+
 ROWS = {"softmax": softmax_rows, "hinge": hinge_rows}
 HVP = {"softmax": softmax_hvp, "hinge": hinge_hvp}
+HESS_DIAG = {"softmax": softmax_hess_diag, "hinge": hinge_hess_diag}
 TRANSFORMS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
 
 
