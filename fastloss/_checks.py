@@ -178,6 +178,12 @@ def integer(value: object, name: str, *, low: int | None = None) -> int:
     return int(value)
 
 
+def flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+    return bool(value)
+
+
 def one_of(value: object, name: str, choices: Iterable[object]) -> None:
     choices = tuple(choices)
     if value not in choices or isinstance(value, bool):

@@ -95,6 +95,11 @@ class BlasSwitch:
             [library for library, own in zip(found, per_thread, strict=True) if own],
         )
 
+    def look_again(self) -> None:
+        """Find the BLAS libraries anew at the next call: one was loaded since, maybe (SciPy brings its own)."""
+        with self._lock:
+            self.__dict__.pop("_libraries", None)
+
     @staticmethod
     def _limit(libraries: list[Any], before: list[tuple[Any, int]]) -> None:
         """One thread for each; what they had goes into `before`, as it is changed."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -58,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
   fastloss train                 softmax and hinge classifiers on images; models and pictures go to out/
   fastloss train --help          all that can be chosen
   fastloss info                  which kernels this machine runs, and which backends there are
-  fastloss bench --quick         a first table of times beside NumPy and what else is installed""",
+  fastloss bench --quick         a first table of times beside NumPy and what else is installed
+  fastloss accelerate script.py  run a script with scikit-learn's logistic regression on these kernels""",
     )
     parser.add_argument("--version", action="version", version=f"fastloss {fl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -152,6 +155,20 @@ measured again before it counts. The folder given by --out receives results.json
     )
     bench.add_arguments(table)
     table.set_defaults(run=bench.main)
+
+    faster = commands.add_parser(
+        "accelerate",
+        help="run a Python script with scikit-learn's logistic regression on these kernels",
+        description="""\
+Run a Python script, or a module, as python itself does, within fastloss.adapters.sklearn.accelerate(): scikit-learn's
+LogisticRegression and LogisticRegressionCV compute by fastloss with the solvers lbfgs and newton-cg. What cannot be
+accelerated runs as ever, with one warning that says why. Processes that the script starts compute as ever.""",
+        epilog="examples:\n  fastloss accelerate script.py --its own options\n  fastloss accelerate -m package.module",
+    )
+    faster.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    faster.add_argument("script", help="the path of the script, or with -m the name of the module")
+    faster.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
+    faster.set_defaults(run=_accelerate)
     return parser
 
 
@@ -174,6 +191,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(args: argparse.Namespace) -> int:
     facts = _info.collect()
     print(json.dumps(facts, indent=2) if args.json else _info.text(facts))
+    return 0
+
+
+def _accelerate(args: argparse.Namespace) -> int:
+    from fastloss.adapters.sklearn import accelerate
+
+    if not args.module and not Path(args.script).exists():
+        raise ValueError(f"{args.script} does not exist; name a Python script, or a module with -m")
+    sys.argv = [args.script, *args.arguments]
+    sys.path.insert(0, os.getcwd() if args.module else str(Path(args.script).resolve().parent))
+    try:
+        with accelerate():
+            if args.module:
+                runpy.run_module(args.script, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(args.script, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:  # the script's own, shown as python shows them
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>", runpy.__file__):
+            trace = trace.tb_next
+        traceback.print_exception(type(error), error, trace)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -15,6 +15,9 @@ from fastloss import _checks as checks
 from fastloss import backends, threads
 from fastloss._checks import Array
 
+#: Of a block of rows whose Hessians' diagonals NumPy computes: it stays in cache.
+HESSIAN_VALUES = 1 << 16
+
 
 def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int, n_threads: int = 1) -> None:
     """Raise if a class index is outside [0, C) and not ignored, or a probability is not finite, or negative: a pass of
@@ -362,6 +365,49 @@ def stats_gradient_call(
     else:
         scale *= factor
     backend.stats_gradient_rows(loss, s, y, start, whole, multiplier, scale, out, workers)
+    return out
+
+
+def hess_diag_call(
+    loss: Any, scores: object, targets: object, out: Array | None, sample_weight: object, n_threads: int | None
+) -> Array:
+    """The diagonals of the rows' Hessians, by blocks of rows that threads share."""
+    from fastloss import blocks
+    from fastloss.backends import reference
+
+    s = checks.scores(scores)
+    n, c = s.shape
+    loss.check_classes(c)
+    y = checks.targets(targets, n, c)
+    if y.ndim == 2:
+        loss.check_probabilities()
+    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of scores")
+    reason = reference.why_no_hessian(loss)
+    if reason is not None:
+        raise backends.BackendError(reason)
+    dtype = checks.compute_dtype(s.dtype, "scores")
+    result_dtype = s.dtype if s.dtype.kind not in "iub" else dtype
+    if out is None:
+        out = np.empty(s.shape, result_dtype)
+    elif not isinstance(out, np.ndarray) or out.dtype.kind != "f" or out.shape != s.shape:
+        raise ValueError(f"out must be an array {s.shape} of floats, not {getattr(out, 'shape', out)}")
+    checks.apart(out, "out", {"scores": s, "targets": y, "sample_weight": sample_weight})
+    workers = threads.resolve(n_threads)
+    backend = backends.choose(None, "gradient", loss, dtype, needs(loss, y, ()))
+    check_range(backend, loss, y, c, workers)
+    weights = fold(loss, y, weight, dtype, "sum", backend, workers)
+    multiplier, store = weights.multiplier, out
+
+    def some_rows(part: slice) -> None:
+        live = slice(None) if multiplier is None else np.flatnonzero(multiplier[part])
+        found = reference.HESS_DIAG[loss.kind](loss, s[part][live].astype(dtype, copy=False), y[part][live])
+        if multiplier is not None:
+            found = found * (multiplier[part][live, None] * dtype.type(weights.unit))
+            store[part] = 0
+        store[part][live] = found
+
+    with blocks.Workers(workers, blas=False) as shared:
+        shared.run(some_rows, blocks.cut(n, max(16, HESSIAN_VALUES // c)))
     return out
 
 

@@ -274,6 +274,15 @@ class LinearObjective:
         checks.apart(out, "out", {"W": W, "X": getattr(self.X, "values", self.X), "targets": self.targets})
         return out
 
+    def load_rows(self, rows: Any) -> Array:
+        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D)."""
+        found: Array = self.X[rows].astype(self.dtype)
+        if self._shift is not None:
+            found -= self._shift.astype(self.dtype)
+        if self._scale is not None:
+            found /= self._scale.astype(self.dtype)
+        return found
+
     def penalised(self, W: Array) -> Array:
         """The part of W (or of a gradient) that the penalty acts on: all but the bias."""
         return W[..., :-1] if self.bias else W
@@ -310,6 +319,10 @@ class LinearObjective:
         array = self.check_weights(W)
         grad = self._gradient_out(array, out)
         return self._data(array, rows, grad), grad
+
+    def data_value(self, W: object, rows: object = None) -> float:
+        """As `value`, without the penalty."""
+        return self._data(self.check_weights(W), rows, None)
 
     def values(self, W_stack: object) -> Array:
         """The objective at K candidates `(K, C, D + 1)`, in one pass over X: array (K,) of float64."""

@@ -205,6 +205,43 @@ class Loss:
         )
         return (value, grad, extras) if outputs else (value, grad)
 
+    def hess_diag(
+        self,
+        scores: object,
+        targets: object,
+        *,
+        out: Array | None = None,
+        sample_weight: object = None,
+        n_threads: int | None = None,
+    ) -> Array:
+        """The diagonal of each row's Hessian with respect to its scores, times the row's weight: what boosting needs.
+
+        For `Hinge(power=2)` a generalised one: 2 for each class whose margin is above 0.
+
+        Parameters
+        ----------
+        scores, targets, sample_weight, n_threads
+            As in `value`; scores are computed in float32 or float64, in NumPy, by blocks of rows.
+        out : array (N, C), optional
+            Receives the result, of any float type.
+
+        Returns
+        -------
+        array (N, C) of the scores' float type
+
+        Raises
+        ------
+        BackendError
+            If the loss has no second derivative: Hinge(power=1), and Softmax with z_loss or softcap.
+
+        Examples
+        --------
+        >>> import fastloss as fl
+        >>> fl.Softmax().hess_diag([[0.0, 0.0], [0.0, 0.0]], [0, 1]).tolist()
+        [[0.25, 0.25], [0.25, 0.25]]
+        """
+        return driver.hess_diag_call(self, scores, targets, out, sample_weight, n_threads)
+
     def stats(
         self,
         scores: object,

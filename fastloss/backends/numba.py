@@ -36,7 +36,7 @@ class NumbaBackend(reference.ReferenceBackend):
         return f"compiled as it is used by Numba {self._version}"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        return "Hessian products are not compiled yet" if verb == "hvp" else None
+        return reference.why_no_hessian(loss) if verb == "hvp" else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.isnative and dtype.name in ("float32", "float64", "float16", "bfloat16")

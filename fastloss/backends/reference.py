@@ -314,8 +314,33 @@ def hinge_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Arr
     return np.asarray(curve / (c if loss.over == "mean" else 1))
 
 
+def softmax_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
+    """∂²ℓ / ∂s_j²: U p_j (1 − p_j) / T², with Σ of the others for 1 − p_j."""
+    s, _ = map_scores(loss, scores)
+    _, exps, total, _ = shifted_exp(s)
+    p = exps / total
+    weighs = targets.ndim == 2 or loss.label_smoothing or (loss.class_weight is not None and loss.weighs_inside(False))
+    total_u = target_vectors(loss, targets, *scores.shape).sum(axis=1, keepdims=True) if weighs else 1.0
+    return np.asarray(total_u * p * (sum_of_others(exps) / total) / loss.temperature**2)
+
+
+def hinge_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
+    """The generalised diagonal for the squared hinge: 2 where a class is active, for the target twice their number."""
+    n, c = np.arange(len(scores)), scores.shape[1]
+    m = margins(loss, scores, targets)
+    m[n, targets] = -np.inf
+    if loss.over == "max":
+        keep = np.zeros(m.shape, bool)
+        keep[n, m.argmax(axis=1)] = True
+        m = np.where(keep, m, -np.inf)
+    curve = np.where(np.isnan(m), m, np.where(m > 0, 2.0, 0.0))
+    curve[n, targets] = curve.sum(axis=1)
+    return np.asarray(curve / (c if loss.over == "mean" else 1))
+
+
 ROWS = {"softmax": softmax_rows, "hinge": hinge_rows}
 HVP = {"softmax": softmax_hvp, "hinge": hinge_hvp}
+HESS_DIAG = {"softmax": softmax_hess_diag, "hinge": hinge_hess_diag}
 TRANSFORMS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
 
 
@@ -324,6 +349,25 @@ def row_math(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, di
     with np.errstate(all="ignore"):
         row_loss, gradient, extras = ROWS[loss.kind](loss, scores, targets)
     return row_loss.astype(scores.dtype), gradient.astype(scores.dtype), {"row_loss": row_loss, **extras}
+
+
+def why_no_hessian(loss: Any) -> str | None:
+    """Why a loss has no Hessian products; None if it has."""
+    if loss.kind == "hinge" and loss.power == 1:
+        return "Hinge(power=1) has no second derivative; use power=2"
+    if loss.kind == "softmax" and (loss.z_loss or loss.softcap is not None):
+        return "Hessian products are not defined here for Softmax with z_loss or softcap"
+    return None
+
+
+def hvp_rows(loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
+    """multiplier · (Hessian of ℓ) · direction, for each row."""
+    live = live_rows(multiplier)
+    product = np.zeros_like(direction)
+    with np.errstate(all="ignore"):
+        curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
+    product[live] = curve if multiplier is None else curve * multiplier[live, None]
+    return product
 
 
 # --- penalties -----------------------------------------------------------------------------------------------------
@@ -381,12 +425,7 @@ class ReferenceBackend(Backend):
         return "NumPy on whole arrays"
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
-        if verb == "hvp":
-            if loss.kind == "hinge" and loss.power == 1:
-                return "Hinge(power=1) has no second derivative; use power=2"
-            if loss.kind == "softmax" and (loss.z_loss or loss.softcap is not None):
-                return "Hessian products are not defined here for Softmax with z_loss or softcap"
-        return None
+        return why_no_hessian(loss) if verb == "hvp" else None
 
     @np.errstate(all="ignore")
     def score_rows(
@@ -436,12 +475,7 @@ class ReferenceBackend(Backend):
         return value
 
     def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
-        live = live_rows(multiplier)
-        product = np.zeros_like(direction)
-        with np.errstate(all="ignore"):
-            curve = HVP[loss.kind](loss, scores[live], targets[live], direction[live])
-        product[live] = curve if multiplier is None else curve * multiplier[live, None]
-        return product
+        return hvp_rows(loss, scores, targets, multiplier, direction)
 
     def stats_rows(self, loss: Any, scores: Array, targets: Array, offset: int, n_threads: int) -> Stats:
         with np.errstate(all="ignore"):
