@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fastloss import _checks as checks
 from fastloss import backends, blocks, driver, threads
@@ -25,6 +26,15 @@ def _check_loss(loss: object) -> Loss:
 
 def _features(value: object) -> Array:
     return checks.matrix(value, "X", "(N, D): a row of D features for each of N examples")
+
+
+def on_host(objective: object) -> LinearObjective:
+    """An objective given as an argument, whose X must be an array of the host."""
+    if not isinstance(objective, LinearObjective):
+        raise TypeError(f"objective is {type(objective).__name__}; it must be a fastloss.LinearObjective")
+    if not isinstance(objective.X, np.ndarray):
+        raise TypeError("objective has X on a GPU; this takes arrays of the host")
+    return objective
 
 
 class LinearObjective:
@@ -170,6 +180,44 @@ class LinearObjective:
             self._total = self.weights.total(len(self.X))
             self._checked_for = n_classes
         return array
+
+    def take(self, rows: object = None, dtype: DTypeLike | None = None) -> LinearObjective:
+        """The same objective over some of the rows, with a copy of their features.
+
+        Parameters
+        ----------
+        rows : array of int, optional
+            Rows of X, in this order, repeats allowed; all by default.
+        dtype : float32 or float64, optional
+            What the features are converted to, and so what is computed in; by default they keep their type.
+
+        Raises
+        ------
+        ValueError, TypeError, IndexError
+            For arguments that do not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, fastloss as fl
+        >>> objective = fl.LinearObjective(fl.Softmax(), np.eye(3, dtype=np.float32), np.arange(3))
+        >>> objective.take([0, 2], dtype=np.float64).dtype
+        dtype('float64')
+        """
+        if dtype is not None and np.dtype(dtype) not in (checks.FLOAT32, checks.FLOAT64):
+            raise TypeError(f"dtype is {dtype!r}; it must be float32 or float64")
+        if rows is None:
+            picked: Any = slice(None)
+        else:
+            picked = checks.rows(rows, len(self.X))
+            bad = (picked < 0) | (picked >= len(self.X))
+            if bad.any():
+                checks.raise_bad_row(picked, int(bad.argmax()), len(self.X))
+        return LinearObjective(
+            self.loss, np.array(self.X[picked], dtype), self.targets[picked], penalty=self.penalty, bias=self.bias,
+            sample_weight=None if self._sample_weight is None else self._sample_weight[picked],
+            reduction=self.reduction, shift=self._shift, scale=self._scale, chunk_rows=self.chunk_rows,
+            backend=self.backend, n_threads=self.n_threads,
+        )  # fmt: skip
 
     def choose_backend(self, verb: str) -> backends.Backend:
         """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""
