@@ -12,8 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -21,14 +21,17 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 import fastloss as fl
+from fastloss import _checks as checks
 from fastloss import _info, backends, bench, plot, threads
 from fastloss._checks import FLOAT32, Array
+from fastloss.check import GradientCheck, gradient_check
 from fastloss.data import Dataset, find_cifar10, load_cifar10, load_digits, load_npz, standardisation, standardise
 from fastloss.model import LinearModel, replacing
 from fastloss.train import DivergenceError, State, sgd
 from fastloss.train.recipes import Recipe, recipe
 
 LOSSES = {"softmax": ("softmax",), "hinge": ("hinge",), "both": ("softmax", "hinge")}
+LOSS_OPTIONS = {"softmax": ("label_smoothing", "temperature", "z_loss"), "hinge": ("margin", "power", "over")}
 PENALTIES: dict[str, type[fl.Penalty] | None] = {
     "l2": fl.L2,
     "l1": fl.L1,
@@ -82,32 +85,11 @@ that are not given come from a recipe for the data set and the loss, and are sho
 An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X_test and y_test.""",
     )
     train.set_defaults(run=_train)
-    what = train.add_argument_group("data")
-    what.add_argument(
-        "--data", metavar="PATH",
-        help="a folder of CIFAR-10's binary version, an .npz file, or 'digits', the images that come with scikit-learn "
-        "(default: CIFAR-10, if the environment variable FASTLOSS_DATA names its folder; else digits)",
-    )  # fmt: skip
+    what = _add_data(train)
     what.add_argument(
         "--out", metavar="FOLDER", type=Path, default=Path("out"), help="where models and pictures go (default: out)"
     )
-    loss = train.add_argument_group("loss")
-    loss.add_argument("--loss", choices=LOSSES, default="both", help="what to train with (default: both)")
-    loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
-    loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
-    loss.add_argument(
-        "--over", choices=("sum", "mean", "max"),
-        help="hinge: take the sum, mean or max over the wrong classes (default: sum)",
-    )  # fmt: skip
-    loss.add_argument(
-        "--penalty", choices=PENALTIES,
-        help="on the weights W: l2 is Σ W², l1 is Σ |W|, elasticnet their sum, maxnorm a bound on the norm of each row "
-        "of W (default: l2)",
-    )  # fmt: skip
-    loss.add_argument(
-        "--strength", type=float,
-        help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
-    )  # fmt: skip
+    _add_loss(train)
     how = train.add_argument_group("training (defaults: the recipe's)")
     how.add_argument("--epochs", type=int, metavar="N", help="passes over the training data")
     how.add_argument("--batch-size", type=int, metavar="N", help="rows for each step")
@@ -116,14 +98,39 @@ An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X
     how.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the order of rows; same seed, same bits (default: 0)"
     )
-    compute = train.add_argument_group("computing")
-    compute.add_argument(
-        "--threads", type=int, metavar="N",
-        help=f"how many threads to use; results do not depend on it (default: {fl.get_num_threads()})",
-    )  # fmt: skip
-    compute.add_argument(
-        "--backend", metavar="NAME", help="one that 'fastloss info' lists (default: the fastest that is available)"
+    _add_computing(train)
+
+    gradcheck = commands.add_parser(
+        "gradcheck",
+        help="check gradients against differences of losses",
+        description="""\
+Check the gradient of a linear classifier's objective against centred differences of its values,
+(f(W + h) − f(W − h)) / 2h, at a few numbers of W drawn at random. Data are standardised; W is random, for at W = 0 and
+at a minimum mistakes can hide.
+
+The verdict is the one that courses teach (CS231n): a relative error up to 1e-7 is a reason to be happy; up to 1e-4 is
+fine for objectives with kinks, as the hinge and l1 have; up to 1e-2 should make you uncomfortable; above, the gradient
+is probably wrong. Where a kink lies within the step the two cannot agree, and the number does not count. The exit code
+is 0 for happy and fine, else 1.""",
+        epilog="""examples:
+  fastloss gradcheck
+  fastloss gradcheck --loss hinge --power 2 --over max --n 50
+  fastloss gradcheck --loss softmax --label-smoothing 0.1 --penalty l1 --strength 0.01 --data mine.npz
+  fastloss gradcheck --dtype float32      why courses say: use double precision""",
     )
+    gradcheck.set_defaults(run=_gradcheck)
+    _add_data(gradcheck)
+    _add_loss(gradcheck)
+    how = gradcheck.add_argument_group("check")
+    how.add_argument("--n", type=int, default=10, metavar="N", help="how many numbers of W to check (default: 10)")
+    how.add_argument("--rows", type=int, default=500, metavar="N", help="training rows to use (default: 500)")
+    how.add_argument("--h", type=float, default=1e-5, metavar="X", help="the step of the differences (default: 1e-5)")
+    how.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64",
+        help="what the gradient is computed in; differences are always taken in float64 (default: float64)",
+    )  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of W, rows and what is checked (default: 0)")
+    _add_computing(gradcheck)
 
     info = commands.add_parser(
         "info",
@@ -153,6 +160,50 @@ measured again before it counts. The folder given by --out receives results.json
     bench.add_arguments(table)
     table.set_defaults(run=bench.main)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="PATH",
+        help="a folder of CIFAR-10's binary version, an .npz file, or 'digits', the images that come with scikit-learn "
+        "(default: CIFAR-10, if the environment variable FASTLOSS_DATA names its folder; else digits)",
+    )  # fmt: skip
+    return group
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss", choices=LOSSES, default="both", help="which loss (default: both)")
+    loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
+    loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
+    loss.add_argument(
+        "--over", choices=("sum", "mean", "max"),
+        help="hinge: take the sum, mean or max over the wrong classes (default: sum)",
+    )  # fmt: skip
+    loss.add_argument(
+        "--penalty", choices=PENALTIES,
+        help="on the weights W: l2 is Σ W², l1 is Σ |W|, elasticnet their sum, maxnorm a bound on the norm of each row "
+        "of W (default: l2)",
+    )  # fmt: skip
+    loss.add_argument(
+        "--strength", type=float,
+        help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
+    )  # fmt: skip
+    loss.add_argument("--label-smoothing", type=float, metavar="X", help="softmax: from 0 to 1 (default: 0)")
+    loss.add_argument("--temperature", type=float, metavar="X", help="softmax: scores are divided by it (default: 1)")
+    loss.add_argument("--z-loss", type=float, metavar="X", help="softmax: adds X times log² of the sum (default: 0)")
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    compute = parser.add_argument_group("computing")
+    compute.add_argument(
+        "--threads", type=int, metavar="N",
+        help=f"how many threads to use; results do not depend on it (default: {fl.get_num_threads()})",
+    )  # fmt: skip
+    compute.add_argument(
+        "--backend", metavar="NAME", help="one that 'fastloss info' lists (default: the fastest that is available)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,18 +246,12 @@ def _train(args: argparse.Namespace) -> int:
     _check_options(args)
     _check_out(args.out)
     plot.figure_class()
-    with ExitStack() as stack:
-        if args.backend is not None:
-            stack.enter_context(fl.use_backend(args.backend))
-        if args.threads is not None:
-            stack.callback(fl.set_num_threads, fl.get_num_threads())
-            fl.set_num_threads(args.threads)
+    with _computing(args):
         data = _load(args.data)
         recipes = {kind: _recipe(args, data, kind) for kind in LOSSES[args.loss]}
         chosen = backends.choose(None, "gradient", fl.Softmax(), FLOAT32, ()).name
         print(f"{'data':<10}{_describe(data)}")
-        n = threads.resolve(None)
-        print(f"{'backend':<10}{chosen}, {n} thread{'s' * (n > 1)}", flush=True)
+        _print_backend(chosen)
         features = _standardised(data, recipes)
         trained = {kind: _fit(kind, settings, data, features, args.seed, chosen) for kind, settings in recipes.items()}
     _print_scores(trained)
@@ -215,11 +260,30 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _computing(args: argparse.Namespace) -> Iterator[None]:
+    """The backend and the threads that were asked for; the caller's again afterwards."""
+    with ExitStack() as stack:
+        if args.backend is not None:
+            stack.enter_context(fl.use_backend(args.backend))
+        if args.threads is not None:
+            stack.callback(fl.set_num_threads, fl.get_num_threads())
+            fl.set_num_threads(args.threads)
+        yield
+
+
+def _print_backend(name: str) -> None:
+    n = threads.resolve(None)
+    print(f"{'backend':<10}{name}, {n} thread{'s' * (n > 1)}", flush=True)
+
+
 def _check_options(args: argparse.Namespace) -> None:
     """Turn away options that would have no effect."""
-    for name in ("margin", "power", "over"):
-        if args.loss == "softmax" and getattr(args, name) is not None:
-            raise ValueError(f"--{name} is an option of the hinge loss; with --loss softmax it has no meaning")
+    for kind, names in LOSS_OPTIONS.items():
+        for name in names:
+            if kind not in LOSSES[args.loss] and getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is an option of the {kind} loss; with --loss {args.loss} it has no meaning")
     if args.penalty == "none" and args.strength is not None:
         raise ValueError("--strength has no meaning with --penalty none")
     if args.penalty in ("l1", "elasticnet", "maxnorm") and args.strength is None:
@@ -257,10 +321,10 @@ def _recipe(args: argparse.Namespace, data: Dataset, kind: str) -> Recipe:
     """The recipe for the data and a loss, changed as the options say."""
     settings = recipe(data.name, kind, data.X_train.shape[1])
     names = ("epochs", "batch_size", "step_size", "momentum")
-    changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if kind == "hinge":
-        options = {name: getattr(args, name) for name in ("margin", "power", "over") if getattr(args, name) is not None}
-        changes["loss"] = replace(settings.loss, **options)
+    given = {name: getattr(args, name, None) for name in names}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(args, name) for name in LOSS_OPTIONS[kind] if getattr(args, name) is not None}
+    changes["loss"] = replace(settings.loss, **options)
     known = settings.penalty
     if args.penalty is not None or args.strength is not None:
         make = PENALTIES[args.penalty] if args.penalty is not None else type(known) if known is not None else fl.L2
@@ -396,3 +460,58 @@ def _write(folder: Path, trained: dict[str, _Trained]) -> None:
             figure.savefig(file, format="png")
         written.append(name)
     print(f"\nWritten to {folder}{os.sep}: {', '.join(written)}")
+
+
+# --- gradcheck -----------------------------------------------------------------------------------------------------
+#: A verdict of `fastloss.check` in words.
+VERDICTS = {
+    "happy": "be happy",
+    "fine": "fine for an objective with kinks",
+    "uncomfortable": "this should make you uncomfortable",
+    "wrong": "the gradient is probably wrong",
+    "kink": "every number here has a kink within the step; use a smaller --h or fewer --rows",
+}
+SMOOTH_FINE = "fine for an objective with kinks, which this is not: 1e-7 would be better"
+
+
+def _gradcheck(args: argparse.Namespace) -> int:
+    _check_options(args)
+    rng = np.random.default_rng(checks.integer(args.seed, "seed", low=0))
+    n_rows = checks.integer(args.rows, "rows", low=1)
+    with _computing(args):
+        data = _load(args.data)
+        recipes = {kind: _recipe(args, data, kind) for kind in LOSSES[args.loss]}
+        (n, d), c = data.X_train.shape, len(data.class_names)
+        rows = np.sort(rng.choice(n, size=min(n, n_rows), replace=False))
+        W = rng.standard_normal((c, d + 1)) / np.sqrt(d)  # standardised features have scores near 1
+        print(f"{'data':<10}{_describe(data)}; {len(rows)} training rows are used")
+        _print_backend(backends.choose(None, "gradient", fl.Softmax(), np.dtype(args.dtype), ()).name)
+        found = {}
+        for kind, settings in recipes.items():
+            shift, scale = standardisation(data.X_train, per_feature=settings.per_feature)
+            objective = fl.LinearObjective(
+                settings.loss, data.X_train, data.y_train, penalty=settings.penalty, shift=shift, scale=scale
+            )
+            found[kind] = gradient_check(
+                objective, W, args.n, h=args.h, rows=rows, seed=args.seed, dtype=np.dtype(args.dtype)
+            )
+            print(f"{kind:<10}{settings.loss!r}, {settings.penalty or 'no penalty'}, gradient in {args.dtype}")
+    for kind, result in found.items():
+        _print_check(kind, result, data, args.h)
+    return 0 if all(result.ok for result in found.values()) else 1
+
+
+def _print_check(kind: str, found: GradientCheck, data: Dataset, h: float) -> None:
+    names = f"{'feature':>8}{'analytic':>16}{'numerical':>16}{'rel. error':>12}{'kinks':>7}"
+    print(f"\n{kind:<10}{'class':<14}{names}  verdict")
+    columns = (found.coordinates, found.analytic, found.numerical, found.relative_errors, found.kinks, found.verdicts)
+    for (c, d), analytic, numerical, error, kinks, verdict in zip(*columns, strict=True):
+        feature = "bias" if d == data.X_train.shape[1] else str(d)
+        numbers = f"{analytic:>16.8g}{numerical:>16.8g}{error:>12.1e}{kinks:>7}"
+        print(f"{'':<10}{data.class_names[c]:<14}{feature:>8}{numbers}  {verdict}")
+    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v != "kink"]
+    worst = f"relative error at most {max(counted):.1e} (h {h:g}): " if counted else ""
+    unkinked = found.verdict == "fine" and found.smooth
+    print(f"{'':<10}{worst}{SMOOTH_FINE if unkinked else VERDICTS[found.verdict]}")
+    if any(0 < abs(a - b) <= found.noise and e > 1e-7 for a, b, e in zip(*columns[1:4], strict=True)):
+        print(f"{'':<10}Differences up to {found.noise:.0e} are within the rounding of the losses.")

@@ -205,13 +205,7 @@ class LinearObjective:
         """
         if dtype is not None and np.dtype(dtype) not in (checks.FLOAT32, checks.FLOAT64):
             raise TypeError(f"dtype is {dtype!r}; it must be float32 or float64")
-        if rows is None:
-            picked: Any = slice(None)
-        else:
-            picked = checks.rows(rows, len(self.X))
-            bad = (picked < 0) | (picked >= len(self.X))
-            if bad.any():
-                checks.raise_bad_row(picked, int(bad.argmax()), len(self.X))
+        picked: Any = slice(None) if rows is None else checks.picked_rows(rows, len(self.X))
         return LinearObjective(
             self.loss, np.array(self.X[picked], dtype), self.targets[picked], penalty=self.penalty, bias=self.bias,
             sample_weight=None if self._sample_weight is None else self._sample_weight[picked],

@@ -155,6 +155,75 @@ def test_falling_back_to_digits_is_said(capsys, monkeypatch, tmp_path):
     assert "digits: 1437" in captured.out
 
 
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (("--label-smoothing", "0.1"), "label_smoothing=0.1"),
+        (("--temperature", "2"), "temperature=2.0"),
+        (("--z-loss", "0.001"), "z_loss=0.001"),
+    ],
+)
+def test_softmax_options_are_those_of_the_model(points, options, setting):
+    assert cli.main(["train", "--data", str(points), "--loss", "softmax", "--epochs", "1", *options]) == 0
+    assert setting in LinearModel.load("out/softmax.npz").loss
+
+
+# --- gradcheck -----------------------------------------------------------------------------------------------------
+def test_gradcheck_is_happy(capsys, points, tmp_path):
+    assert cli.main(["gradcheck", "--data", str(points), "--n", "5", "--rows", "20", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "points: 60 training and 30 test rows of 3 features, 3 classes; 20 training rows are used" in out
+    for kind in ("softmax", "hinge"):
+        table = out.split(f"\n\n{kind}")[1].splitlines()
+        assert table[0].split() == ["class", "feature", "analytic", "numerical", "rel.", "error", "kinks", "verdict"]
+        assert all(line.endswith(("happy", "fine", "kink")) for line in table[1:6])
+        assert any("bias" in line for line in table[1:6])
+        assert "relative error at most" in table[6]
+        analytic, numerical = (float(text) for text in table[1].split()[2:4])
+        assert analytic == pytest.approx(numerical, rel=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["points.npz"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--loss", "hinge", "--power", "2", "--over", "max", "--penalty", "l1", "--strength", "0.1"),
+        ("--loss", "softmax", "--label-smoothing", "0.1", "--penalty", "elasticnet", "--strength", "0.1"),
+        ("--loss", "hinge", "--over", "mean", "--penalty", "maxnorm", "--strength", "0.1", "--backend", "reference"),
+    ],
+)
+def test_gradcheck_of_any_loss_and_penalty(points, options):
+    assert cli.main(["gradcheck", "--data", str(points), "--n", "12", *options]) == 0
+
+
+def test_gradcheck_in_float32_says_what_it_is_worth(capsys, points):
+    assert cli.main(["gradcheck", "--data", str(points), "--loss", "softmax", "--dtype", "float32", "--n", "12"]) == 0
+    assert "fine for an objective with kinks, which this is not" in capsys.readouterr().out
+
+
+def test_gradcheck_finds_a_mistake(capsys, monkeypatch, points):
+    right = fl.LinearObjective.value_and_grad
+    monkeypatch.setattr(fl.LinearObjective, "value_and_grad", lambda *args: (right(*args)[0], -right(*args)[1]))
+    assert cli.main(["gradcheck", "--data", str(points), "--loss", "softmax"]) == 1
+    assert "relative error at most 2.0e+00 (h 1e-05): the gradient is probably wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--n", "0"), "n is 0; it must be at least 1"),
+        (("--rows", "0"), "rows is 0"),
+        (("--h", "0"), "h is 0"),
+        (("--seed", "-1"), "seed is -1"),
+        (("--data", "nowhere"), "--data nowhere does not exist"),
+        (("--loss", "hinge", "--temperature", "2"), "--temperature is an option of the softmax loss"),
+        (("--penalty", "l1"), "--penalty l1 needs --strength"),
+    ],
+)
+def test_gradcheck_errors(capsys, points, options, message):
+    assert message in fails(capsys, "gradcheck", "--data", str(points), *options)
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -251,7 +320,7 @@ def test_bench_hands_over(monkeypatch):
     assert seen[0].quick is True
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("info",), ("bench",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("gradcheck",), ("info",), ("bench",)])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

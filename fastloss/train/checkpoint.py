@@ -35,8 +35,7 @@ def describe(kind: str, objective: LinearObjective, W: Array, options: dict[str,
 
     The objective's value at weights of its own stands for the data.
     """
-    probe = np.random.default_rng(0).standard_normal(W.shape).astype(objective.dtype)
-    probe /= math.sqrt(W.size)
+    probe = np.asarray(np.random.default_rng(0).standard_normal(W.shape) / math.sqrt(W.size), objective.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         value = objective.value(probe)
     return {
