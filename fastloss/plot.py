@@ -367,7 +367,7 @@ def step_sizes(sweep: Sweep, ax: Axes | None = None, *, start: float | None = No
     sweep : fastloss.train.Sweep
     ax : Axes, optional
     start : float, optional
-        The loss before training, drawn as a line; what ends above ten times it is shown as if it had diverged.
+        The loss before training, drawn as a line; what ends above three times it is a cross at the top too.
 
     Returns
     -------
@@ -388,7 +388,7 @@ def step_sizes(sweep: Sweep, ax: Axes | None = None, *, start: float | None = No
     'log'
     """
     panel = _panel(ax)
-    bound = np.inf if start is None else 10 * start
+    bound = np.finfo(float).max if start is None else 3 * start
     lost = ~(sweep.losses <= bound)
     panel.plot(sweep.step_sizes[~lost], sweep.losses[~lost], color=COLOURS[0], marker=MARKS[0], label="after training")
     panel.set_xscale("log")
@@ -399,7 +399,8 @@ def step_sizes(sweep: Sweep, ax: Axes | None = None, *, start: float | None = No
         panel.axhline(start, color="0.4", linestyle=":", label=f"before training: {start:.3g}")
     if lost.any():
         panel.plot(sweep.step_sizes[lost], np.full(lost.sum(), 0.97), "x", color="black", markersize=8, mew=2,
-                   transform=panel.get_xaxis_transform(), label="diverged")  # fmt: skip
+                   transform=panel.get_xaxis_transform(),
+                   label="diverged" if start is None else "diverged, or lost ground")  # fmt: skip
     if not lost.all():
         panel.plot([sweep.best], [sweep.value], "*", color=COLOURS[1], markersize=15, mec="black", mew=0.6,
                    linestyle="none", label=f"best: {sweep.best:.2g}")  # fmt: skip

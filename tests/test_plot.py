@@ -232,7 +232,7 @@ def test_a_sweep_marks_what_diverged():
     sweep = train.Sweep(np.array([0.1, 1, 10]), np.array([1.0, 0.5, np.inf]), ({},) * 3, 1.0, W3, 0.5, "done")
     axes = render(plot.step_sizes(sweep, start=2.0).figure).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_array_equal(lines["diverged"].get_xdata(), [10])
+    np.testing.assert_array_equal(lines["diverged, or lost ground"].get_xdata(), [10])
     np.testing.assert_array_equal(lines["after training"].get_ydata(), [1, 0.5])
     assert lines["best: 1"].get_xdata() == [1.0]
     assert "before training: 2" in lines
