@@ -7,6 +7,8 @@ standard error.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import statistics
@@ -25,7 +27,18 @@ from fastloss import _checks as checks
 from fastloss import _info, backends, bench, plot, threads
 from fastloss._checks import FLOAT32, Array
 from fastloss.check import GradientCheck, gradient_check
-from fastloss.data import Dataset, find_cifar10, load_cifar10, load_digits, load_npz, standardisation, standardise
+from fastloss.data import (
+    DataError,
+    Dataset,
+    find_cifar10,
+    load_cifar10,
+    load_digits,
+    load_libsvm,
+    load_npz,
+    standardisation,
+    standardise,
+)
+from fastloss.data.npz import read_arrays
 from fastloss.lecture import SEARCHES, Lecture, Table, page
 from fastloss.model import LinearModel, replacing
 from fastloss.train import DivergenceError, State, sgd
@@ -33,6 +46,7 @@ from fastloss.train.recipes import Recipe, recipe
 
 LOSSES = {"softmax": ("softmax",), "hinge": ("hinge",), "both": ("softmax", "hinge")}
 LOSS_OPTIONS = {"softmax": ("label_smoothing", "temperature", "z_loss"), "hinge": ("margin", "power", "over")}
+LIBSVM = (".libsvm", ".svm", ".txt")
 PENALTIES: dict[str, type[fl.Penalty] | None] = {
     "l2": fl.L2,
     "l1": fl.L1,
@@ -83,7 +97,8 @@ that are not given come from a recipe for the data set and the loss, and are sho
   fastloss train --loss hinge --power 2 --penalty l1 --strength 0.001
   fastloss train --data mine.npz --epochs 20 --step-size 0.01 --out results
 
-An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X_test and y_test.""",
+An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X_test and y_test. Beside a file in
+libsvm's format, one of the same name with .t added holds the test data.""",
     )
     train.set_defaults(run=_train)
     what = _add_data(train)
@@ -132,6 +147,29 @@ is 0 for happy and fine, else 1.""",
     )  # fmt: skip
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of W, rows and what is checked (default: 0)")
     _add_computing(gradcheck)
+
+    predict = commands.add_parser(
+        "predict",
+        help="predict classes with a model that fastloss train has written",
+        description="""\
+Predict the classes of data with a model that 'fastloss train' has written (an .npz file; nothing in it is executed).
+Shows what the model is, and how often it is right for each class; with --out, also writes the predictions as CSV.
+
+Of data with a test part, that is used. An .npz file may hold X alone: then there are no labels to compare with.""",
+        epilog="""examples:
+  fastloss predict out/softmax.npz
+  fastloss predict out/hinge.npz --data mine.npz --out predictions.csv""",
+    )
+    predict.set_defaults(run=_predict)
+    predict.add_argument("model", metavar="MODEL", type=Path, help="the model, as out/softmax.npz")
+    _add_data(predict)
+    predict.add_argument(
+        "--out", metavar="FILE", type=Path, help="a CSV file to write: row, class index, class name, and the true class"
+    )
+    predict.add_argument(
+        "--threads", type=int, metavar="N",
+        help=f"how many threads to use; results do not depend on it (default: {fl.get_num_threads()})",
+    )  # fmt: skip
 
     story = commands.add_parser(
         "lecture",
@@ -197,8 +235,9 @@ def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", metavar="PATH",
-        help="a folder of CIFAR-10's binary version, an .npz file, or 'digits', the images that come with scikit-learn "
-        "(default: CIFAR-10, if the environment variable FASTLOSS_DATA names its folder; else digits)",
+        help="a folder of CIFAR-10 (binary or Python version), an .npz file, a file in libsvm's format (.libsvm, .svm "
+        "or .txt), or 'digits', the images that come with scikit-learn (default: CIFAR-10, if the environment variable "
+        "FASTLOSS_DATA names its folder; else digits)",
     )  # fmt: skip
     return group
 
@@ -295,7 +334,7 @@ def _train(args: argparse.Namespace) -> int:
 def _computing(args: argparse.Namespace) -> Iterator[None]:
     """The backend and the threads that were asked for; the caller's again afterwards."""
     with ExitStack() as stack:
-        if args.backend is not None:
+        if getattr(args, "backend", None) is not None:
             stack.enter_context(fl.use_backend(args.backend))
         if args.threads is not None:
             stack.callback(fl.set_num_threads, fl.get_num_threads())
@@ -344,8 +383,10 @@ def _load(where: str | None) -> Dataset:
         return load_npz(where)
     if Path(where).is_dir():
         return load_cifar10(where)
-    what = "is neither a folder nor an .npz file" if Path(where).exists() else "does not exist"
-    raise ValueError(f"--data {where} {what}; name a folder of CIFAR-10's binary version, an .npz file, or digits")
+    if Path(where).is_file() and Path(where).suffix in LIBSVM:
+        return load_libsvm(where)
+    what = f"is neither a folder nor an .npz or {LIBSVM[0]} file" if Path(where).exists() else "does not exist"
+    raise ValueError(f"--data {where} {what}; name a folder of CIFAR-10, an .npz or {LIBSVM[0]} file, or digits")
 
 
 def _recipe(args: argparse.Namespace, data: Dataset, kind: str) -> Recipe:
@@ -412,7 +453,14 @@ def _fit(kind: str, settings: Recipe, data: Dataset, features: _Features, seed: 
         accuracy = float(result.history["validation_accuracy"][-1])
         scores.append((fl.LinearObjective(loss, *features.test).value(result.W), accuracy))
     description = f"{loss!r}, {penalty!r}"
-    model = LinearModel(result.W, data.class_names, features.shift, features.scale, description, data.image_shape)
+    provenance = {
+        "data": _describe(data),
+        "training": "sgd, " + ", ".join(f"{name}={value}" for name, value in (options | {"seed": seed}).items()),
+        "computed by": f"fastloss {fl.__version__}, backend {backend}",
+    }
+    model = LinearModel(
+        result.W, data.class_names, features.shift, features.scale, description, data.image_shape, provenance
+    )
     return _Trained(model, result.history, scores, _time(plain, result.W))
 
 
@@ -491,6 +539,68 @@ def _write(folder: Path, trained: dict[str, _Trained]) -> None:
             figure.savefig(file, format="png")
         written.append(name)
     print(f"\nWritten to {folder}{os.sep}: {', '.join(written)}")
+
+
+# --- predict -------------------------------------------------------------------------------------------------------
+def _predict(args: argparse.Namespace) -> int:
+    model = LinearModel.load(args.model)
+    if args.out is not None:
+        _check_out(args.out.parent)
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file, as {args.out / 'predictions.csv'}")
+    with _computing(args):
+        X, y, what = _rows_to_predict(args.data, model)
+        found = model.predict(X)
+    print(f"{'model':<10}{args.model}: {model.loss}")
+    for name, origin in model.provenance.items():
+        print(f"{'':<10}{name}: {origin}")
+    print(f"{'rows':<10}{what}\n")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(["row", "class", "name", *(["true"] if y is not None else [])])
+        for row, predicted in enumerate(found.tolist()):
+            true = [] if y is None else [int(y[row])]
+            table.writerow([row, predicted, model.class_names[predicted], *true])
+        with replacing(args.out) as file:
+            file.write(text.getvalue().encode())
+    width = max(map(len, (*model.class_names, "class")))
+    print(f"{'class':<{width}}  predicted" + ("" if y is None else "  rows  right"))
+    for k, name in enumerate(model.class_names):
+        line = f"{name:<{width}}  {np.count_nonzero(found == k):>9}"
+        if y is not None:
+            n, right = np.count_nonzero(y == k), np.count_nonzero((y == k) & (found == k))
+            line += f"  {n:>4}  {100 * right / n:>5.1f} %" if n else f"  {n:>4}"
+        print(line)
+    if y is not None:
+        print(f"\n{np.count_nonzero(found == y)} of {len(y)} rows are right: {100 * np.mean(found == y):.2f} %")
+    if args.out is not None:
+        print(f"Written to {args.out}")
+    return 0
+
+
+def _rows_to_predict(where: str | None, model: LinearModel) -> tuple[Array, Array | None, str]:
+    """Features, the model's index of each row's class where that is known, and what they are in words."""
+    if where is not None and Path(where).suffix == ".npz":
+        arrays = read_arrays(where, ("X",), ("y",))
+        if "y" not in arrays:
+            X = arrays["X"]
+            return X, None, f"{where}: X {X.shape}, no labels"
+    if where is not None and Path(where).suffix in LIBSVM:
+        data = load_libsvm(where, n_features=model.W.shape[1] - 1)  # trailing zeros are not in the file
+    else:
+        data = _load(where)
+    X, y = (data.X_train, data.y_train) if data.X_test is None else (data.X_test, data.y_test)
+    assert y is not None
+    what = f"{_describe(data)}; the {'training' if data.X_test is None else 'test'} part is used"
+    known = {name: k for k, name in enumerate(model.class_names)}
+    unknown = [name for name in data.class_names if name not in known]
+    if not unknown:
+        return X, np.array([known[name] for name in data.class_names])[y], what
+    if where is not None and Path(where).suffix == ".npz" and len(data.class_names) <= len(model.class_names):
+        return X, y, what  # indices, whatever the classes are called
+    raise DataError(f"{data.name} has the class {unknown[0]!r}; the model knows {', '.join(model.class_names)}")
 
 
 # --- lecture -------------------------------------------------------------------------------------------------------
