@@ -500,7 +500,7 @@ def hinge_shape(ax: Axes | None = None, *, margin: float = 1.0) -> Axes:
         values = loss.value(scores, targets, reduction="none")
         panel.plot(d, values, color=look["color"], linestyle=look["linestyle"], linewidth=2, label=label)
     panel.axvline(margin, color="0.4", linewidth=0.8, linestyle=":")
-    panel.text(margin, 0.98, f" d = Δ = {margin:g}", transform=panel.get_xaxis_transform(), va="top", fontsize=9)
+    panel.text(margin, 0.3, f" d = Δ = {margin:g}", transform=panel.get_xaxis_transform(), va="top", fontsize=9)
     panel.set_ylim(-0.15, 5.2)
     panel.set_xlabel("d = score of the right class − score of the other")
     panel.set_ylabel("loss")
@@ -638,8 +638,9 @@ def decision_regions(model: LinearModel, X: object, y: object, ax: Axes | None =
         tip = tip / max(float(np.linalg.norm(tip / reach)), 1e-300)
         panel.annotate("", foot + tip, foot, arrowprops={"arrowstyle": "-|>", "color": look["color"], "lw": 1.6})
     panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="feature 1", ylabel="feature 2")
-    panel.legend(fontsize=9, framealpha=0.9, title="classes\n(line: score 0)", title_fontsize=9,
-                 loc="upper left", bbox_to_anchor=(1, 1))  # fmt: skip
+    # Beside the panel where there is room, which is in a figure of its own.
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax is None else {"loc": "best"}
+    panel.legend(fontsize=9, framealpha=0.9, title="classes\n(line: score 0)", title_fontsize=9, **place)
     return panel
 
 

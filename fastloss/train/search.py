@@ -26,8 +26,10 @@ from fastloss.linear import LinearObjective, on_host
 from fastloss.train.checkpoint import Checkpoint, PathLike, describe
 from fastloss.train.descent import DivergenceError, Result, _initial, _progress_bar
 
-#: Numbers of the candidates that are tried in one pass over X: beyond this the pass is bound by its products.
-STACK_VALUES = 1 << 22
+#: Candidates are tried together as far as they have this many numbers, and their products this many terms: about a
+#: second's work, after which an interrupt finds what they were worth.
+STACK_VALUES, STACK_TERMS = 1 << 22, 1 << 36
+FIRST = 8
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,11 @@ class _Search:
 
 class _Random(_Search):
     def batch(self) -> tuple[Array, Array]:
-        at_once = max(1, STACK_VALUES // math.prod(self.shape))
-        candidates = self.draw(min(at_once, self.n - self.kept[2]), self.options["scale"])
+        size, step = math.prod(self.shape), self.kept[2]
+        most = max(1, min(STACK_VALUES // size, STACK_TERMS // (size * max(1, len(self.objective.X)))))
+        # Few at first, so that an early interrupt finds something. Known from the step alone: a resumed search has the
+        # same batches, for in others the products' last bits may differ.
+        candidates = self.draw(min(most, max(FIRST, step), self.n - step), self.options["scale"])
         return candidates, self.objective.values(candidates)
 
 
