@@ -534,9 +534,9 @@ def _write(folder: Path, trained: dict[str, _Trained]) -> None:
     for kind, found in trained.items():
         found.model.save(folder / f"{kind}.npz")
         written.append(f"{kind}.npz")
-    for name, figure in pictures.items():
+    for name, drawn in pictures.items():
         with replacing(folder / name) as file:
-            figure.savefig(file, format="png")
+            plot.figure_of(drawn).savefig(file, format="png")
         written.append(name)
     print(f"\nWritten to {folder}{os.sep}: {', '.join(written)}")
 

@@ -1,9 +1,9 @@
 """Pictures, for slides: what losses look like, curves of training, templates, landscapes, and how fast the kernels are.
 
-A picture of one panel takes the Axes to draw on as `ax`, or makes a figure of its own, and returns the Axes; those of
-several panels return the figure. Figures are made without pyplot: no window is opened and no global state of
-matplotlib's is touched. Save one with `figure.savefig(path)` (`axes.figure.savefig(path)`); a notebook shows what a
-call returns. Colours differ in lightness, and lines in style, so that pictures can be told apart in print.
+A picture takes the Axes to draw on as `ax`, or makes a figure of its own, and returns the Axes: those of several panels
+take and return a list. Figures are made without pyplot: no window is opened and no global state of matplotlib's is
+touched. Save one with `figure_of(axes).savefig(path)`; a notebook shows `figure_of(axes)`. Colours differ in lightness,
+and lines in style, so that pictures can be told apart in print.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _axes(ax: Axes | Sequence[Axes], n: int, of: str) -> list[Axes]:
     return given
 
 
-def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Sequence[Axes] | None = None) -> Figure:
+def training_curves(
+    histories: Mapping[str, Mapping[str, Array]], ax: Axes | Sequence[Axes] | None = None
+) -> list[Axes]:
     """Loss and accuracy over the epochs of one or more trainings.
 
     Each loss has a panel of its own, since losses differ in unit; the accuracies share the last panel. The panels show
@@ -71,8 +73,8 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
 
     Returns
     -------
-    matplotlib.figure.Figure
-        The figure drawn on.
+    list of matplotlib.axes.Axes
+        Those drawn on, as in `ax`.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
     >>> from fastloss.plot import training_curves
     >>> from fastloss.train import gradient_descent
     >>> result = gradient_descent(fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3)), steps=5)
-    >>> [axes.get_ylabel() for axes in training_curves({"softmax": result.history}).axes]
+    >>> [axes.get_ylabel() for axes in training_curves({"softmax": result.history})]
     ['loss (with penalty)', 'accuracy (%)']
     """
     if not histories:
@@ -127,7 +129,7 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    return _owner(accuracy_panel)
+    return [*loss_panels, accuracy_panel]
 
 
 def _focus(panel: Axes, curves: list[Array]) -> None:
@@ -138,8 +140,10 @@ def _focus(panel: Axes, curves: list[Array]) -> None:
         panel.set_ylim(values.min() - gap, values.max() + gap)
 
 
-def _owner(panel: Axes) -> Figure:
-    figure = panel.get_figure(root=True)
+def figure_of(drawn: Axes | Sequence[Axes]) -> Figure:
+    """The figure that Axes, or the first of several, are in: to save it."""
+    panel: Any = np.ravel(np.asarray(drawn, dtype=object))[0]
+    figure: Figure | None = panel.get_figure(root=True)
     assert figure is not None
     return figure
 
@@ -164,7 +168,7 @@ def _pictures(model: LinearModel) -> tuple[Array, float]:
     return templates, limit or 1.0
 
 
-def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None, *, title: str = "") -> Figure:
+def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None, *, title: str = "") -> list[Axes]:
     """The weights of each class as a picture: what a linear classifier looks for.
 
     The score of a class is the inner product of the image and its template, so the template is what it matches images
@@ -182,8 +186,8 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
 
     Returns
     -------
-    matplotlib.figure.Figure
-        The figure drawn on.
+    list of matplotlib.axes.Axes
+        Those drawn on, as in `ax`.
 
     Raises
     ------
@@ -198,7 +202,7 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
     >>> from fastloss.model import LinearModel
     >>> from fastloss.plot import class_templates
     >>> model = LinearModel(np.eye(2, 5), ("left", "right"), image_shape=(2, 2))
-    >>> [axes.get_title() for axes in class_templates(model).axes[:2]]
+    >>> [axes.get_title() for axes in class_templates(model)]
     ['left', 'right']
     """
     templates, limit = _pictures(model)
@@ -224,13 +228,13 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
         panel.set_title(name, fontsize=11)
         panel.set_xticks([])
         panel.set_yticks([])
-    figure = _owner(panels[0])
+    figure = figure_of(panels[0])
     if new:
         unit = "weight, per standard deviation" if model.scale is not None else "weight"
         bar = figure.colorbar(shown, ax=panels, fraction=0.03, pad=0.02, ticks=[-limit, 0, limit])
         bar.ax.set_yticklabels([f"−{limit:.2g}", "0", f"+{limit:.2g}"])
         bar.set_label(unit + (" (red, green, blue)" if templates.ndim == 4 else ""))
-    return figure
+    return panels
 
 
 # --- one panel -----------------------------------------------------------------------------------------------------

@@ -183,9 +183,7 @@ def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, fu
     monkeypatch.chdir(tmp_path)
     content = pickle.dumps({"data": Evil(function, "made"), "labels": []}, protocol)
     (python_cifar[0] / "data_batch_2").write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"data_batch_2 is no pickle .*: it names .*, which is refused"
-    ):
+    with pytest.raises(DataError, match=r"data_batch_2 is no pickle .*: it names .*, which is refused"):
         data.load_cifar10(python_cifar[0])
     assert not (tmp_path / "made").exists()
 

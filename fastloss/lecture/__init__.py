@@ -27,7 +27,6 @@ from fastloss.train.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LOSSES = ("softmax", "hinge")
 #: The root mean square length of CIFAR-10's images less their mean, for which the lecture's scales of W are meant.
@@ -65,11 +64,10 @@ class Section:
     seconds: float = 0.0
 
 
-def picture(drawn: Figure | Axes, caption: str) -> Picture:
-    """A drawing as a file."""
-    figure: Any = getattr(drawn, "figure", None) or drawn
+def picture(drawn: Axes | list[Axes], caption: str) -> Picture:
+    """The figure of what was drawn, as a file."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    plot.figure_of(drawn).savefig(buffer, format="png", dpi=110)
     return Picture(buffer.getvalue(), caption)
 
 
