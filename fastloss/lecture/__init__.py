@@ -219,6 +219,9 @@ class Lecture:
                 histories[f"{name} {seed}"] = result.history
                 values[name].append(result.value)
                 accuracies[name].append(self.accuracy(objective, result.W))
+        done = "Each was done once, with seed 0."
+        if self.seeds > 1:
+            done = f"Each was done {self.seeds} times, with seeds 0 to {self.seeds - 1}: median and range are given."
         chance = float(np.bincount(self.y_test).max()) / len(self.y_test)
         cifar = self.data.name == "cifar10"
         rows = [
@@ -232,8 +235,7 @@ class Lecture:
             "Two bad ways to find W, with the hinge loss, on features less their mean. The first tries weights at "
             "random and keeps the best. The second starts somewhere, and takes a random step whenever it lowers the "
             "loss.",
-            f"Each was done {self.seeds} times with seeds 0 to {self.seeds - 1}; given are the median and the range. "
-            f"Always naming the most frequent class would be right for {_percent(chance)}.",
+            f"{done} Always naming the most frequent class would be right for {_percent(chance)}.",
         ]
         if cifar:
             texts.append(
@@ -246,7 +248,7 @@ class Lecture:
                 "of the same size."
             )
         header = ("search", "hinge loss", "test accuracy", *(("the lecture",) if cifar else ()))
-        caption = f"The best loss so far, for {self.seeds} seeds of each search."
+        caption = f"The best loss so far, {self.seeds} times for each search."
         return Section(
             SEARCHES, texts, [Table(header, rows)],
             [picture(plot.search_progress(histories), caption)],
@@ -341,13 +343,17 @@ class Lecture:
     def penalties(self) -> Section:
         settings = self.recipes["softmax"]
         known = settings.penalty.strength if settings.penalty is not None else 0.01
-        unit = known / 10
-        choices: dict[str, fl.Penalty | None] = {
-            "none": None, "L2": fl.L2(known), "L1": fl.L1(unit), "elastic net": fl.ElasticNet(unit),
-            "max norm": fl.MaxNorm(1.0),
-        }  # fmt: skip
-        rows, weights = [], {}
-        for name, penalty in choices.items():
+        # Ten times what generalises best, so that what each does is plain to see.
+        choices: dict[str, Callable[[float], fl.Penalty | None]] = {
+            "none": lambda norm: None,
+            "L2": lambda norm: fl.L2(10 * known),
+            "L1": lambda norm: fl.L1(known),
+            "elastic net": lambda norm: fl.ElasticNet(known),
+            "max norm": lambda norm: fl.MaxNorm(float(f"{norm / 2:.2g}")),
+        }
+        rows, weights, norm = [], {}, 1.0
+        for name, choose in choices.items():
+            penalty = choose(norm)
             # On all data: the noise of mini-batches is larger than a proximal step, and leaves no weight at 0.
             result = _finished(
                 train.gradient_descent(
@@ -358,16 +364,18 @@ class Lecture:
             )  # fmt: skip
             W = weights[name] = result.W[:, :-1]
             accuracy, test = (float(result.history[key][-1]) for key in ("accuracy", "validation_accuracy"))
-            zeros, norm = np.count_nonzero(W == 0) / W.size, math.sqrt(float(np.square(W, dtype=np.float64).sum()))
+            zeros, norms = np.count_nonzero(W == 0) / W.size, np.linalg.norm(W.astype(np.float64), axis=1)
+            if penalty is None:
+                norm = float(norms.mean())
             rows.append((repr(penalty) if penalty else "none", _percent(accuracy), _percent(test), _percent(zeros),
-                         f"{norm:.3g}", f"{np.abs(W).max():.2g}"))  # fmt: skip
+                         f"{np.linalg.norm(norms):.3g}", f"{np.abs(W).max():.2g}"))  # fmt: skip
         return Section(
             "Regularisation",
             [
                 "Many W have almost the same loss; a penalty says which to prefer. L2 (Σ W²) spreads weights out, L1 "
                 "(Σ |W|) makes many of them exactly 0, the elastic net is their sum, and max norm bounds the length of "
-                f"each class's weights. Softmax with each, after {STEPS} steps of gradient descent on all data, with "
-                "step size and momentum from above."
+                "each class's weights (here to half of what it is without). Softmax with each, after "
+                f"{STEPS} steps of gradient descent on all data, with step size and momentum from above."
             ],
             [
                 Table(
