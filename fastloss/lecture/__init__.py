@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LOSSES = ("softmax", "hinge")
 #: The root mean square length of CIFAR-10's images less their mean, for which the lecture's scales of W are meant.
 LENGTH = 3500.0
-STEPS = 80  # of gradient descent, for each penalty
+STEPS = 50  # of gradient descent, for each penalty
 #: What the lecture found, with one draw each.
 SEARCHES = "Random search, and random local search"
 LECTURE = {"random": 15.5, "local": 21.4}
