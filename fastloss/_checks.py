@@ -115,6 +115,15 @@ def raise_bad_row(rows: Array, position: int, n_rows: int) -> None:
     raise IndexError(f"rows[{position}] is {rows[position]}, but X has {n_rows} rows (0 to {n_rows - 1})")
 
 
+def picked_rows(value: object, n_rows: int) -> Array:
+    """`rows`, all of them in `[0, n_rows)`."""
+    array = rows(value, n_rows)
+    bad = (array < 0) | (array >= n_rows)
+    if bad.any():
+        raise_bad_row(array, int(bad.argmax()), n_rows)
+    return array
+
+
 def finite_nonnegative(array: Array, name: str) -> None:
     """Raise unless every entry is finite and not negative, naming the first that is not."""
     position = first_unfit(array)

@@ -7,6 +7,8 @@ standard error.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import runpy
@@ -14,8 +16,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -23,14 +25,30 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 import fastloss as fl
+from fastloss import _checks as checks
 from fastloss import _info, backends, bench, plot, threads
 from fastloss._checks import FLOAT32, Array
-from fastloss.data import Dataset, find_cifar10, load_cifar10, load_digits, load_npz, standardisation, standardise
+from fastloss.check import GradientCheck, gradient_check
+from fastloss.data import (
+    DataError,
+    Dataset,
+    find_cifar10,
+    load_cifar10,
+    load_digits,
+    load_libsvm,
+    load_npz,
+    standardisation,
+    standardise,
+)
+from fastloss.data.npz import read_arrays
+from fastloss.lecture import SEARCHES, Lecture, Table, page
 from fastloss.model import LinearModel, replacing
 from fastloss.train import DivergenceError, State, sgd
 from fastloss.train.recipes import Recipe, recipe
 
 LOSSES = {"softmax": ("softmax",), "hinge": ("hinge",), "both": ("softmax", "hinge")}
+LOSS_OPTIONS = {"softmax": ("label_smoothing", "temperature", "z_loss"), "hinge": ("margin", "power", "over")}
+LIBSVM = (".libsvm", ".svm", ".txt")
 PENALTIES: dict[str, type[fl.Penalty] | None] = {
     "l2": fl.L2,
     "l1": fl.L1,
@@ -82,35 +100,15 @@ that are not given come from a recipe for the data set and the loss, and are sho
   fastloss train --loss hinge --power 2 --penalty l1 --strength 0.001
   fastloss train --data mine.npz --epochs 20 --step-size 0.01 --out results
 
-An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X_test and y_test.""",
+An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X_test and y_test. Beside a file in
+libsvm's format, one of the same name with .t added holds the test data.""",
     )
     train.set_defaults(run=_train)
-    what = train.add_argument_group("data")
-    what.add_argument(
-        "--data", metavar="PATH",
-        help="a folder of CIFAR-10's binary version, an .npz file, or 'digits', the images that come with scikit-learn "
-        "(default: CIFAR-10, if the environment variable FASTLOSS_DATA names its folder; else digits)",
-    )  # fmt: skip
+    what = _add_data(train)
     what.add_argument(
         "--out", metavar="FOLDER", type=Path, default=Path("out"), help="where models and pictures go (default: out)"
     )
-    loss = train.add_argument_group("loss")
-    loss.add_argument("--loss", choices=LOSSES, default="both", help="what to train with (default: both)")
-    loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
-    loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
-    loss.add_argument(
-        "--over", choices=("sum", "mean", "max"),
-        help="hinge: take the sum, mean or max over the wrong classes (default: sum)",
-    )  # fmt: skip
-    loss.add_argument(
-        "--penalty", choices=PENALTIES,
-        help="on the weights W: l2 is Σ W², l1 is Σ |W|, elasticnet their sum, maxnorm a bound on the norm of each row "
-        "of W (default: l2)",
-    )  # fmt: skip
-    loss.add_argument(
-        "--strength", type=float,
-        help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
-    )  # fmt: skip
+    _add_loss(train)
     how = train.add_argument_group("training (defaults: the recipe's)")
     how.add_argument("--epochs", type=int, metavar="N", help="passes over the training data")
     how.add_argument("--batch-size", type=int, metavar="N", help="rows for each step")
@@ -119,14 +117,92 @@ An .npz file holds X (rows of numbers) and y (class indices from 0), and maybe X
     how.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the order of rows; same seed, same bits (default: 0)"
     )
-    compute = train.add_argument_group("computing")
-    compute.add_argument(
+    _add_computing(train)
+
+    gradcheck = commands.add_parser(
+        "gradcheck",
+        help="check gradients against differences of losses",
+        description="""\
+Check the gradient of a linear classifier's objective against centred differences of its values,
+(f(W + h) − f(W − h)) / 2h, at a few numbers of W drawn at random. Data are standardised; W is random, for at W = 0 and
+at a minimum mistakes can hide.
+
+The verdict is the one that courses teach (CS231n): a relative error up to 1e-7 is a reason to be happy; up to 1e-4 is
+fine for objectives with kinks, as the hinge and l1 have; up to 1e-2 should make you uncomfortable; above, the gradient
+is probably wrong. Where a kink lies within the step the two cannot agree, and the number does not count. The exit code
+is 0 for happy and fine, else 1.""",
+        epilog="""examples:
+  fastloss gradcheck
+  fastloss gradcheck --loss hinge --power 2 --over max --n 50
+  fastloss gradcheck --loss softmax --label-smoothing 0.1 --penalty l1 --strength 0.01 --data mine.npz
+  fastloss gradcheck --dtype float32      why courses say: use double precision""",
+    )
+    gradcheck.set_defaults(run=_gradcheck)
+    _add_data(gradcheck)
+    _add_loss(gradcheck)
+    how = gradcheck.add_argument_group("check")
+    how.add_argument("--n", type=int, default=10, metavar="N", help="how many numbers of W to check (default: 10)")
+    how.add_argument("--rows", type=int, default=500, metavar="N", help="training rows to use (default: 500)")
+    how.add_argument("--h", type=float, default=1e-5, metavar="X", help="the step of the differences (default: 1e-5)")
+    how.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64",
+        help="what the gradient is computed in; differences are always taken in float64 (default: float64)",
+    )  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of W, rows and what is checked (default: 0)")
+    _add_computing(gradcheck)
+
+    predict = commands.add_parser(
+        "predict",
+        help="predict classes with a model that fastloss train has written",
+        description="""\
+Predict the classes of data with a model that 'fastloss train' has written (an .npz file; nothing in it is executed).
+Shows what the model is, and how often it is right for each class; with --out, also writes the predictions as CSV.
+
+Of data with a test part, that is used. An .npz file may hold X alone: then there are no labels to compare with.""",
+        epilog="""examples:
+  fastloss predict out/softmax.npz
+  fastloss predict out/hinge.npz --data mine.npz --out predictions.csv""",
+    )
+    predict.set_defaults(run=_predict)
+    predict.add_argument("model", metavar="MODEL", type=Path, help="the model, as out/softmax.npz")
+    _add_data(predict)
+    predict.add_argument(
+        "--out", metavar="FILE", type=Path, help="a CSV file to write: row, class index, class name, and the true class"
+    )
+    predict.add_argument(
         "--threads", type=int, metavar="N",
         help=f"how many threads to use; results do not depend on it (default: {fl.get_num_threads()})",
     )  # fmt: skip
-    compute.add_argument(
-        "--backend", metavar="NAME", help="one that 'fastloss info' lists (default: the fastest that is available)"
+
+    story = commands.add_parser(
+        "lecture",
+        help="tell the lecture on linear classifiers on your data, as one page",
+        description="""\
+Tell the story of the lecture on linear classifiers (CS231n) on CIFAR-10, or on digits where it is absent: the losses,
+an untrained classifier, 1000 random W, random local search, the gradient check, step sizes, stochastic gradient descent
+with both losses, regularisers compared, templates, and the landscape of the loss. Writes one HTML page with numbers and
+pictures, which needs no other file. All numbers are computed in the run.
+
+On CIFAR-10 and 2 cores it takes a few minutes, most of them for the searches; on digits seconds.""",
+        epilog="""examples:
+  fastloss lecture
+  fastloss lecture --data path/to/cifar-10-batches-bin --out cifar10.html
+  fastloss lecture --data digits --seeds 20 --out digits.html""",
     )
+    story.set_defaults(run=_lecture)
+    what = _add_data(story)
+    what.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("out/lecture.html"),
+        help="the page to write (default: out/lecture.html)",
+    )  # fmt: skip
+    how = story.add_argument_group("searches")
+    how.add_argument(
+        "--tries", type=int, default=1000, metavar="N", help="trials of each random search (default: 1000)"
+    )
+    how.add_argument(
+        "--seeds", type=int, default=5, metavar="N", help="how often each search is done, for its range (default: 5)"
+    )
+    _add_computing(story)
 
     info = commands.add_parser(
         "info",
@@ -170,6 +246,51 @@ accelerated runs as ever, with one warning that says why. Processes that the scr
     faster.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
     faster.set_defaults(run=_accelerate)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="PATH",
+        help="a folder of CIFAR-10 (binary or Python version), an .npz file, a file in libsvm's format (.libsvm, .svm "
+        "or .txt), or 'digits', the images that come with scikit-learn (default: CIFAR-10, if the environment variable "
+        "FASTLOSS_DATA names its folder; else digits)",
+    )  # fmt: skip
+    return group
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss", choices=LOSSES, default="both", help="which loss (default: both)")
+    loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
+    loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
+    loss.add_argument(
+        "--over", choices=("sum", "mean", "max"),
+        help="hinge: take the sum, mean or max over the wrong classes (default: sum)",
+    )  # fmt: skip
+    loss.add_argument(
+        "--penalty", choices=PENALTIES,
+        help="on the weights W: l2 is Σ W², l1 is Σ |W|, elasticnet their sum, maxnorm a bound on the norm of each row "
+        "of W (default: l2)",
+    )  # fmt: skip
+    loss.add_argument(
+        "--strength", type=float,
+        help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
+    )  # fmt: skip
+    loss.add_argument("--label-smoothing", type=float, metavar="X", help="softmax: from 0 to 1 (default: 0)")
+    loss.add_argument("--temperature", type=float, metavar="X", help="softmax: scores are divided by it (default: 1)")
+    loss.add_argument("--z-loss", type=float, metavar="X", help="softmax: adds X times log² of the sum (default: 0)")
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    compute = parser.add_argument_group("computing")
+    compute.add_argument(
+        "--threads", type=int, metavar="N",
+        help=f"how many threads to use; results do not depend on it (default: {fl.get_num_threads()})",
+    )  # fmt: skip
+    compute.add_argument(
+        "--backend", metavar="NAME", help="one that 'fastloss info' lists (default: the fastest that is available)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,18 +357,12 @@ def _train(args: argparse.Namespace) -> int:
     _check_options(args)
     _check_out(args.out)
     plot.figure_class()
-    with ExitStack() as stack:
-        if args.backend is not None:
-            stack.enter_context(fl.use_backend(args.backend))
-        if args.threads is not None:
-            stack.callback(fl.set_num_threads, fl.get_num_threads())
-            fl.set_num_threads(args.threads)
+    with _computing(args):
         data = _load(args.data)
         recipes = {kind: _recipe(args, data, kind) for kind in LOSSES[args.loss]}
         chosen = backends.choose(None, "gradient", fl.Softmax(), FLOAT32, ()).name
         print(f"{'data':<10}{_describe(data)}")
-        n = threads.resolve(None)
-        print(f"{'backend':<10}{chosen}, {n} thread{'s' * (n > 1)}", flush=True)
+        _print_backend(chosen)
         features = _standardised(data, recipes)
         trained = {kind: _fit(kind, settings, data, features, args.seed, chosen) for kind, settings in recipes.items()}
     _print_scores(trained)
@@ -256,11 +371,30 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _computing(args: argparse.Namespace) -> Iterator[None]:
+    """The backend and the threads that were asked for; the caller's again afterwards."""
+    with ExitStack() as stack:
+        if getattr(args, "backend", None) is not None:
+            stack.enter_context(fl.use_backend(args.backend))
+        if args.threads is not None:
+            stack.callback(fl.set_num_threads, fl.get_num_threads())
+            fl.set_num_threads(args.threads)
+        yield
+
+
+def _print_backend(name: str) -> None:
+    n = threads.resolve(None)
+    print(f"{'backend':<10}{name}, {n} thread{'s' * (n > 1)}", flush=True)
+
+
 def _check_options(args: argparse.Namespace) -> None:
     """Turn away options that would have no effect."""
-    for name in ("margin", "power", "over"):
-        if args.loss == "softmax" and getattr(args, name) is not None:
-            raise ValueError(f"--{name} is an option of the hinge loss; with --loss softmax it has no meaning")
+    for kind, names in LOSS_OPTIONS.items():
+        for name in names:
+            if kind not in LOSSES[args.loss] and getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is an option of the {kind} loss; with --loss {args.loss} it has no meaning")
     if args.penalty == "none" and args.strength is not None:
         raise ValueError("--strength has no meaning with --penalty none")
     if args.penalty in ("l1", "elasticnet", "maxnorm") and args.strength is None:
@@ -290,18 +424,20 @@ def _load(where: str | None) -> Dataset:
         return load_npz(where)
     if Path(where).is_dir():
         return load_cifar10(where)
-    what = "is neither a folder nor an .npz file" if Path(where).exists() else "does not exist"
-    raise ValueError(f"--data {where} {what}; name a folder of CIFAR-10's binary version, an .npz file, or digits")
+    if Path(where).is_file() and Path(where).suffix in LIBSVM:
+        return load_libsvm(where)
+    what = f"is neither a folder nor an .npz or {LIBSVM[0]} file" if Path(where).exists() else "does not exist"
+    raise ValueError(f"--data {where} {what}; name a folder of CIFAR-10, an .npz or {LIBSVM[0]} file, or digits")
 
 
 def _recipe(args: argparse.Namespace, data: Dataset, kind: str) -> Recipe:
     """The recipe for the data and a loss, changed as the options say."""
     settings = recipe(data.name, kind, data.X_train.shape[1])
     names = ("epochs", "batch_size", "step_size", "momentum")
-    changes: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if kind == "hinge":
-        options = {name: getattr(args, name) for name in ("margin", "power", "over") if getattr(args, name) is not None}
-        changes["loss"] = replace(settings.loss, **options)
+    given = {name: getattr(args, name, None) for name in names}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(args, name) for name in LOSS_OPTIONS[kind] if getattr(args, name) is not None}
+    changes["loss"] = replace(settings.loss, **options)
     known = settings.penalty
     if args.penalty is not None or args.strength is not None:
         make = PENALTIES[args.penalty] if args.penalty is not None else type(known) if known is not None else fl.L2
@@ -358,7 +494,14 @@ def _fit(kind: str, settings: Recipe, data: Dataset, features: _Features, seed: 
         accuracy = float(result.history["validation_accuracy"][-1])
         scores.append((fl.LinearObjective(loss, *features.test).value(result.W), accuracy))
     description = f"{loss!r}, {penalty!r}"
-    model = LinearModel(result.W, data.class_names, features.shift, features.scale, description, data.image_shape)
+    provenance = {
+        "data": _describe(data),
+        "training": "sgd, " + ", ".join(f"{name}={value}" for name, value in (options | {"seed": seed}).items()),
+        "computed by": f"fastloss {fl.__version__}, backend {backend}",
+    }
+    model = LinearModel(
+        result.W, data.class_names, features.shift, features.scale, description, data.image_shape, provenance
+    )
     return _Trained(model, result.history, scores, _time(plain, result.W))
 
 
@@ -432,8 +575,167 @@ def _write(folder: Path, trained: dict[str, _Trained]) -> None:
     for kind, found in trained.items():
         found.model.save(folder / f"{kind}.npz")
         written.append(f"{kind}.npz")
-    for name, figure in pictures.items():
+    for name, drawn in pictures.items():
         with replacing(folder / name) as file:
-            figure.savefig(file, format="png")
+            plot.figure_of(drawn).savefig(file, format="png")
         written.append(name)
     print(f"\nWritten to {folder}{os.sep}: {', '.join(written)}")
+
+
+# --- predict -------------------------------------------------------------------------------------------------------
+def _predict(args: argparse.Namespace) -> int:
+    model = LinearModel.load(args.model)
+    if args.out is not None:
+        _check_out(args.out.parent)
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file, as {args.out / 'predictions.csv'}")
+    with _computing(args):
+        X, y, what = _rows_to_predict(args.data, model)
+        found = model.predict(X)
+    print(f"{'model':<10}{args.model}: {model.loss}")
+    for name, origin in model.provenance.items():
+        print(f"{'':<10}{name}: {origin}")
+    print(f"{'rows':<10}{what}\n")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(["row", "class", "name", *(["true"] if y is not None else [])])
+        for row, predicted in enumerate(found.tolist()):
+            true = [] if y is None else [int(y[row])]
+            table.writerow([row, predicted, model.class_names[predicted], *true])
+        with replacing(args.out) as file:
+            file.write(text.getvalue().encode())
+    width = max(map(len, (*model.class_names, "class")))
+    print(f"{'class':<{width}}  predicted" + ("" if y is None else "  rows  right"))
+    for k, name in enumerate(model.class_names):
+        line = f"{name:<{width}}  {np.count_nonzero(found == k):>9}"
+        if y is not None:
+            n, right = np.count_nonzero(y == k), np.count_nonzero((y == k) & (found == k))
+            line += f"  {n:>4}  {100 * right / n:>5.1f} %" if n else f"  {n:>4}"
+        print(line)
+    if y is not None:
+        print(f"\n{np.count_nonzero(found == y)} of {len(y)} rows are right: {100 * np.mean(found == y):.2f} %")
+    if args.out is not None:
+        print(f"Written to {args.out}")
+    return 0
+
+
+def _rows_to_predict(where: str | None, model: LinearModel) -> tuple[Array, Array | None, str]:
+    """Features, the model's index of each row's class where that is known, and what they are in words."""
+    if where is not None and Path(where).suffix == ".npz":
+        arrays = read_arrays(where, ("X",), ("y",))
+        if "y" not in arrays:
+            X = arrays["X"]
+            return X, None, f"{where}: X {X.shape}, no labels"
+    if where is not None and Path(where).suffix in LIBSVM:
+        data = load_libsvm(where, n_features=model.W.shape[1] - 1)  # trailing zeros are not in the file
+    else:
+        data = _load(where)
+    X, y = (data.X_train, data.y_train) if data.X_test is None else (data.X_test, data.y_test)
+    assert y is not None
+    what = f"{_describe(data)}; the {'training' if data.X_test is None else 'test'} part is used"
+    known = {name: k for k, name in enumerate(model.class_names)}
+    unknown = [name for name in data.class_names if name not in known]
+    if not unknown:
+        return X, np.array([known[name] for name in data.class_names])[y], what
+    if where is not None and Path(where).suffix == ".npz" and len(data.class_names) <= len(model.class_names):
+        return X, y, what  # indices, whatever the classes are called
+    raise DataError(f"{data.name} has the class {unknown[0]!r}; the model knows {', '.join(model.class_names)}")
+
+
+# --- lecture -------------------------------------------------------------------------------------------------------
+def _lecture(args: argparse.Namespace) -> int:
+    _check_out(args.out.parent)
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file, as {args.out / 'lecture.html'}")
+    tries, seeds = checks.integer(args.tries, "tries", low=1), checks.integer(args.seeds, "seeds", low=1)
+    page.check()
+    with _computing(args):
+        data = _load(args.data)
+        story = Lecture(data, tries, seeds)
+        chosen = backends.choose(None, "gradient", fl.Softmax(), FLOAT32, ()).name
+        print(f"{'data':<10}{_describe(data)}")
+        _print_backend(chosen)
+        sections = []
+        for section in story.sections():
+            sections.append(section)
+            print(f"{section.seconds:>8.1f} s  {section.title}", flush=True)
+        n = threads.resolve(None)
+    machine = _info.collect()
+    facts = {
+        "Data": _describe(data),
+        "Computed by": f"fastloss {fl.__version__}, backend {chosen}, {n} thread{'s' * (n > 1)}",
+        "On": f"{machine['processor']}, Python {machine['python']}, NumPy {np.__version__}",
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    content = page.page(f"The lecture on linear classifiers, on {data.name}", facts, sections)
+    with replacing(args.out) as file:
+        file.write(content)
+    for section in sections:
+        for table in section.tables if section.title == SEARCHES else ():
+            _print_table(table)
+    print(f"\nWritten to {args.out} ({len(content) / 1e6:.1f} MB), after {sum(s.seconds for s in sections):.0f} s")
+    return 0
+
+
+def _print_table(table: Table) -> None:
+    print()
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+    for row in (table.header, *table.rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# --- gradcheck -----------------------------------------------------------------------------------------------------
+#: A verdict of `fastloss.check` in words.
+VERDICTS = {
+    "happy": "be happy",
+    "fine": "fine for an objective with kinks",
+    "uncomfortable": "this should make you uncomfortable",
+    "wrong": "the gradient is probably wrong",
+    "kink": "every number here has a kink within the step; use a smaller --h or fewer --rows",
+}
+SMOOTH_FINE = "fine for an objective with kinks, which this is not: 1e-7 would be better"
+
+
+def _gradcheck(args: argparse.Namespace) -> int:
+    _check_options(args)
+    rng = np.random.default_rng(checks.integer(args.seed, "seed", low=0))
+    n_rows = checks.integer(args.rows, "rows", low=1)
+    with _computing(args):
+        data = _load(args.data)
+        recipes = {kind: _recipe(args, data, kind) for kind in LOSSES[args.loss]}
+        (n, d), c = data.X_train.shape, len(data.class_names)
+        rows = np.sort(rng.choice(n, size=min(n, n_rows), replace=False))
+        W = rng.standard_normal((c, d + 1)) / np.sqrt(d)  # standardised features have scores near 1
+        print(f"{'data':<10}{_describe(data)}; {len(rows)} training rows are used")
+        _print_backend(backends.choose(None, "gradient", fl.Softmax(), np.dtype(args.dtype), ()).name)
+        found = {}
+        for kind, settings in recipes.items():
+            shift, scale = standardisation(data.X_train, per_feature=settings.per_feature)
+            objective = fl.LinearObjective(
+                settings.loss, data.X_train, data.y_train, penalty=settings.penalty, shift=shift, scale=scale
+            )
+            found[kind] = gradient_check(
+                objective, W, args.n, h=args.h, rows=rows, seed=args.seed, dtype=np.dtype(args.dtype)
+            )
+            print(f"{kind:<10}{settings.loss!r}, {settings.penalty or 'no penalty'}, gradient in {args.dtype}")
+    for kind, result in found.items():
+        _print_check(kind, result, data, args.h)
+    return 0 if all(result.ok for result in found.values()) else 1
+
+
+def _print_check(kind: str, found: GradientCheck, data: Dataset, h: float) -> None:
+    names = f"{'feature':>8}{'analytic':>16}{'numerical':>16}{'rel. error':>12}{'kinks':>7}"
+    print(f"\n{kind:<10}{'class':<14}{names}  verdict")
+    columns = (found.coordinates, found.analytic, found.numerical, found.relative_errors, found.kinks, found.verdicts)
+    for (c, d), analytic, numerical, error, kinks, verdict in zip(*columns, strict=True):
+        feature = "bias" if d == data.X_train.shape[1] else str(d)
+        numbers = f"{analytic:>16.8g}{numerical:>16.8g}{error:>12.1e}{kinks:>7}"
+        print(f"{'':<10}{data.class_names[c]:<14}{feature:>8}{numbers}  {verdict}")
+    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v != "kink"]
+    worst = f"relative error at most {max(counted):.1e} (h {h:g}): " if counted else ""
+    unkinked = found.verdict == "fine" and found.smooth
+    print(f"{'':<10}{worst}{SMOOTH_FINE if unkinked else VERDICTS[found.verdict]}")
+    if any(0 < abs(a - b) <= found.noise and e > 1e-7 for a, b, e in zip(*columns[1:4], strict=True)):
+        print(f"{'':<10}Differences up to {found.noise:.0e} are within the rounding of the losses.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fastloss import _checks as checks
 from fastloss import backends, blocks, driver, sparse, threads
@@ -35,6 +36,15 @@ def _features(value: object) -> Any:
 def _layer(backend: backends.Backend, X: Any) -> Callable[..., float]:
     """`Backend.linear_rows` for such features."""
     return functools.partial(sparse.linear_rows, backend) if isinstance(X, sparse.Csr) else backend.linear_rows
+
+
+def on_host(objective: object) -> LinearObjective:
+    """An objective given as an argument, whose X must be an array of the host."""
+    if not isinstance(objective, LinearObjective):
+        raise TypeError(f"objective is {type(objective).__name__}; it must be a fastloss.LinearObjective")
+    if not isinstance(objective.X, np.ndarray | sparse.Csr):
+        raise TypeError("objective has X on a GPU; this takes arrays of the host")
+    return objective
 
 
 class LinearObjective:
@@ -189,6 +199,40 @@ class LinearObjective:
     def _room(self) -> Any:
         """Where candidates and Hessian products of such features are at home."""
         return sparse if isinstance(self.X, sparse.Csr) else blocks
+
+    def take(self, rows: object = None, dtype: DTypeLike | None = None) -> LinearObjective:
+        """The same objective over some of the rows, with a copy of their features.
+
+        Parameters
+        ----------
+        rows : array of int, optional
+            Rows of X, in this order, repeats allowed; all by default.
+        dtype : float32 or float64, optional
+            What the features are converted to, and so what is computed in; by default they keep their type.
+
+        Raises
+        ------
+        ValueError, TypeError, IndexError
+            For arguments that do not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, fastloss as fl
+        >>> objective = fl.LinearObjective(fl.Softmax(), np.eye(3, dtype=np.float32), np.arange(3))
+        >>> objective.take([0, 2], dtype=np.float64).dtype
+        dtype('float64')
+        """
+        if dtype is not None and np.dtype(dtype) not in (checks.FLOAT32, checks.FLOAT64):
+            raise TypeError(f"dtype is {dtype!r}; it must be float32 or float64")
+        picked: Any = slice(None) if rows is None else checks.picked_rows(rows, len(self.X))
+        some = self.X[picked]
+        features = some.astype(dtype or some.dtype) if sparse.is_sparse(some) else np.array(some, dtype)
+        return LinearObjective(
+            self.loss, features, self.targets[picked], penalty=self.penalty, bias=self.bias,
+            sample_weight=None if self._sample_weight is None else self._sample_weight[picked],
+            reduction=self.reduction, shift=self._shift, scale=self._scale, chunk_rows=self.chunk_rows,
+            backend=self.backend, n_threads=self.n_threads,
+        )  # fmt: skip
 
     def choose_backend(self, verb: str) -> backends.Backend:
         """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""

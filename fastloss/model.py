@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
@@ -83,6 +85,8 @@ class LinearModel:
         A description of the loss and penalty that it was trained with.
     image_shape : tuple of int, optional
         The shape of a row of features as a picture.
+    provenance : dict of str, optional
+        Where the model comes from: what it was trained on, how, and by what.
 
     Raises
     ------
@@ -104,6 +108,7 @@ class LinearModel:
     scale: Array | None = None
     loss: str = ""
     image_shape: tuple[int, ...] | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         W = checks.finite(checks.matrix(self.W, "W", "(C, D + 1)"), "W")
@@ -126,6 +131,11 @@ class LinearModel:
             shape = fields["image_shape"] = tuple(checks.integer(k, "image_shape", low=1) for k in self.image_shape)
             if np.prod(shape) != d:
                 raise ValueError(f"image_shape is {shape}; its product must be {d}, as W has {d} features")
+        if not isinstance(self.provenance, Mapping) or not all(
+            isinstance(part, str) for item in self.provenance.items() for part in item
+        ):
+            raise TypeError(f"provenance is {self.provenance!r}; it must be a dict of text")
+        fields["provenance"] = MappingProxyType(dict(self.provenance))
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
@@ -181,6 +191,7 @@ class LinearModel:
             "W": self.W,
             "class_names": np.array(self.class_names, dtype=np.str_),
             "loss": np.array(self.loss),
+            "provenance": np.array(json.dumps(dict(self.provenance))),
         }
         for name in ("shift", "scale", "image_shape"):
             if getattr(self, name) is not None:
@@ -192,7 +203,9 @@ class LinearModel:
     def load(cls, path: str | os.PathLike[str]) -> LinearModel:
         """Read a model that `save` wrote; raises DataError, naming the file, for anything else."""
         name = os.fspath(path)
-        found = read_arrays(path, ("format", "W", "class_names", "loss"), ("shift", "scale", "image_shape"))
+        found = read_arrays(
+            path, ("format", "W", "class_names", "loss"), ("shift", "scale", "image_shape", "provenance")
+        )
         if str(found["format"]) != FORMAT:
             raise DataError(f"{name} has the format {str(found['format'])!r}; expected {FORMAT!r}")
         shape = found.get("image_shape")
@@ -207,6 +220,7 @@ class LinearModel:
                 scale=found.get("scale"),
                 loss=str(found["loss"]),
                 image_shape=None if shape is None else tuple(shape.tolist()),
+                provenance=json.loads(str(found.get("provenance", "{}"))),
             )
         except (ValueError, TypeError) as error:
             raise DataError(f"{name} is no model of fastloss: {error}") from None

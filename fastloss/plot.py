@@ -1,8 +1,9 @@
-"""Pictures, for slides: curves of training, the templates of a linear classifier, and how fast the kernels are.
+"""Pictures, for slides: what losses look like, curves of training, templates, landscapes, and how fast the kernels are.
 
-Figures are made without pyplot: no window is opened and no global state of matplotlib's is touched. Save one with
-`figure.savefig(path)`; a notebook shows what a call returns. Colours differ in lightness, and lines in style, so that
-pictures can be told apart in print.
+A picture takes the Axes to draw on as `ax`, or makes a figure of its own, and returns the Axes: those of several panels
+take and return a list. Figures are made without pyplot: no window is opened and no global state of matplotlib's is
+touched. Save one with `figure_of(axes).savefig(path)`; a notebook shows `figure_of(axes)`. Colours differ in lightness,
+and lines in style, so that pictures can be told apart in print.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastloss import _checks as checks
 from fastloss._checks import Array
+from fastloss.landscape import Breakpoints, Plane, Ray
+from fastloss.losses import Hinge, Loss, Softmax
 from fastloss.model import LinearModel
+from fastloss.train import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#08519c", "#e6821e", "#3a3a3a", "#7b9e3f", "#d9a0c0")
 MARKS = ("o", "s", "^", "D", "v")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+#: Markers in a scatter of many rows; more would hide each other.
+MOST_POINTS = 3000
 
 
 def figure_class() -> type[Figure]:
@@ -48,7 +56,9 @@ def _axes(ax: Axes | Sequence[Axes], n: int, of: str) -> list[Axes]:
     return given
 
 
-def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Sequence[Axes] | None = None) -> Figure:
+def training_curves(
+    histories: Mapping[str, Mapping[str, Array]], ax: Axes | Sequence[Axes] | None = None
+) -> list[Axes]:
     """Loss and accuracy over the epochs of one or more trainings.
 
     Each loss has a panel of its own, since losses differ in unit; the accuracies share the last panel. The panels show
@@ -63,8 +73,8 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
 
     Returns
     -------
-    matplotlib.figure.Figure
-        The figure drawn on.
+    list of matplotlib.axes.Axes
+        Those drawn on, as in `ax`.
 
     Raises
     ------
@@ -79,7 +89,7 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
     >>> from fastloss.plot import training_curves
     >>> from fastloss.train import gradient_descent
     >>> result = gradient_descent(fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3)), steps=5)
-    >>> [axes.get_ylabel() for axes in training_curves({"softmax": result.history}).axes]
+    >>> [axes.get_ylabel() for axes in training_curves({"softmax": result.history})]
     ['loss (with penalty)', 'accuracy (%)']
     """
     if not histories:
@@ -119,7 +129,7 @@ def training_curves(histories: Mapping[str, Mapping[str, Array]], ax: Axes | Seq
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    return _owner(accuracy_panel)
+    return [*loss_panels, accuracy_panel]
 
 
 def _focus(panel: Axes, curves: list[Array]) -> None:
@@ -130,8 +140,10 @@ def _focus(panel: Axes, curves: list[Array]) -> None:
         panel.set_ylim(values.min() - gap, values.max() + gap)
 
 
-def _owner(panel: Axes) -> Figure:
-    figure = panel.get_figure(root=True)
+def figure_of(drawn: Axes | Sequence[Axes]) -> Figure:
+    """The figure that Axes, or the first of several, are in: to save it."""
+    panel: Any = np.ravel(np.asarray(drawn, dtype=object))[0]
+    figure: Figure | None = panel.get_figure(root=True)
     assert figure is not None
     return figure
 
@@ -156,7 +168,7 @@ def _pictures(model: LinearModel) -> tuple[Array, float]:
     return templates, limit or 1.0
 
 
-def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None, *, title: str = "") -> Figure:
+def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None, *, title: str = "") -> list[Axes]:
     """The weights of each class as a picture: what a linear classifier looks for.
 
     The score of a class is the inner product of the image and its template, so the template is what it matches images
@@ -174,8 +186,8 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
 
     Returns
     -------
-    matplotlib.figure.Figure
-        The figure drawn on.
+    list of matplotlib.axes.Axes
+        Those drawn on, as in `ax`.
 
     Raises
     ------
@@ -190,7 +202,7 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
     >>> from fastloss.model import LinearModel
     >>> from fastloss.plot import class_templates
     >>> model = LinearModel(np.eye(2, 5), ("left", "right"), image_shape=(2, 2))
-    >>> [axes.get_title() for axes in class_templates(model).axes[:2]]
+    >>> [axes.get_title() for axes in class_templates(model)]
     ['left', 'right']
     """
     templates, limit = _pictures(model)
@@ -216,13 +228,520 @@ def class_templates(model: LinearModel, ax: Axes | Sequence[Axes] | None = None,
         panel.set_title(name, fontsize=11)
         panel.set_xticks([])
         panel.set_yticks([])
-    figure = _owner(panels[0])
+    figure = figure_of(panels[0])
     if new:
         unit = "weight, per standard deviation" if model.scale is not None else "weight"
         bar = figure.colorbar(shown, ax=panels, fraction=0.03, pad=0.02, ticks=[-limit, 0, limit])
         bar.ax.set_yticklabels([f"−{limit:.2g}", "0", f"+{limit:.2g}"])
         bar.set_label(unit + (" (red, green, blue)" if templates.ndim == 4 else ""))
-    return figure
+    return panels
+
+
+# --- one panel -----------------------------------------------------------------------------------------------------
+def _panel(ax: Axes | None, width: float = 5.2, height: float = 3.8) -> Axes:
+    """The Axes given, or those of a new figure, with light lines behind and no frame at the top and right."""
+    panel = _figure(width, height).subplots() if ax is None else ax
+    panel.grid(alpha=0.3)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    return panel
+
+
+def _looks(n: int) -> list[dict[str, Any]]:
+    """Lines that differ in lightness, dashes and marks."""
+    styles = zip(cycle(COLOURS), cycle(LINES), cycle(MARKS), strict=False)
+    return [
+        {"color": c, "linestyle": line, "marker": mark} for (c, line, mark), _ in zip(styles, range(n), strict=False)
+    ]
+
+
+def loss_along_ray(
+    ray: Ray, ax: Axes | None = None, *, breakpoints: Breakpoints | None = None, label: str = "objective"
+) -> Axes:
+    """The objective along a ray `W + a W₁`, with its lowest point marked.
+
+    Parameters
+    ----------
+    ray : fastloss.landscape.Ray
+    ax : Axes, optional
+        To draw on, in place of a new figure; several rays may share it.
+    breakpoints : fastloss.landscape.Breakpoints, optional
+        Of the hinge along the same ray: drawn as ticks below the curve (the data loss is linear between them).
+    label : str
+        What the curve is of, for a legend.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If the ray has no points.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> from fastloss.landscape import slice_1d
+    >>> from fastloss.plot import loss_along_ray
+    >>> objective = fl.LinearObjective(fl.Hinge(), np.eye(3), np.arange(3))
+    >>> loss_along_ray(slice_1d(objective, np.zeros((3, 4)))).get_ylabel()
+    'loss'
+    """
+    if len(ray.a) == 0:
+        raise ValueError("ray has no points")
+    panel = _panel(ax)
+    look = _looks(len(panel.lines) // 2 + 1)[-1]
+    lowest = int(np.argmin(ray.values))
+    panel.plot(ray.a, ray.values, color=look["color"], linestyle=look["linestyle"], label=label)
+    panel.plot([ray.a[lowest]], [ray.values[lowest]], color=look["color"], marker=look["marker"], linestyle="none")
+    if breakpoints is not None:
+        inside = breakpoints.a[(breakpoints.a >= ray.a.min()) & (breakpoints.a <= ray.a.max())]
+        shown = inside[:: max(1, len(inside) // 1000)]
+        panel.plot(shown, np.full(len(shown), 0.015), "|", color="0.25", markersize=7, markeredgewidth=0.6,
+                   transform=panel.get_xaxis_transform(), label=f"{len(inside):,} breakpoints")  # fmt: skip
+    panel.set_xlabel("a (multiples of the direction W₁; 0 is W)")
+    panel.set_ylabel("loss")
+    if len(panel.lines) > 2:
+        panel.legend(frameon=False, fontsize=9)
+    return panel
+
+
+def loss_on_plane(plane: Plane, ax: Axes | None = None) -> Axes:
+    """The objective on a plane `W + a W₁ + b W₂`: dark is low, and lines of equal loss carry its value.
+
+    Parameters
+    ----------
+    plane : fastloss.landscape.Plane
+        At least 2 × 2 places.
+    ax : Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If there are too few places.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> from fastloss.landscape import slice_2d
+    >>> from fastloss.plot import loss_on_plane
+    >>> objective = fl.LinearObjective(fl.Hinge(), np.eye(3), np.arange(3))
+    >>> loss_on_plane(slice_2d(objective, np.zeros((3, 4)))).get_ylabel()
+    'b (multiples of W₂)'
+    """
+    if min(plane.values.shape) < 2:
+        raise ValueError(f"plane has {plane.values.shape} places; there must be at least 2 × 2")
+    panel = _panel(ax, 5.2, 4.6)
+    panel.grid(False)
+    if np.ptp(plane.values) > 0:
+        panel.contourf(plane.a, plane.b, plane.values, levels=24, cmap="gray", alpha=0.85)
+        lines = panel.contour(plane.a, plane.b, plane.values, levels=10, colors="black", linewidths=0.7)
+        panel.clabel(lines, fontsize=8, fmt="%.3g", colors="black",
+                     rightside_up=True)  # fmt: skip
+        for text in panel.texts:
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
+    row, column = np.unravel_index(np.argmin(plane.values), plane.values.shape)
+    for a, b, mark, label in (
+        (0.0, 0.0, "+", "W"),
+        (plane.a[column], plane.b[row], "*", f"lowest: {plane.values[row, column]:.3g}"),
+    ):
+        if plane.a.min() <= a <= plane.a.max() and plane.b.min() <= b <= plane.b.max():
+            panel.plot([a], [b], mark, color=COLOURS[1], markersize=12, mec="black" if mark == "*" else COLOURS[1],
+                       mew=0.6 if mark == "*" else 3, label=label, linestyle="none")  # fmt: skip
+    panel.set_xlabel("a (multiples of W₁)")
+    panel.set_ylabel("b (multiples of W₂)")
+    panel.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    return panel
+
+
+def step_sizes(sweep: Sweep, ax: Axes | None = None, *, start: float | None = None) -> Axes:
+    """What trainings of different step sizes reach; those that diverged are crosses at the top.
+
+    Parameters
+    ----------
+    sweep : fastloss.train.Sweep
+    ax : Axes, optional
+    start : float, optional
+        The loss before training, drawn as a line; what ends above three times it is a cross at the top too.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> from fastloss.plot import step_sizes
+    >>> from fastloss.train import step_size_sweep
+    >>> sweep = step_size_sweep(fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3)), n=3, epochs=1)
+    >>> step_sizes(sweep).get_xscale()
+    'log'
+    """
+    panel = _panel(ax)
+    bound = np.finfo(float).max if start is None else 3 * start
+    lost = ~(sweep.losses <= bound)
+    panel.plot(sweep.step_sizes[~lost], sweep.losses[~lost], color=COLOURS[0], marker=MARKS[0], label="after training")
+    panel.set_xscale("log")
+    positive = sweep.losses[~lost]
+    if len(positive) and positive.min() > 0 and positive.max() > 20 * positive.min():
+        panel.set_yscale("log")
+    if start is not None:
+        panel.axhline(start, color="0.4", linestyle=":", label=f"before training: {start:.3g}")
+    if lost.any():
+        panel.plot(sweep.step_sizes[lost], np.full(lost.sum(), 0.97), "x", color="black", markersize=8, mew=2,
+                   transform=panel.get_xaxis_transform(),
+                   label="diverged" if start is None else "diverged, or lost ground")  # fmt: skip
+    if not lost.all():
+        panel.plot([sweep.best], [sweep.value], "*", color=COLOURS[1], markersize=15, mec="black", mew=0.6,
+                   linestyle="none", label=f"best: {sweep.best:.2g}")  # fmt: skip
+    panel.set_xlabel("step size (log scale)")
+    panel.set_ylabel("loss (with penalty)")
+    panel.legend(frameon=False, fontsize=9)
+    return panel
+
+
+def search_progress(histories: Mapping[str, Mapping[str, Array]], ax: Axes | None = None) -> Axes:
+    """The best loss so far over the trials of searches.
+
+    Parameters
+    ----------
+    histories : dict
+        Name → `history` of a result of `random_search` or `random_local_search`. Names that are equal up to a last
+        word, such as "local 0" and "local 1", are drawn alike.
+    ax : Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If there is no history.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> from fastloss.plot import search_progress
+    >>> from fastloss.train import random_search
+    >>> result = random_search(fl.LinearObjective(fl.Softmax(), np.eye(3), np.arange(3)), n=50)
+    >>> search_progress({"random": result.history}).get_xlabel()
+    'trials'
+    """
+    if not histories:
+        raise ValueError("histories is empty; it must hold at least one history by name")
+    panel = _panel(ax)
+    kinds = list(dict.fromkeys(_kind(name) for name in histories))
+    looks = dict(zip(kinds, _looks(len(kinds)), strict=True))
+    drawn: set[str] = set()
+    for name, history in histories.items():
+        kind = _kind(name)
+        look = looks[kind]
+        panel.plot(history["step"], history["best"], color=look["color"], linestyle=look["linestyle"], linewidth=1.3,
+                   label="" if kind in drawn else kind)  # fmt: skip
+        drawn.add(kind)
+    panel.set_xlabel("trials")
+    panel.set_ylabel("best loss so far")
+    panel.legend(frameon=False, fontsize=9)
+    return panel
+
+
+def _kind(name: str) -> str:
+    first, _, last = name.rpartition(" ")
+    return first if last.isdigit() and first else name
+
+
+def hinge_shape(ax: Axes | None = None, *, margin: float = 1.0) -> Axes:
+    """The loss of one wrong class over the difference of scores: hinge, squared hinge and softmax of two classes.
+
+    Parameters
+    ----------
+    ax : Axes, optional
+    margin : float
+        Δ of the hinge.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> from fastloss.plot import hinge_shape
+    >>> [line.get_label() for line in hinge_shape().lines][:3]
+    ['hinge: max(0, 1 − d)', 'squared hinge: max(0, 1 − d)²', 'softmax: log(1 + exp(−d))']
+    """
+    margin = checks.number(margin, "margin")
+    panel = _panel(ax)
+    d = np.linspace(margin - 3.5, margin + 3, 400)
+    scores, targets = np.stack([d, np.zeros_like(d)], axis=1), np.zeros(len(d), np.intp)
+    curves: dict[str, Loss] = {
+        f"hinge: max(0, {margin:g} − d)": Hinge(margin=margin),
+        f"squared hinge: max(0, {margin:g} − d)²": Hinge(margin=margin, power=2),
+        "softmax: log(1 + exp(−d))": Softmax(),
+    }
+    for (label, loss), look in zip(curves.items(), _looks(3), strict=True):
+        values = loss.value(scores, targets, reduction="none")
+        panel.plot(d, values, color=look["color"], linestyle=look["linestyle"], linewidth=2, label=label)
+    panel.axvline(margin, color="0.4", linewidth=0.8, linestyle=":")
+    panel.text(margin, 0.3, f" d = Δ = {margin:g}", transform=panel.get_xaxis_transform(), va="top", fontsize=9)
+    panel.set_ylim(-0.15, 5.2)
+    panel.set_xlabel("d = score of the right class − score of the other")
+    panel.set_ylabel("loss")
+    panel.legend(frameon=False, fontsize=9)
+    return panel
+
+
+def losses_compared(
+    scores: object, targets: object, ax: Axes | None = None, *, losses: Mapping[str, Loss] | None = None
+) -> Axes:
+    """Two losses of the same scores: one point for each row. The hinge is satisfied at 0; the softmax never is.
+
+    Parameters
+    ----------
+    scores : array (N, C)
+    targets : array (N,) of integers
+    ax : Axes, optional
+    losses : dict of two losses, optional
+        Name → loss, for the two axes; by default hinge and softmax.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        At most 3000 rows are drawn, evenly spread over N.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that do not fit.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> from fastloss.plot import losses_compared
+    >>> losses_compared([[10, -2, 3], [10, 9, 9], [10, -100, -100]], [0, 0, 0]).get_xlabel()
+    'hinge loss'
+    """
+    chosen = {"hinge": Hinge(), "softmax": Softmax()} if losses is None else dict(losses)
+    if len(chosen) != 2:
+        raise ValueError(f"losses holds {len(chosen)} losses; it must hold two")
+    (first, x), (second, y) = (
+        (name, np.asarray(loss.value(scores, targets, reduction="none"))) for name, loss in chosen.items()
+    )
+    panel = _panel(ax)
+    some = np.unique(np.linspace(0, len(x) - 1, min(len(x), MOST_POINTS)).astype(np.intp)) if len(x) else np.arange(0)
+    size, alpha = (6.0, 0.9) if len(some) <= 100 else (3.5, 0.6) if len(some) <= 1000 else (2.5, 0.35)
+    panel.plot(x[some], y[some], "o", color=COLOURS[0], markersize=size, alpha=alpha, mew=0)
+    for values, limit in ((x, panel.set_xlim), (y, panel.set_ylim)):
+        top = float(values[some].max(initial=0)) or 1.0  # a width, where all rows have no loss
+        limit(-0.04 * top, 1.1 * top)
+    if len(x):
+        zero = 100 * np.count_nonzero(x == 0) / len(x)
+        panel.text(0.97, 0.05, f"{zero:.3g} % of {len(x):,} rows\nhave {first} loss 0", transform=panel.transAxes,
+                   ha="right", fontsize=9)  # fmt: skip
+    panel.set_xlabel(f"{first} loss")
+    panel.set_ylabel(f"{second} loss")
+    return panel
+
+
+def decision_regions(model: LinearModel, X: object, y: object, ax: Axes | None = None) -> Axes:
+    """A classifier of two features: where each class wins, and the line on which its score is 0, which grows along the
+    arrow.
+
+    Parameters
+    ----------
+    model : fastloss.model.LinearModel
+        Of two features.
+    X : array (N, 2)
+    y : array (N,) of integers
+        Class indices.
+    ax : Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If the model or the data have another number of features.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastloss.model import LinearModel
+    >>> from fastloss.plot import decision_regions
+    >>> model = LinearModel(np.array([[1.0, 0, 0], [-1, 0, 0]]), ("right", "left"))
+    >>> decision_regions(model, [[2, 0], [-2, 1]], [0, 1]).get_xlabel()
+    'feature 1'
+    """
+    points, labels = checks.matrix(X, "X", "(N, 2)"), checks.as_array(y, "y")
+    if model.W.shape[1] != 3 or points.shape[1] != 2:
+        raise ValueError(f"model has {model.W.shape[1] - 1} features and X {points.shape[1]}; both must have 2")
+    if labels.shape != (len(points),) or labels.dtype.kind not in "iu":
+        raise ValueError(f"y has shape {labels.shape} and dtype {labels.dtype}; it must be ({len(points)},), integers")
+    if len(points) == 0:
+        raise ValueError("X has no rows; there must be at least one point to show")
+    panel = _panel(ax, 5.4, 4.6)
+    panel.grid(False)
+    c = len(model.W)
+    low, high = points.min(axis=0).astype(float), points.max(axis=0).astype(float)
+    gap = 0.12 * np.where(high > low, high - low, 1)
+    low, high = low - gap, high + gap
+    x1, x2 = np.linspace(low[0], high[0], 400), np.linspace(low[1], high[1], 400)
+    grid = np.stack(np.meshgrid(x1, x2), axis=-1).reshape(-1, 2)
+    winner = model.predict(grid).reshape(400, 400)
+    from matplotlib.colors import ListedColormap
+
+    shades = ListedColormap([str(shade) for shade in np.linspace(0.97, 0.72, max(2, c))])
+    panel.imshow(winner, origin="lower", extent=(low[0], high[0], low[1], high[1]), cmap=shades, vmin=0,
+                 vmax=max(1, c - 1), aspect="auto", interpolation="nearest")  # fmt: skip
+    scale = np.ones(2) if model.scale is None else model.scale
+    shift = np.zeros(2) if model.shift is None else model.shift
+    weights = model.W[:, :2] / scale
+    offsets = model.W[:, 2] - weights @ shift
+    centre, reach = (low + high) / 2, 0.11 * (high - low)
+    for k, (w, b, look) in enumerate(zip(weights, offsets, _looks(c), strict=True)):
+        mine = labels == k
+        point = {"marker": look["marker"], "color": look["color"], "mec": "black", "mew": 0.5, "markersize": 6}
+        panel.plot(*points[mine].T, **point | {"linestyle": "none"})
+        panel.plot([], [], **point, linestyle=look["linestyle"], label=model.class_names[k])  # for the legend
+        norm = np.linalg.norm(w)
+        if norm == 0:
+            continue
+        foot = centre - w * (w @ centre + b) / norm**2  # of the line w x + b = 0, nearest to the centre
+        along = np.array([-w[1], w[0]]) / norm
+        foot = foot + 2.6 * along / max(
+            float(np.linalg.norm(along / reach)), 1e-300
+        )  # apart from the other lines' arrows
+        panel.axline(foot, foot + along, color=look["color"], linestyle=look["linestyle"], linewidth=1.6)
+        tip = w * reach**2
+        tip = tip / max(float(np.linalg.norm(tip / reach)), 1e-300)
+        panel.annotate("", foot + tip, foot, arrowprops={"arrowstyle": "-|>", "color": look["color"], "lw": 1.6})
+    panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="feature 1", ylabel="feature 2")
+    # Beside the panel where there is room, which is in a figure of its own.
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if ax is None else {"loc": "best"}
+    panel.legend(fontsize=9, framealpha=0.9, title="classes\n(line: score 0)", title_fontsize=9, **place)
+    return panel
+
+
+def confusion_matrix(y: object, predicted: object, class_names: Sequence[str], ax: Axes | None = None) -> Axes:
+    """How many rows of each class (down) are taken for which (across): the darker, the larger the share of the class.
+
+    Parameters
+    ----------
+    y, predicted : array (N,) of integers
+        Class indices.
+    class_names : sequence of str
+        C names.
+    ax : Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not fit together, or have classes without a name.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> from fastloss.plot import confusion_matrix
+    >>> [text.get_text() for text in confusion_matrix([0, 1, 1], [0, 1, 0], ["cat", "dog"]).texts]
+    ['1', '0', '1', '1']
+    """
+    found = [checks.as_array(value, name) for name, value in (("y", y), ("predicted", predicted))]
+    names, c = list(class_names), len(class_names)
+    for name, array in zip(("y", "predicted"), found, strict=True):
+        if array.shape != (len(found[0]),) or (array.dtype.kind not in "iu" and array.size):
+            raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}; it must be (N,), integers")
+        if array.size and not (array.min() >= 0 and array.max() < c):
+            raise ValueError(f"{name} goes from {array.min()} to {array.max()}, but there are {c} class_names")
+    counts = np.zeros((c, c), np.int64)
+    np.add.at(counts, tuple(array.astype(np.intp) for array in found), 1)
+    share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    panel = _panel(ax, 1.6 + 0.52 * c, 1.3 + 0.45 * c)
+    panel.grid(False)
+    panel.imshow(share, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.ndindex(c, c):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        panel.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=8)
+    panel.set_xticks(range(c), names, rotation=45, ha="right")
+    panel.set_yticks(range(c), names)
+    panel.set_xlabel("predicted class")
+    panel.set_ylabel("class (shade: share of its rows)")
+    return panel
+
+
+def weight_magnitudes(weights: Mapping[str, object], ax: Axes | None = None) -> Axes:
+    """What penalties do to weights: their magnitudes, from the largest to the smallest. L1 makes many exactly 0.
+
+    Parameters
+    ----------
+    weights : dict of arrays
+        Name → weights (C, D), without the bias.
+    ax : Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If there are no weights.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastloss.plot import weight_magnitudes
+    >>> weight_magnitudes({"L1": np.array([[3.0, 0.0]])}).lines[0].get_label()
+    'L1: 50 % are 0'
+    """
+    arrays = {name: np.abs(checks.as_array(W, name).astype(np.float64)).ravel() for name, W in weights.items()}
+    if not arrays or any(array.size == 0 for array in arrays.values()):
+        raise ValueError("weights must hold at least one array, and none that is empty")
+    panel = _panel(ax)
+    for (name, array), look in zip(arrays.items(), _looks(len(arrays)), strict=True):
+        ordered = np.sort(array)[::-1]
+        zeros = 100 * np.count_nonzero(ordered == 0) / len(ordered)
+        rank = 100 * (np.arange(len(ordered)) + 0.5) / len(ordered)
+        label = f"{name}: {zeros:.3g} % are 0" if zeros else f"{name}: none is 0"
+        panel.plot(rank, ordered, color=look["color"], linestyle=look["linestyle"], linewidth=1.8, label=label)
+    panel.set_xlabel("weights, the largest first (%)")
+    panel.set_ylabel("magnitude |w|")
+    panel.set_ylim(0, None)
+    panel.set_xlim(0, 100)
+    panel.legend(frameon=False, fontsize=9)
+    return panel
 
 
 def roofline(

@@ -1,5 +1,6 @@
 """The command line, in process where that will do: what is printed, what is written, and how errors end."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -155,6 +156,142 @@ def test_falling_back_to_digits_is_said(capsys, monkeypatch, tmp_path):
     assert "digits: 1437" in captured.out
 
 
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (("--label-smoothing", "0.1"), "label_smoothing=0.1"),
+        (("--temperature", "2"), "temperature=2.0"),
+        (("--z-loss", "0.001"), "z_loss=0.001"),
+    ],
+)
+def test_softmax_options_are_those_of_the_model(points, options, setting):
+    assert cli.main(["train", "--data", str(points), "--loss", "softmax", "--epochs", "1", *options]) == 0
+    assert setting in LinearModel.load("out/softmax.npz").loss
+
+
+# --- predict -------------------------------------------------------------------------------------------------------
+def test_models_say_where_they_come_from(points):
+    assert cli.main(["train", "--data", str(points), "--loss", "softmax", "--epochs", "2", "--seed", "7"]) == 0
+    found = LinearModel.load("out/softmax.npz").provenance
+    assert found["data"] == "points: 60 training and 30 test rows of 3 features, 3 classes"
+    assert "epochs=2" in found["training"]
+    assert "seed=7" in found["training"]
+    assert found["computed by"].startswith(f"fastloss {fl.__version__}, backend ")
+
+
+def test_predict_shows_and_writes_what_the_model_finds(capsys, points, tmp_path):
+    assert cli.main(["train", "--data", str(points), "--loss", "softmax"]) == 0
+    model, arrays = LinearModel.load("out/softmax.npz"), np.load(points)
+    expected = model.predict(arrays["X_test"])
+    right = np.count_nonzero(expected == arrays["y_test"])
+    capsys.readouterr()
+    assert cli.main(["predict", "out/softmax.npz", "--data", str(points), "--out", "new/found.csv"]) == 0
+    out = capsys.readouterr().out
+    assert f"{right} of 30 rows are right: {100 * right / 30:.2f} %" in out
+    assert "the test part is used" in out
+    assert "points: 60 training" in out
+    with open("new/found.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["class"]) for row in rows] == expected.tolist()
+    assert [int(row["true"]) for row in rows] == arrays["y_test"].tolist()
+    assert [row["name"] for row in rows] == [str(k) for k in expected]
+
+    np.savez("bare.npz", X=arrays["X_test"])
+    assert cli.main(["predict", "out/softmax.npz", "--data", "bare.npz", "--out", "bare.csv", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "X (30, 3), no labels" in out
+    assert "right" not in out
+    with open("bare.csv", newline="", encoding="utf-8") as file:
+        assert [int(row["class"]) for row in csv.DictReader(file)] == expected.tolist()
+
+
+def test_predict_goes_by_the_names_of_classes(capsys, tmp_path):
+    """In a test file of libsvm's a class and a feature may be missing."""
+    (tmp_path / "a.libsvm").write_text("-1 1:1\n1 2:1\n3 3:1\n" * 20)
+    (tmp_path / "b.libsvm").write_text("1 2:1\n3 3:1\n" * 2)
+    (tmp_path / "c.libsvm").write_text("1 2:1\n")
+    (tmp_path / "d.libsvm").write_text("5 2:1\n")
+    assert cli.main(["train", "--data", "a.libsvm", "--loss", "hinge"]) == 0
+    assert LinearModel.load("out/hinge.npz").class_names == ("-1", "1", "3")
+    capsys.readouterr()
+    for name, message in (("b", "4 of 4 rows are right"), ("c", "1 of 1 rows are right")):
+        assert cli.main(["predict", "out/hinge.npz", "--data", f"{name}.libsvm"]) == 0
+        assert message in capsys.readouterr().out
+    assert "has the class '5'; the model knows -1, 1, 3" in fails(
+        capsys, "predict", "out/hinge.npz", "--data", "d.libsvm"
+    )
+
+
+def test_predict_errors(capsys, points, tmp_path):
+    assert cli.main(["train", "--data", str(points), "--loss", "softmax", "--epochs", "1"]) == 0
+    capsys.readouterr()
+    np.savez("wide.npz", X=np.zeros((2, 4)))
+    for options, message in (
+        (("nowhere.npz",), "nowhere.npz is no file"),
+        (("points.npz",), "points.npz holds"),
+        (("out/softmax.npz", "--data", "wide.npz"), "it must be (N, 3): the model has 3 features"),
+        (("out/softmax.npz", "--data", "digits"), "digits has the class '3'; the model knows 0, 1, 2"),
+        (("out/softmax.npz", "--data", str(points), "--out", "out"), "--out out is a folder"),
+    ):
+        assert message in fails(capsys, "predict", *options)
+
+
+# --- gradcheck -----------------------------------------------------------------------------------------------------
+def test_gradcheck_is_happy(capsys, points, tmp_path):
+    assert cli.main(["gradcheck", "--data", str(points), "--n", "5", "--rows", "20", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "points: 60 training and 30 test rows of 3 features, 3 classes; 20 training rows are used" in out
+    for kind in ("softmax", "hinge"):
+        table = out.split(f"\n\n{kind}")[1].splitlines()
+        assert table[0].split() == ["class", "feature", "analytic", "numerical", "rel.", "error", "kinks", "verdict"]
+        assert all(line.endswith(("happy", "fine", "kink")) for line in table[1:6])
+        assert any("bias" in line for line in table[1:6])
+        assert "relative error at most" in table[6]
+        analytic, numerical = (float(text) for text in table[1].split()[2:4])
+        assert analytic == pytest.approx(numerical, rel=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["points.npz"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--loss", "hinge", "--power", "2", "--over", "max", "--penalty", "l1", "--strength", "0.1"),
+        ("--loss", "softmax", "--label-smoothing", "0.1", "--penalty", "elasticnet", "--strength", "0.1"),
+        ("--loss", "hinge", "--over", "mean", "--penalty", "maxnorm", "--strength", "0.1", "--backend", "reference"),
+    ],
+)
+def test_gradcheck_of_any_loss_and_penalty(points, options):
+    assert cli.main(["gradcheck", "--data", str(points), "--n", "12", *options]) == 0
+
+
+def test_gradcheck_in_float32_says_what_it_is_worth(capsys, points):
+    assert cli.main(["gradcheck", "--data", str(points), "--loss", "softmax", "--dtype", "float32", "--n", "12"]) == 0
+    assert "fine for an objective with kinks, which this is not" in capsys.readouterr().out
+
+
+def test_gradcheck_finds_a_mistake(capsys, monkeypatch, points):
+    right = fl.LinearObjective.value_and_grad
+    monkeypatch.setattr(fl.LinearObjective, "value_and_grad", lambda *args: (right(*args)[0], -right(*args)[1]))
+    assert cli.main(["gradcheck", "--data", str(points), "--loss", "softmax"]) == 1
+    assert "relative error at most 2.0e+00 (h 1e-05): the gradient is probably wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--n", "0"), "n is 0; it must be at least 1"),
+        (("--rows", "0"), "rows is 0"),
+        (("--h", "0"), "h is 0"),
+        (("--seed", "-1"), "seed is -1"),
+        (("--data", "nowhere"), "--data nowhere does not exist"),
+        (("--loss", "hinge", "--temperature", "2"), "--temperature is an option of the softmax loss"),
+        (("--penalty", "l1"), "--penalty l1 needs --strength"),
+    ],
+)
+def test_gradcheck_errors(capsys, points, options, message):
+    assert message in fails(capsys, "gradcheck", "--data", str(points), *options)
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -162,7 +299,7 @@ def test_falling_back_to_digits_is_said(capsys, monkeypatch, tmp_path):
         (("--data", "nowhere"), "--data nowhere does not exist; name a folder"),
         (("--data", "nowhere.npz"), "nowhere.npz is no file"),
         (("--data", "."), ". holds neither data_batch_1.bin"),
-        (("--data", "text.txt"), "--data text.txt is neither a folder nor an .npz file"),
+        (("--data", "text.txt"), "text.txt is empty; expected at least one row"),
         (("--epochs", "many"), "argument --epochs: invalid int value: 'many'"),
         ((*QUICK, "--epochs", "-1"), "epochs is -1; it must be at least 0"),
         ((*QUICK, "--momentum", "1"), "momentum is 1.0; it must be below 1"),
@@ -251,7 +388,7 @@ def test_bench_hands_over(monkeypatch):
     assert seen[0].quick is True
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("info",), ("bench",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("gradcheck",), ("lecture",), ("predict",), ("info",), ("bench",)])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

@@ -1,5 +1,7 @@
 """The readers: good files, and every kind of bad one."""
 
+import os
+import pickle
 import sys
 
 import numpy as np
@@ -91,6 +93,201 @@ def test_find_cifar10(cifar, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLOSS_DATA", str(tmp_path / "no such"))
     with pytest.raises(DataError, match=r"FASTLOSS_DATA is .*no such"):
         data.find_cifar10()
+
+
+# --- CIFAR-10, Python version -------------------------------------------------------------------------------------
+class Python2Array:
+    """Pickled as Python 2 pickled NumPy arrays: protocol 2, names of old modules, strings of bytes."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def write(self, out):
+        """GLOBAL, arguments and REDUCE for the array, then for its type, then BUILD."""
+        out.write(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R")
+        n, d = self.array.shape
+        out.write(b"(K\x01" + b"M" + n.to_bytes(2, "little") + b"M" + d.to_bytes(2, "little") + b"\x86")
+        out.write(b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")
+        content = self.array.tobytes()
+        out.write(b"\x89T" + len(content).to_bytes(4, "little") + content + b"tb")
+
+
+def write_python2(path, records):
+    """A batch as the files of the Python version are: {'data': array, 'labels': list, 'batch_label': text}."""
+    with path.open("wb") as out:
+        out.write(b"\x80\x02}(U\x04data")
+        Python2Array(np.ascontiguousarray(records[:, 1:])).write(out)
+        out.write(b"U\x06labels](" + b"".join(b"K" + bytes([label]) for label in records[:, 0]) + b"e")
+        out.write(b"U\x0bbatch_labelU\x06a testu.")
+
+
+@pytest.fixture
+def python_cifar(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    records = np.random.default_rng(0).integers(256, size=(6, 3, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    for k in range(5):
+        write_python2(folder / f"data_batch_{k + 1}", records[k])
+    write_python2(folder / "test_batch", records[5])
+    names = b"".join(b"U" + bytes([len(name)]) + name.encode() for name in NAMES)
+    (folder / "batches.meta").write_bytes(b"\x80\x02}U\x0blabel_names](" + names + b"es.")
+    return folder, records
+
+
+def test_the_fixture_is_what_python_reads(python_cifar):
+    with open(python_cifar[0] / "data_batch_1", "rb") as file:
+        found = pickle.load(file, encoding="bytes")
+    np.testing.assert_array_equal(found[b"data"], python_cifar[1][0, :, 1:])
+
+
+def test_cifar10_python_version(python_cifar, monkeypatch):
+    folder, records = python_cifar
+    for path in (folder, folder.parent):
+        found = data.load_cifar10(path)
+        assert found.X_train.dtype == np.uint8
+        np.testing.assert_array_equal(found.X_train, records[:5].reshape(15, 3073)[:, 1:])
+        np.testing.assert_array_equal(found.y_train, records[:5].reshape(15, 3073)[:, 0])
+        np.testing.assert_array_equal(found.X_test, records[5, :, 1:])
+        assert (found.class_names, found.name, found.image_shape) == (tuple(NAMES), "cifar10", (3, 32, 32))
+    monkeypatch.setenv("FASTLOSS_DATA", str(folder.parent))
+    assert data.find_cifar10() == folder
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(DataError, match="data_batch_4 is missing"):
+        data.load_cifar10(folder)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_python_3(python_cifar, protocol):
+    folder, records = python_cifar
+    batch = {"data": np.asfortranarray(records[0, :, 1:]), "labels": records[0, :, 0].tolist()}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(batch, protocol))
+    if protocol < 5:
+        np.testing.assert_array_equal(data.load_cifar10(folder).X_train[:3], records[0, :, 1:])
+    else:  # NumPy has other functions called there
+        with pytest.raises(DataError, match="it names numpy"):
+            data.load_cifar10(folder)
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("function", [os.mkdir, eval, exec, getattr, np.load, np.zeros], ids=lambda f: f.__name__)
+def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, function, protocol):
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps({"data": Evil(function, "made"), "labels": []}, protocol)
+    (python_cifar[0] / "data_batch_2").write_bytes(content)
+    with pytest.raises(DataError, match=r"data_batch_2 is no pickle .*: it names .*, which is refused"):
+        data.load_cifar10(python_cifar[0])
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cnumpy\nndarray\n}U\x04evilK\x01sb.",  # attributes of what a name leads to
+        b"\x80\x02cnumpy\nndarray\nN}U\x05_makeK\x01s\x86b.",
+        b"\x80\x02cnumpy\ndtype\nN}U\x0c__setstate__K\x01s\x86b.",
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
+        b"\x80\x02P0\n.",  # persistent identifiers
+        b"\x80\x02\x82\x01.",  # registered extensions
+        b"\x80\x02]q\x00h\x00a.",  # a list within itself
+        b"\x80\x02cnumpy\nndarray\n.",
+        b"\x80\x02K\x01.",
+        b"\x80\x02",
+        b"",
+        b"text",
+    ],
+)
+def test_odd_pickles(python_cifar, content):
+    (python_cifar[0] / "data_batch_2").write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(DataError, match="data_batch_2"):
+            data.load_cifar10(python_cifar[0])
+    (python_cifar[0] / "data_batch_2").unlink()
+    write_python2(python_cifar[0] / "data_batch_2", python_cifar[1][1])
+    data.load_cifar10(python_cifar[0])  # nothing has been changed for later
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"labels": [0]}, "data is NoneType"),
+        ({"data": np.zeros((1, 3072)), "labels": [0]}, r"data is shape \(1, 3072\) and dtype float64"),
+        ({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}, r"data is shape \(1, 3071\)"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [0, 1]}, "labels must be a list of 1 integers"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, r"labels\[0\] is 10; CIFAR-10's are 0 to 9"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}, r"labels\[0\] is 'a'"),
+        ({"data": np.array([[None]]), "labels": [0]}, "is no pickle of arrays"),
+    ],
+)
+def test_foreign_batches(python_cifar, batch, message):
+    (python_cifar[0] / "test_batch").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(DataError, match=rf"test_batch:? {message}"):
+        data.load_cifar10(python_cifar[0])
+
+
+def test_a_pickle_damaged_anywhere(python_cifar):
+    """Cut or changed in a byte of its program, a batch is read or refused with a DataError; nothing else comes out."""
+    path = python_cifar[0] / "data_batch_1"
+    good = path.read_bytes()
+    program = [*range(180), *range(len(good) - 60, len(good))]  # around the pixels
+    for k in program:
+        for content in (good[:k], good[:k] + bytes([good[k] ^ 0x41]) + good[k + 1 :]):
+            path.write_bytes(content)
+            try:
+                data.cifar10._read_batch(path)
+            except DataError as error:
+                assert "data_batch_1" in str(error)  # noqa: PT017
+
+
+# --- libsvm -------------------------------------------------------------------------------------------------------
+def test_libsvm(tmp_path):
+    path = tmp_path / "points.libsvm"
+    path.write_text("-1 1:0.5 3:2 # a comment\n+1 2:1\n\n3.0 \n")
+    found = data.load_libsvm(path)
+    np.testing.assert_array_equal(found.X_train, [[0.5, 0, 2], [0, 1, 0], [0, 0, 0]])
+    assert found.X_train.dtype == np.float32
+    assert found.y_train.tolist() == [0, 1, 2]
+    assert (found.class_names, found.name, found.X_test) == (("-1", "1", "3"), "points", None)
+    (tmp_path / "points.libsvm.t").write_text("1 5:7\n2 1:1\n")
+    found = data.load_libsvm(str(path))
+    assert found.X_train.shape == (3, 5)
+    np.testing.assert_array_equal(found.X_test, [[0, 0, 0, 0, 7], [1, 0, 0, 0, 0]])
+    assert found.class_names == ("-1", "1", "2", "3")
+    assert found.y_train.tolist() == [0, 1, 3]
+    assert found.y_test.tolist() == [1, 2]
+    assert data.load_libsvm(path, n_features=9).X_test.shape == (2, 9)
+    with pytest.raises(DataError, match="has features up to 5; expected at most n_features, 4"):
+        data.load_libsvm(path, n_features=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; expected at least one row"),
+        ("cat 1:2\n", "is not in libsvm's format"),
+        ("1 a:2\n", "is not in libsvm's format"),
+        ("1 0:2\n", "is not in libsvm's format"),
+        ("1 2:1 1:1\n", "is not in libsvm's format"),
+        ("1,2 1:1\n", "is not in libsvm's format"),
+        ("1 1:1\n0.5 1:1\n", r"row 1 has the label 0.5; expected integers"),
+        ("nan 1:1\n", "row 0 has the label nan"),
+        ("1 99999999:1\n" * 99, "has 99999999 features, dense .* GB; expected at most 4 GB"),
+    ],
+)
+def test_bad_libsvm(tmp_path, text, message):
+    (tmp_path / "bad.libsvm").write_text(text)
+    with pytest.raises(DataError, match=message):
+        data.load_libsvm(tmp_path / "bad.libsvm")
+    with pytest.raises(DataError, match=r"none\.libsvm is no file"):
+        data.load_libsvm(tmp_path / "none.libsvm")
 
 
 # --- digits -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,3 +65,20 @@ def test_parameters_are_documented():
 def test_all_is_complete():
     public = {name for name, thing in vars(fl).items() if not name.startswith("_") and not inspect.ismodule(thing)}
     assert public == set(fl.__all__)
+
+
+def test_the_guide_to_the_lecture_runs(tmp_path, monkeypatch, capsys):
+    """Every block of Python in it, one after the other; its figures of trials are made smaller."""
+    guide = (Path(__file__).parents[1] / "docs" / "lecture.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        exec(block.replace("n=1000", "n=100"), names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.npz", "steps.png"]
+    assert "happy" in capsys.readouterr().out
+    from fastloss import plot
+
+    for name in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", guide, re.MULTILINE):
+        assert all(hasattr(plot, function) for function in re.findall(r"\w+", name))

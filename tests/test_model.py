@@ -179,3 +179,27 @@ def test_foreign_files(model, tmp_path, changes, message):
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
     with pytest.raises(DataError, match=rf"model\.npz .*{message}"):
         LinearModel.load(path)
+
+
+def test_provenance_is_kept(tmp_path, model):
+    kept = LinearModel(model.W, model.class_names, provenance={"data": "Zürich", "seed": "3"})
+    kept.save(tmp_path / "model.npz")
+    found = LinearModel.load(tmp_path / "model.npz").provenance
+    assert dict(found) == {"data": "Zürich", "seed": "3"}
+    with pytest.raises(TypeError):
+        found["data"] = "elsewhere"
+    assert dict(model.provenance) == {}
+    for bad in ({"seed": 3}, "text", {1: "a"}):
+        with pytest.raises(TypeError, match=r"provenance is .*; it must be a dict of text"):
+            LinearModel(model.W, model.class_names, provenance=bad)
+
+
+def test_models_of_before_provenance_are_read(tmp_path, model):
+    model.save(tmp_path / "model.npz")
+    with np.load(tmp_path / "model.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files if name != "provenance"}
+    np.savez(tmp_path / "old.npz", **arrays)
+    assert dict(LinearModel.load(tmp_path / "old.npz").provenance) == {}
+    np.savez(tmp_path / "bad.npz", **arrays, provenance="[1")
+    with pytest.raises(DataError, match=r"bad\.npz is no model of fastloss"):
+        LinearModel.load(tmp_path / "bad.npz")

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from fastloss import plot
+import fastloss as fl
+from fastloss import landscape, plot, train
 from fastloss.model import LinearModel
 
 
@@ -21,8 +22,9 @@ def model(image_shape, n_classes=3, W=None):
     return LinearModel(W, tuple(f"class {k}" for k in range(n_classes)), image_shape=image_shape)
 
 
-def render(figure):
-    """Draw it all: what is wrong shows up as an error or a warning here."""
+def render(drawn):
+    """The figure of what was drawn, all of it drawn again: what is wrong shows up as an error or a warning here."""
+    figure = drawn[0].figure if isinstance(drawn, list) else drawn
     figure.canvas.draw()
     return figure
 
@@ -45,13 +47,13 @@ def test_training_curves_show_the_histories():
 
 
 def test_curves_differ_in_more_than_colour():
-    figure = plot.training_curves({"softmax": history(), "hinge": history()})
+    figure = render(plot.training_curves({"softmax": history(), "hinge": history()}))
     styles = {(line.get_marker(), line.get_linestyle()) for line in figure.axes[-1].lines}
     assert len(styles) == 4
 
 
 def test_the_far_off_start_is_written_and_does_not_flatten_the_rest():
-    panel = plot.training_curves({"softmax": history()}).axes[0]
+    panel = plot.training_curves({"softmax": history()})[0]
     low, high = panel.get_ylim()
     assert low < 1.5 < 1.9 < high < 9
     assert panel.texts[0].get_text() == "at the start: 9"
@@ -74,7 +76,7 @@ def test_training_curves_need_a_history():
 def test_axes_of_the_callers_are_drawn_on(draw):
     figure = plot.figure_class()()
     panels = figure.subplots(1, 2)
-    assert draw(panels) is figure
+    assert draw(panels) == list(panels)
     assert len(figure.axes) == 2
     assert all(panel.has_data() for panel in panels)
     with pytest.raises(ValueError, match=r"ax has 1 Axes; there must be 2"):
@@ -108,7 +110,7 @@ def test_colour_templates_have_red_green_and_blue_last():
 
 def test_the_unit_of_standardised_features_is_named():
     trained = LinearModel(np.ones((2, 5)), ("a", "b"), scale=np.full(4, 2.0), image_shape=(2, 2))
-    assert plot.class_templates(trained).axes[-1].get_ylabel() == "weight, per standard deviation"
+    assert render(plot.class_templates(trained)).axes[-1].get_ylabel() == "weight, per standard deviation"
 
 
 @pytest.mark.parametrize("n_classes", [1, 5, 7])
@@ -166,3 +168,150 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "fastloss\[cli\]"'):
         plot.class_templates(model((2, 2)))
+
+
+# --- one panel ------------------------------------------------------------------------------------------------------
+def small(loss=None):
+    rng = np.random.default_rng(0)
+    return fl.LinearObjective(loss or fl.Hinge(), rng.normal(size=(40, 2)), rng.integers(3, size=40))
+
+
+W3 = np.arange(9.0).reshape(3, 3) / 9
+RAY = landscape.slice_1d(small(), W3)
+PLANE = landscape.slice_2d(small(), W3, a=np.linspace(-1, 1, 7), b=np.linspace(-1, 1, 5))
+SWEEP = train.step_size_sweep(small(), 1e-3, 10, n=5, epochs=1)
+POINTS = np.random.default_rng(1).normal(size=(20, 2))
+LABELS = np.arange(20) % 3
+PANELS = {
+    "ray": lambda ax=None: plot.loss_along_ray(RAY, ax),
+    "plane": lambda ax=None: plot.loss_on_plane(PLANE, ax),
+    "sweep": lambda ax=None: plot.step_sizes(SWEEP, ax, start=2.0),
+    "search": lambda ax=None: plot.search_progress({"random": train.random_search(small(), 9).history}, ax),
+    "hinge": lambda ax=None: plot.hinge_shape(ax),
+    "compared": lambda ax=None: plot.losses_compared(POINTS, LABELS % 2, ax),
+    "regions": lambda ax=None: plot.decision_regions(LinearModel(W3, ("a", "b", "c")), POINTS, LABELS, ax),
+    "confusion": lambda ax=None: plot.confusion_matrix(LABELS, LABELS[::-1], "abc", ax),
+    "weights": lambda ax=None: plot.weight_magnitudes({"L1": W3}, ax),
+}
+
+
+@pytest.mark.parametrize("draw", PANELS.values(), ids=PANELS.keys())
+def test_a_panel_takes_its_axes_and_names_them(draw):
+    made = draw()
+    render(made.figure)
+    given = made.figure.__class__().subplots()
+    assert draw(given) is given
+    for axes in (made, given):
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+
+
+def test_a_ray_is_drawn_with_its_lowest_point_and_breakpoints():
+    found = landscape.breakpoints(small(), W3, RAY.direction)
+    axes = plot.loss_along_ray(RAY, breakpoints=found, label="hinge")
+    curve, lowest, ticks = axes.lines
+    np.testing.assert_array_equal(curve.get_ydata(), RAY.values)
+    assert lowest.get_ydata()[0] == RAY.values.min()
+    np.testing.assert_array_equal(ticks.get_xdata(), found.a)
+    plot.loss_along_ray(RAY, axes, label="again")
+    named = [line for line in axes.lines if line.get_label() in ("hinge", "again")]
+    assert len({line.get_linestyle() for line in named}) == 2
+    with pytest.raises(ValueError, match="ray has no points"):
+        plot.loss_along_ray(landscape.slice_1d(small(), W3, a=[]))
+
+
+def test_a_plane_marks_its_lowest_point():
+    axes = plot.loss_on_plane(PLANE)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["W", f"lowest: {PLANE.values.min():.3g}"]
+    flat = landscape.Plane(PLANE.a, PLANE.b, 0 * PLANE.values, PLANE.directions)
+    render(plot.loss_on_plane(flat).figure)
+    with pytest.raises(ValueError, match="must be at least 2 × 2"):
+        plot.loss_on_plane(landscape.slice_2d(small(), W3, a=[0]))
+
+
+def test_a_sweep_marks_what_diverged():
+    sweep = train.Sweep(np.array([0.1, 1, 10]), np.array([1.0, 0.5, np.inf]), ({},) * 3, 1.0, W3, 0.5, "done")
+    axes = render(plot.step_sizes(sweep, start=2.0).figure).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_array_equal(lines["diverged, or lost ground"].get_xdata(), [10])
+    np.testing.assert_array_equal(lines["after training"].get_ydata(), [1, 0.5])
+    assert lines["best: 1"].get_xdata() == [1.0]
+    assert "before training: 2" in lines
+
+
+def test_searches_of_a_kind_are_drawn_alike():
+    histories = {f"{kind} {k}": {"step": np.arange(3), "best": np.arange(3)} for kind in ("a", "b") for k in range(2)}
+    axes = plot.search_progress(histories)
+    assert len({line.get_linestyle() for line in axes.lines}) == 2
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="histories is empty"):
+        plot.search_progress({})
+
+
+def test_the_hinge_is_drawn_by_the_losses():
+    hinge, squared, softmax, _ = plot.hinge_shape(margin=2).lines
+    d = hinge.get_xdata()
+    np.testing.assert_allclose(hinge.get_ydata(), np.maximum(0, 2 - d), atol=1e-12)
+    np.testing.assert_allclose(squared.get_ydata(), np.maximum(0, 2 - d) ** 2, atol=1e-12)
+    np.testing.assert_allclose(softmax.get_ydata(), np.log1p(np.exp(-d)), rtol=1e-9)
+    with pytest.raises(TypeError, match="margin is 'wide'"):
+        plot.hinge_shape(margin="wide")
+
+
+def test_losses_of_the_lectures_three_images():
+    axes = render(plot.losses_compared([[10, -2, 3], [10, 9, 9], [10, -100, -100]], [0, 0, 0]).figure).axes[0]
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), 0)
+    assert axes.lines[0].get_ydata()[1] == pytest.approx(0.5514, abs=1e-4)
+    assert axes.texts[0].get_text() == "100 % of 3 rows\nhave hinge loss 0"
+    many = plot.losses_compared(np.random.default_rng(0).normal(size=(9000, 2)), np.zeros(9000, int))
+    assert len(many.lines[0].get_xdata()) == plot.MOST_POINTS
+    render(plot.losses_compared(np.zeros((0, 3)), np.zeros(0, int)).figure)
+    with pytest.raises(ValueError, match="losses holds 1 losses"):
+        plot.losses_compared([[1.0]], [0], losses={"hinge": fl.Hinge()})
+
+
+def test_decision_regions_are_the_models():
+    shifted = LinearModel(W3, ("a", "b", "c"), shift=np.array([3.0, -2]), scale=np.array([2.0, 5]))
+    axes = plot.decision_regions(shifted, POINTS, LABELS)
+    image = axes.images[0]
+    left, right, bottom, top = image.get_extent()
+    shown = np.asarray(image.get_array())
+    x = np.array([[left, bottom], [right, top], [left, top]])
+    np.testing.assert_array_equal(shifted.predict(x), shown[[0, -1, -1], [0, -1, 0]])
+    for line, row in zip([line for line in axes.lines if hasattr(line, "get_slope")], W3, strict=True):
+        (x0, y0), slope = line.get_xy1(), line.get_slope()
+        other = line.get_xy2() if slope is None else (x0 + 1, y0 + slope)
+        for point in ((x0, y0), other):
+            z = (np.asarray(point) - [3, -2]) / [2, 5]
+            assert row[:2] @ z + row[2] == pytest.approx(0, abs=1e-9)
+    for bad, message in (
+        ((LinearModel(np.ones((2, 4)), ("a", "b")), POINTS, LABELS), "model has 3 features and X 2"),
+        ((shifted, POINTS, LABELS[:3]), r"y has shape \(3,\)"),
+        ((shifted, POINTS[:0], LABELS[:0]), "X has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot.decision_regions(*bad)
+    same = plot.decision_regions(LinearModel(0 * W3, ("a", "b", "c")), np.ones((4, 2)), np.zeros(4, int))
+    render(same.figure)
+
+
+def test_a_confusion_matrix_counts():
+    axes = plot.confusion_matrix([0, 0, 1, 2, 2], [0, 1, 1, 2, 0], ("a", "b", "c"))
+    assert [int(text.get_text()) for text in axes.texts] == [1, 1, 0, 0, 1, 0, 1, 0, 1]
+    for y, predicted, message in (
+        ([0, 1], [0], r"predicted has shape \(1,\)"),
+        ([0, 3], [0, 1], "y goes from 0 to 3, but there are 3 class_names"),
+        ([0.5], [0], "y has shape .* dtype float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot.confusion_matrix(y, predicted, "abc")
+    render(plot.confusion_matrix([], [], "abc").figure)
+
+
+def test_weights_are_sorted_and_zeros_counted():
+    line = plot.weight_magnitudes({"L1": np.array([[0, -3.0], [1, 0]])}).lines[0]
+    np.testing.assert_array_equal(line.get_ydata(), [3, 1, 0, 0])
+    np.testing.assert_array_equal(line.get_xdata(), [12.5, 37.5, 62.5, 87.5])
+    assert line.get_label() == "L1: 50 % are 0"
+    with pytest.raises(ValueError, match="weights must hold at least one"):
+        plot.weight_magnitudes({})

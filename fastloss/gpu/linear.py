@@ -592,6 +592,9 @@ class DeviceObjective(LinearObjective):
         found = [self.value(W_stack[k]) for k in range(stack.shape[0])]
         return np.array([float(arrays.view(value, "value").to_host()) for value in found])
 
+    def take(self, rows: Any = None, dtype: Any = None) -> Any:
+        raise BackendError("rows of X are copied on the host; this objective's X is on a GPU: use X on the host")
+
     def hessp(self, W: Any, V: Any, rows: Any = None) -> Any:
         raise BackendError("backend 'cuda' cannot serve this call: Hessian products are not compiled yet")
 

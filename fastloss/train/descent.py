@@ -18,8 +18,9 @@ import numpy as np
 
 from fastloss import _checks as checks
 from fastloss._checks import Array
-from fastloss.linear import LinearObjective
+from fastloss.linear import LinearObjective, on_host
 from fastloss.model import predict
+from fastloss.train.checkpoint import Checkpoint, PathLike, describe
 
 Schedule = str | Callable[[int], float]
 
@@ -64,12 +65,13 @@ class Result:
     Attributes
     ----------
     W : array (C, D + 1), or (C, D) without bias
-        The weights that the last record of the history describes.
+        The weights that the last record of the history describes; those of the lowest objective so far after an
+        interrupt, and of searches always.
     value : float
         The objective there.
     history : dict of arrays (K,)
         "epoch", "step", "step_size", "loss", "grad_norm", "accuracy" and, with validation data,
-        "validation_accuracy", at the start and after epochs: see `State`.
+        "validation_accuracy", at the start and after epochs: see `State`. Of searches: see `random_search`.
     stopped : {"done", "callback", "interrupted", "diverged"}
         Why training ended; "diverged" only within a `DivergenceError`.
     """
@@ -189,9 +191,11 @@ class _Descent:
         evaluate_every: int,
         callback: Callable[[State], object] | None,
         progress: bool,
+        checkpoint: PathLike | None,
+        checkpoint_every: float,
+        resume: PathLike | None,
     ) -> None:
-        if not isinstance(objective, LinearObjective):
-            raise TypeError(f"objective is {type(objective).__name__}; it must be a fastloss.LinearObjective")
+        on_host(objective)
         self.objective, self.epochs, self.seed = objective, epochs, seed
         self.step_size = checks.number(step_size, "step_size", low=0, above=True)
         self.momentum = checks.number(momentum, "momentum", low=0)
@@ -229,14 +233,24 @@ class _Descent:
         self.grad, self.velocity = np.empty_like(self.W), np.zeros_like(self.W)
         self.epoch, self.step, self.last_size = 0, 0, self.step_size * self.factor(0)
         self.records: list[dict[str, Any]] = []
-        # Weights, and how many records go with them; replaced in one assignment: an interrupt finds what fits.
-        self.kept = (self.W.copy(), 0)
+        # Weights of the last record, how many records there are, and the lowest loss with its weights; replaced in one
+        # assignment: an interrupt finds what fits.
+        self.kept = (self.W.copy(), 0, math.inf, self.W)
+        options = {
+            "epochs": epochs, "batch_size": size, "step_size": self.step_size, "momentum": self.momentum,
+            "schedule": schedule, "seed": seed, "evaluate_every": self.evaluate_every, "validation": self.validation,
+        }  # fmt: skip
+        self.checkpoint = Checkpoint(
+            checkpoint, checkpoint_every, resume, lambda: describe("sgd", objective, self.W, options)
+        )
         self.bar = _progress_bar(n_steps) if progress else None
 
     def result(self, stopped: str) -> Result:
-        W, n_records = self.kept
+        W, n_records, lowest, best = self.kept
         records = self.records[:n_records]
         history = {name: np.array([record[name] for record in records]) for name in records[0]}
+        if stopped == "interrupted":
+            return Result(best, lowest, history, stopped)
         return Result(W, records[-1]["loss"], history, stopped)
 
     def check(self, loss: float) -> None:
@@ -284,7 +298,8 @@ class _Descent:
         if self.validation is not None:
             record["validation_accuracy"] = _accuracy(objective, self.W, *self.validation)
         self.records.append(record)
-        self.kept = (self.W.copy(), len(self.records))
+        W, (_, _, lowest, best) = self.W.copy(), self.kept
+        self.kept = (W, len(self.records), loss, W) if loss <= lowest else (W, len(self.records), lowest, best)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4g}", accuracy=f"{record['accuracy']:.4f}")
         shown = self.W.view()
@@ -321,9 +336,33 @@ class _Descent:
                     bar.update()
         self.epoch += 1
 
+    def save(self) -> None:
+        """A checkpoint after an epoch, before it is evaluated: from there all that follows is done again."""
+        if not self.checkpoint.due(last=self.epoch == self.epochs):
+            return
+        recorded, _, lowest, best = self.kept
+        state = {
+            "epoch": self.epoch, "step": self.step, "last_size": self.last_size, "records": self.records,
+            "lowest": lowest,
+        }  # fmt: skip
+        arrays = {"W": self.W, "velocity": self.velocity, "recorded": recorded, "best": best}
+        self.checkpoint.write(state, arrays)
+
+    def take_up(self) -> None:
+        """Go on where the checkpoint is."""
+        state, arrays = self.checkpoint.read(("W", "velocity", "recorded", "best"))
+        self.W[...], self.velocity[...] = arrays["W"], arrays["velocity"]
+        self.epoch, self.step, self.last_size = state["epoch"], state["step"], state["last_size"]
+        self.records = state["records"]
+        self.kept = (arrays["recorded"], len(self.records), state["lowest"], arrays["best"])
+        if self.bar is not None:
+            self.bar.update(self.step)
+
     def run(self) -> Result:
         stopped = "done"
         try:
+            if self.checkpoint.resumes:
+                self.take_up()
             while True:
                 due = self.epoch % self.evaluate_every == 0 or self.epoch == self.epochs
                 loss = self.full_pass() if due or self.full else math.nan
@@ -335,6 +374,7 @@ class _Descent:
                 if self.epoch == self.epochs:
                     break
                 self.run_epoch()
+                self.save()
         except KeyboardInterrupt:
             if not self.kept[1]:
                 raise
@@ -360,6 +400,9 @@ def sgd(
     evaluate_every: int = 1,
     callback: Callable[[State], object] | None = None,
     progress: bool = False,
+    checkpoint: PathLike | None = None,
+    checkpoint_every: float = 10.0,
+    resume: PathLike | None = None,
 ) -> Result:
     """Mini-batch stochastic gradient descent, with momentum: `v ← μ v − η g`, `W ← W + v`.
 
@@ -397,11 +440,20 @@ def sgd(
         Called with a `State` at every record; training stops if it returns True.
     progress : bool
         Show a progress bar (needs tqdm).
+    checkpoint : path, optional
+        A file (`.npz`, without pickles) that all it takes to go on is written to, after an epoch; replaced as a whole,
+        so that it is complete at any moment.
+    checkpoint_every : float
+        Seconds between two checkpoints, at least 0, which is: after every epoch. The last epoch has one in any case.
+    resume : path, optional
+        A checkpoint to go on from, to the same bits as without the interruption: with the same data and arguments,
+        which is checked, but for what a function given as `schedule` does. It may be that of `checkpoint` too.
 
     Returns
     -------
     Result
-        After Ctrl-C (KeyboardInterrupt) too, with `stopped="interrupted"` and everything as of the last record.
+        After Ctrl-C (KeyboardInterrupt) too, with `stopped="interrupted"` and the best W so far: that of the record
+        with the lowest objective.
 
     Raises
     ------
@@ -411,6 +463,8 @@ def sgd(
         As soon as the loss of a batch, or of all data, is not finite.
     ImportError
         For `progress=True` without tqdm.
+    fastloss.data.DataError
+        If `resume` is no checkpoint, or one of another training.
 
     References
     ----------
@@ -432,7 +486,7 @@ def sgd(
     seed = checks.integer(seed, "seed", low=0)
     return _Descent(
         objective, W, n_classes, epochs, batch_size, step_size, momentum, schedule, seed, validation, evaluate_every,
-        callback, progress,
+        callback, progress, checkpoint, checkpoint_every, resume,
     ).run()  # fmt: skip
 
 
@@ -449,6 +503,9 @@ def gradient_descent(
     evaluate_every: int = 1,
     callback: Callable[[State], object] | None = None,
     progress: bool = False,
+    checkpoint: PathLike | None = None,
+    checkpoint_every: float = 10.0,
+    resume: PathLike | None = None,
 ) -> Result:
     """Gradient descent on all data: `sgd` whose batch is the whole, so that an epoch is one step.
 
@@ -472,5 +529,5 @@ def gradient_descent(
     steps = checks.integer(steps, "steps", low=0)
     return _Descent(
         objective, W, n_classes, steps, None, step_size, momentum, schedule, 0, validation, evaluate_every, callback,
-        progress,
+        progress, checkpoint, checkpoint_every, resume,
     ).run()  # fmt: skip
