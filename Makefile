@@ -8,8 +8,8 @@
 #                  tests/conftest.py): every loss in float32, and some of each other kind. At most 10 minutes on
 #                  2 cores, installation included.
 #   make test-all  the same, and what is marked `full`: the full grids, all cases of numba, and the sdist and wheel built
-#                  and tried in a fresh environment. It installs PyTorch and JAX, so that the parity tests with them
-#                  run too.
+#                  and tried in a fresh environment. It installs PyTorch, JAX, XGBoost and LightGBM, so that the tests
+#                  with them run too.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -55,7 +55,7 @@ lint: $(VENV)/test ## ruff, mypy, and stubtest on the compiled modules
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --concise fastloss._kernels.cpu fastloss._kernels.gate $$($(BIN)/python -c "$$list_kernels")
 
-peers: $(VENV)/peers ## install PyTorch and JAX, for the parity tests and for make bench
+peers: $(VENV)/peers ## install PyTorch, JAX, XGBoost and LightGBM: for tests with them, and for make bench
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

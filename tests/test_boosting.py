@@ -3,13 +3,15 @@
 import pickle
 import warnings
 
-import lightgbm
 import numpy as np
 import pytest
-import xgboost
 from sklearn.datasets import load_digits
 
 import fastloss as fl
+
+lightgbm = pytest.importorskip("lightgbm", reason="LightGBM is not installed")
+xgboost = pytest.importorskip("xgboost", reason="XGBoost is not installed")
+
 from fastloss.adapters import lightgbm as for_lightgbm
 from fastloss.adapters import xgboost as for_xgboost
 
