@@ -8,12 +8,11 @@ import pytest
 from sklearn.datasets import load_digits
 
 import fastloss as fl
+from fastloss.adapters import lightgbm as for_lightgbm
+from fastloss.adapters import xgboost as for_xgboost
 
 lightgbm = pytest.importorskip("lightgbm", reason="LightGBM is not installed")
 xgboost = pytest.importorskip("xgboost", reason="XGBoost is not installed")
-
-from fastloss.adapters import lightgbm as for_lightgbm
-from fastloss.adapters import xgboost as for_xgboost
 
 ROUNDS = 4
 
