@@ -350,7 +350,8 @@ class Kernel:
 # done waits awake for a while, as OpenMP's do. Each has a line of memory: what state it is in, and a function's address
 # and arguments.
 ASLEEP, AWAKE, GIVEN, TAKEN, STOP = range(5)
-PATIENCE = 50_000  # pauses, of about 20 ns each: how long a thread waits awake
+PATIENCE = 50_000  # pauses, of about 20 ns each: how long a thread waits awake for work,
+SHORT = 2_000  # and for the end of another's
 
 
 def _serve(mailbox, patience):
@@ -431,8 +432,8 @@ class Helper:
         self.thread.join()
 
     def end(self) -> None:
-        while not self.crew.end(self.mailbox, PATIENCE):
-            time.sleep(0)  # more threads than processors
+        while not self.crew.end(self.mailbox, SHORT):
+            time.sleep(1e-5)  # more threads than processors: this one makes room
 
 
 _helpers: list[Helper] = []  # that have nothing to do, whoever was busy last at the end
