@@ -1,7 +1,9 @@
 """The objectives for XGBoost and LightGBM: the trees of the libraries' own, and what those lack."""
 
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +178,11 @@ def test_what_does_not_fit_is_said(module):
     grad, hess = objective(np.zeros(4), scores)
     assert grad.dtype == hess.dtype == np.float32
     assert (hess > 0).all()
+
+
+def test_the_guide():
+    """Its code runs, in order."""
+    text = (Path(__file__).parents[1] / "docs/boosting.md").read_text(encoding="utf-8")
+    space = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(example, "docs/boosting.md", "exec"), space)

@@ -56,13 +56,25 @@ class Objective:
     def __call__(self, first: Any, second: Any, sample_weight: Any = None) -> tuple[Array, Array]:
         scores, y, weight = self.unpack(first, second, sample_weight)
         grad, hess = self.empty(scores.shape), self.empty(scores.shape)
-        direct = grad if grad.dtype == scores.dtype else None
-        found = self.loss.value_and_grad(scores, y, sample_weight=weight, reduction="sum", out=direct)[1]
-        if direct is None:
-            grad[...] = found
-        # The factor goes in with the weights, before anything is rounded to the library's type.
-        each = np.ones(len(y)) if weight is None else weight.astype(np.float64)
-        self.loss.hess_diag(scores, y, sample_weight=each * self.factor(scores.shape[1]), out=hess)
+        self.loss.check_classes(scores.shape[1])
+        factor = self.factor(scores.shape[1])
+        if self.loss.kind == "softmax" and not self.loss.general:
+            # A row's gradient is p − e_y, of which |g| (1 − |g|) is p (1 − p) at the target and elsewhere: one pass of
+            # exponentials does for both.
+            found = fl.Softmax().value_and_grad(scores, y, reduction="sum")[1]
+            size = np.abs(found)
+            curve = (1 - size) * size * found.dtype.type(factor)
+            if self.loss.class_weight is not None:
+                weight = self.loss.class_weight[y] * (1.0 if weight is None else weight)
+            if weight is not None:
+                each = weight.astype(found.dtype)[:, None]
+                found, curve = found * each, curve * each
+            grad[...], hess[...] = found, curve
+        else:
+            grad[...] = self.loss.value_and_grad(scores, y, sample_weight=weight, reduction="sum")[1]
+            # The factor goes in with the weights, before anything is rounded to the library's type.
+            each = np.ones(len(y)) if weight is None else weight.astype(np.float64)
+            self.loss.hess_diag(scores, y, sample_weight=each * factor, out=hess)
         np.maximum(hess, hess.dtype.type(SMALLEST), out=hess)
         return grad, hess
 
