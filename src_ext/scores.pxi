@@ -938,6 +938,8 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
     The largest classes into `top`, contiguous, of NumPy's intp; in the general form also log-sum-exps and entropies, into
     `z` and `entropy`, contiguous.
     """
+    if not ARE_SCORES:
+        raise TypeError("the kernels of this type take features, not scores")
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
@@ -965,6 +967,8 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
     targets: the target's column in the shard, or -1. stats (3, N + 16): of each row the maximum times T, with a softcap the bent maximum / T; the
     factor of its exponentials; the target's entry.
     """
+    if not ARE_SCORES:
+        raise TypeError("the kernels of this type take features, not scores")
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
@@ -980,6 +984,8 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
 
 def transform(kind, scores, out, int n_threads):
     """softmax, log_softmax (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
+    if not ARE_SCORES:
+        raise TypeError("the kernels of this type take features, not scores")
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m

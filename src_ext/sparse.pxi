@@ -160,6 +160,8 @@ cdef int csr_borrow(_Loan loan, CsrPass *p, values, indices, starts, rows, Py_ss
 def csr_scores(values, indices, starts, rows, Py_ssize_t first, W, bias, scores, int n_threads):
     """scores (n, C) ← rows of a CSR matrix times W (D, C), plus bias (C,); all contiguous. The rows are those picked, or,
     for None, n of them from `first` on."""
+    if not STORED_IS_REAL:
+        raise TypeError("sparse features are float32 or float64")
     cdef _Loan loan = _Loan()
     cdef CsrPass p
     cdef Py_ssize_t segments
@@ -173,6 +175,8 @@ def csr_scores(values, indices, starts, rows, Py_ssize_t first, W, bias, scores,
 
 def csr_accumulate(values, indices, starts, rows, Py_ssize_t first, scores, dW, bounds, int n_threads):
     """dW (D, C) += those rowsᵀ times scores (n, C), features by features of the parts that `bounds` has."""
+    if not STORED_IS_REAL:
+        raise TypeError("sparse features are float32 or float64")
     cdef _Loan loan = _Loan()
     cdef CsrPass p
     csr_borrow(loan, &p, values, indices, starts, rows, first, scores, False)
@@ -209,6 +213,8 @@ cdef void transpose_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
 
 def transpose(matrix, transposed, double factor, bint back, int n_threads):
     """transposed (D, C), contiguous, ← matrixᵀ; or back, times a factor."""
+    if not STORED_IS_REAL:
+        raise TypeError("sparse features are float32 or float64")
     cdef _Loan loan = _Loan()
     cdef TransposePass p
     cdef Py_ssize_t segments
