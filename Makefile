@@ -4,9 +4,9 @@
 # What the tests hold:
 #   make test      ruff, mypy, stubtest, and all tests but those marked `full`: every line of the numerical contract,
 #                  every backend and instruction-set level of this machine on sizes at the edges, training, data,
-#                  command line. Of the backend numba, whose kernels take seconds each to compile, a fixed sample (see
-#                  tests/conftest.py): every loss in float32, and some of each other kind. At most 10 minutes on
-#                  2 cores, installation included.
+#                  command line. Of the backend numba, whose kernels take seconds each to compile, a fixed sample, and
+#                  of levels below the best all but the longest (see tests/conftest.py). At most 10 minutes on 2 cores,
+#                  installation included.
 #   make test-all  the same, and what is marked `full`: the full grids, all cases of numba, and the sdist and wheel built
 #                  and tried in a fresh environment. It installs PyTorch, JAX, XGBoost and LightGBM, so that the tests
 #                  with them run too.

@@ -31,7 +31,7 @@ cdef extern from "simd.h" nogil:
     ctypedef struct mask:
         pass
     const int LANES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
-    const bint STORED_IS_REAL, ARE_SCORES
+    const bint STORED_IS_REAL, ARE_SCORES, MANY_FORMS
     const char STORED_FORMAT
     vec vload(const real *) noexcept
     void vstore(real *, vec) noexcept

@@ -615,19 +615,19 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, SOFTMAX, 1, FLAT, True, t)
     elif kind == SOFTMAX and form == FLAT:
         of_kind(layout, SOFTMAX, 1, FLAT, False, t)
-    elif kind == SOFTMAX and form == GIVEN and grad:
+    elif MANY_FORMS and kind == SOFTMAX and form == GIVEN and grad:
         of_kind(layout, SOFTMAX, 1, GIVEN, True, t)
-    elif kind == SOFTMAX and form == GIVEN:
+    elif MANY_FORMS and kind == SOFTMAX and form == GIVEN:
         of_kind(layout, SOFTMAX, 1, GIVEN, False, t)
-    elif kind == SOFTMAX and form == WEIGHED and grad:
+    elif MANY_FORMS and kind == SOFTMAX and form == WEIGHED and grad:
         of_kind(layout, SOFTMAX, 1, WEIGHED, True, t)
-    elif kind == SOFTMAX and form == BENT and grad:
+    elif MANY_FORMS and kind == SOFTMAX and form == BENT and grad:
         of_kind(layout, SOFTMAX, 1, BENT, True, t)
     elif kind == SOFTMAX:
         of_kind(layout, SOFTMAX, 1, ANY, grad, t)
-    elif kind == HINGE and power == 1 and form == PAIRED and grad:
+    elif MANY_FORMS and kind == HINGE and power == 1 and form == PAIRED and grad:
         of_kind(layout, HINGE, 1, PAIRED, True, t)
-    elif kind == HINGE and form == PAIRED and grad:
+    elif MANY_FORMS and kind == HINGE and form == PAIRED and grad:
         of_kind(layout, HINGE, 2, PAIRED, True, t)
     elif kind == HINGE:
         of_kind(layout, HINGE, power, ANY, grad, t)

@@ -59,6 +59,12 @@ typedef uint16_t stored; /* the bits of float16 or bfloat16 */
 #define STORED_IS_REAL (FL_STORED == FL_F32 || FL_STORED == FL_F64)
 /* uint8 is a type of features alone: what is for scores is left out where it is not called. */
 #define ARE_SCORES (FL_STORED != FL_U8)
+/* Forms for single options take time to compile: old processors, without AVX2, have those for all of them alone. */
+#ifdef __AVX2__
+#define MANY_FORMS 1
+#else
+#define MANY_FORMS 0
+#endif
 #define STORED_FORMAT (FL_STORED == FL_F64 ? 'd' : FL_STORED == FL_F32 ? 'f' : FL_STORED == FL_U8 ? 'B' : 'H')
 
 #if FASTLOSS_BITS == 32

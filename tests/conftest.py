@@ -50,9 +50,17 @@ NUMBA_SAMPLE = re.compile(
 )
 
 
+# Levels below the best are one source with it: `make test` leaves out what takes longest and differs in loading alone.
+LOWER = "|".join(name for name in COMPILED[1:] if name != "numba") or "none"
+LOWER_IN_FULL = re.compile(rf"test_hinge\[({LOWER})-\w+-F-.*\]|test_shapes\[({LOWER})-.*float16\]")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks Numba's cases that are not in the sample `full`. Those of errors end before anything is compiled."""
+    """Marks Numba's cases that are not in the sample `full`, and some of lower levels. Those of errors end before
+    anything is compiled."""
     for item in items:
+        if LOWER_IN_FULL.fullmatch(item.name):
+            item.add_marker("full")
         of_numba = hasattr(item, "callspec") and re.search(r"\bnumba\b", item.callspec.id)
         if of_numba and item.path.name != "test_errors.py" and not NUMBA_SAMPLE.fullmatch(item.name):
             item.add_marker("full")

@@ -112,32 +112,32 @@ def check_objectives():
 
 
 def check_sums():
-    """Each chunk adds 2 + 2^-9 to entries of dW, 30 times: in float16 it would be 2 from 16 on."""
-    n, c = 60, 66
-    X, W, y = np.full((n, 1), 1 + 2**-10, np.float16), np.zeros((c, 1), np.float16), np.zeros(n, int)
+    """Each chunk adds 2 + 3 · 2^-9 to entries of dW, 12 times: in float16 it would be 2 from 16 on."""
+    n, c = 24, 66
+    X, W, y = np.full((n, 1), 1 + 3 * 2**-10, np.float16), np.zeros((c, 1), np.float16), np.zeros(n, int)
     _, grads = fl.linear_value_and_grad(
         fl.Hinge(), put(X), put(W), put(y), wrt=("W",), reduction="sum", chunk_rows=2
     )
-    assert np.array_equal(get(grads["W"])[1:], np.full((c - 1, 1), np.float16(n * (1 + 2**-10))))
+    assert np.array_equal(get(grads["W"])[1:], np.full((c - 1, 1), np.float16(n * (1 + 3 * 2**-10))))
 
 
 def check_host():
     """X on the host, streamed through the GPU in chunks of rows."""
     from fastloss.gpu import host as streamed
 
-    n, d, c = 11, 5, 3
-    streamed.CHUNK_BYTES = 4 * d  # uint8: four rows at a time; float32: one
+    n, d, c = 5, 3, 2
+    streamed.CHUNK_BYTES = 8 * d  # uint8: eight rows at a time; float32: two; float64: one
     calls = []
     run = streamed._run
     streamed._run = lambda *args: (calls.append(args[1]), run(*args))[1]
     bytes_ = rng.integers(0, 256, (n, d)).astype(np.uint8)
     strided = np.asfortranarray(rng.standard_normal((n, d)).astype(np.float32))
-    y, weight, rows = rng.integers(0, c, n), rng.uniform(0, 1, n), np.array([8, 0, 7, 7, 3])
+    y, weight, rows = rng.integers(0, c, n), rng.uniform(0, 1, n), np.array([4, 0, 3, 3])
     W = (rng.standard_normal((c, d + 1)) * 0.01).astype(np.float32)
     for X, how in ((bytes_, {"shift": np.full(d, 100.0), "scale": np.full(d, 60.0)}), (strided, {})):
         ours, its = (
             fl.LinearObjective(
-                fl.Softmax(class_weight=[1, 2, 3]), X, y, penalty=fl.L2(0.3), sample_weight=weight, backend=name, **how
+                fl.Softmax(class_weight=[1, 2]), X, y, penalty=fl.L2(0.3), sample_weight=weight, backend=name, **how
             )
             for name in ("cuda", "reference")
         )
@@ -146,7 +146,6 @@ def check_host():
             wanted, wanted_grad = its.value_and_grad(W.astype(float), picked)
             close(value, wanted, "float32", "objective")
             close(grad, wanted_grad, "float32", "gradient")
-            close(ours.value(W, picked), wanted, "float32", "value alone")
     X = strided.astype(np.float64)
     for weights in (None, weight):
         found, wanted = (
@@ -164,8 +163,8 @@ def check_host():
         for name in ("cuda", "reference")
     )
     close(found[1]["W"], wanted[1]["W"], "float64", "probabilities")
-    assert calls.count(n) == 2 * 2 + 2 * 2 + 1  # an upstream takes two calls: values, gradient
-    assert calls.count(len(rows)) == 2 * 2
+    assert calls.count(n) == 2 + 2 * 2 + 1  # an upstream takes two calls: values, gradient
+    assert calls.count(len(rows)) == 2
 
 
 def check_memory():

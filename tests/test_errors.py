@@ -486,7 +486,7 @@ BAD_LINEAR = {
     "X complex": ({"X": X + 0j}, TypeError, ["X", "complex128"]),
     "X strings": ({"X": X.astype(str)}, TypeError, ["X", "<U"]),
     "X objects": ({"X": X.astype(object)}, TypeError, ["X", "object"]),
-    "X sparse": ({"X": scipy.sparse.csr_matrix(X)}, TypeError, ["X", "sparse"]),
+    "X sparse, complex": ({"X": scipy.sparse.csr_matrix(X + 0j)}, TypeError, ["X", "complex128"]),
     "fewer targets": ({"targets": TARGETS[:3]}, ValueError, ["targets", "(3,)", "(5,)"]),
     "float targets": ({"targets": TARGETS.astype(float)}, TypeError, ["targets", "float64", "integer"]),
 }

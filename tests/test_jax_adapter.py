@@ -27,6 +27,13 @@ RTOL = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
 JaxError = jax.errors.JaxRuntimeError
 
 
+@pytest.fixture(autouse=True)
+def _numbers_of_32_bits():
+    """JAX's default, which what is benchmarked in the same process changes."""
+    with jax.enable_x64(False):
+        yield
+
+
 def draw(shape, dtype="float32", seed=0, scale=3.0):
     return jnp.asarray(np.random.default_rng(seed).normal(scale=scale, size=shape), dtype)
 
