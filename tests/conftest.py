@@ -52,7 +52,9 @@ NUMBA_SAMPLE = re.compile(
 
 # Levels below the best are one source with it: `make test` leaves out what takes longest and differs in loading alone.
 LOWER = "|".join(name for name in COMPILED[1:] if name != "numba") or "none"
-LOWER_IN_FULL = re.compile(rf"test_hinge\[({LOWER})-\w+-F-.*\]|test_shapes\[({LOWER})-.*float16\]")
+LOWER_IN_FULL = re.compile(
+    rf"test_(hinge|softmax|transforms)\[({LOWER})-(float64|float32-F).*\]|test_shapes\[({LOWER})-.*(float16|float64)\]"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,6 +42,18 @@ def test_the_example_in_the_readme_runs():
 
 
 @pytest.mark.full
+def test_sdist_has_all_that_a_wheel_is_made_of(tmp_path):
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path for folder in ("fastloss", "src_ext") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    sources = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".so", ".pyd")}
+    assert sources
+    assert sources | {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+@pytest.mark.full
 def test_wheel_from_the_sdist_alone_works_in_a_fresh_environment(tmp_path):
     run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (sdist,) = tmp_path.glob("*.tar.gz")
