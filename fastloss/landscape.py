@@ -121,6 +121,8 @@ class _Rows:
     """The rows of an objective that a landscape is of."""
 
     def __init__(self, objective: LinearObjective, stack: list[Array], rows: object) -> None:
+        if not isinstance(objective.X, np.ndarray):
+            raise TypeError("objective has sparse X; this takes dense features")
         self.objective, self.stack = objective, stack
         n, d = objective.X.shape
         self.rows = np.arange(n) if rows is None else checks.picked_rows(rows, n)

@@ -144,7 +144,7 @@ def linear_rows(
     bias = np.zeros(c, dtype) if b is None else np.ascontiguousarray(b)
     sums = None if dW is None else _Sums(X, n, c, dtype)
     total_db = np.zeros(c)
-    parts = _chunks(n, c, dtype.itemsize, chunk_rows, n if sums is None else max(1, sums.rows))
+    parts = _chunks(n, c, dtype.itemsize, chunk_rows, max(1, n if sums is None else sums.rows))
     buffer = np.empty((max((part.stop - part.start for part, _ in parts), default=0), c), dtype)
     for part, ends in parts:
         at, scores, place = used.at(part), buffer[: part.stop - part.start], used.place(part)

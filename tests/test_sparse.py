@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 
 import fastloss as fl
+from fastloss import landscape
 from fastloss.train import sgd
 from tests.conftest import BACKENDS, same_bits
 
@@ -144,6 +145,22 @@ def test_training():
     found = sgd(fl.LinearObjective(fl.Softmax(), X, y), n_classes=3, epochs=2, step_size=0.1, seed=0)
     dense = sgd(fl.LinearObjective(fl.Softmax(), X.toarray(), y), n_classes=3, epochs=2, step_size=0.1, seed=0)
     close(found.W, dense.W, "f")
+
+
+def test_no_rows():
+    X, y, W, _ = problem((4, 6, 3), "f")
+    empty = fl.LinearObjective(fl.Softmax(), X[:0], y[:0], reduction="sum")
+    value, grad = empty.value_and_grad(W)
+    assert (value, empty.value(W), empty.values(W[None])[0]) == (0, 0, 0)
+    assert not grad.any()
+    assert np.isnan(fl.LinearObjective(fl.Softmax(), X[:0], y[:0]).value(W))
+    assert fl.LinearObjective(fl.Softmax(), X, y, reduction="sum").value(W, np.array([], int)) == 0
+
+
+def test_tools_that_take_dense_features_say_so():
+    X, y, W, _ = problem((4, 6, 3), "f")
+    with pytest.raises(TypeError, match=r"sparse X; this takes dense features"):
+        landscape.slice_1d(fl.LinearObjective(fl.Softmax(), X, y), W)
 
 
 def test_errors():
