@@ -104,7 +104,7 @@ cdef extern from "simd.h" nogil:
     void add_products(double *, const real *, const real *) noexcept
     void vstream(real *, vec) noexcept
     void streamed() noexcept
-    void stream_bytes(char *, const char *, Py_ssize_t, const char *) noexcept
+    void stream_bytes(char *, const char *, Py_ssize_t) noexcept
     void prefetch(const void *) noexcept
     void prefetch_to_write(const void *) noexcept
     unsigned flush_to_zero() noexcept

@@ -319,6 +319,7 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const 
         first, second, third, fourth = second, third, fourth, e
     if careful and whole < stop:
         last[0] = exp_from(far, o, fetch(layout, True, w, whole, <real> -INFINITY))
+        fetch_ahead(layout, keep, w, whole)
         first = add_unless(ieq(cls, w.target), first, last[0])
     at_target[0] = found
     return add(add(first, second), add(third, fourth))
@@ -453,6 +454,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     if careful and whole < stop:
         hinge_step(layout, True, grad, power, w, whole, hinge_score(layout, True, o, w, whole),
                    mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
+        fetch_ahead(layout, grad, w, whole)
         if counts_pair(o):
             add_target_term(layout, True, power, o, w, whole, cls, &own)
     if power == 1 and layout == ROWED and LANES >= 8:
@@ -525,6 +527,7 @@ cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Optio
     if careful and whole < stop:
         d = sub(hinge_score(layout, True, o, w, whole), st)
         d = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), low, d)
+        fetch_ahead(layout, grad, w, whole)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     bad[0] = some
     return top
@@ -608,6 +611,7 @@ cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, cons
         first, second, third, fourth = second, third, fourth, x
     if careful and whole < stop:
         x = fetch(layout, True, w, whole, 0)
+        fetch_ahead(layout, writes, w, whole)
         past = past_end(layout, w, classes_of(layout, whole))
         top = mandnot(veq(x, m), past)
         some = add(some, choose(top, vset(1), vset(0)))

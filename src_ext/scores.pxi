@@ -481,9 +481,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef Py_ssize_t stride = s.grad.row_stride
-    # The next group's scores are asked for during the first walk; half of them with the stores, if those are many.
+    # The next group's scores are asked for during the first walk.
     cdef const stored *next = src + ahead * s.scores.row_stride
-    cdef bint halves = s.streams and s.scores.row_stride == c
     cdef const real *more = NULL
     cdef int i, r
     cdef bint general = form != PLAIN
@@ -517,7 +516,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             more = row_more(o, &s.probabilities, start + i, c, y[i])
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
                      kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
-        w.ahead, w.ahead_step = next + (i * c // 2 if halves else i * s.scores.row_stride), LANES // 2 if halves else LANES
+        w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
             w.more_ahead = ahead * s.probabilities.row_stride
@@ -555,8 +554,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             close_rows(ROWED, o, &w, &state, last[i])
     if grad and s.streams:
-        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored),
-                     <char *> (next + n * c // 2) if halves else NULL)
+        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored))
 
 
 cdef inline real *kept_row(bint grad, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:
