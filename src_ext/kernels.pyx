@@ -30,7 +30,7 @@ cdef extern from "simd.h" nogil:
         pass
     ctypedef struct mask:
         pass
-    const int LANES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
+    const int LANES, VBYTES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
     const bint STORED_IS_REAL, ARE_SCORES, MANY_FORMS
     const char STORED_FORMAT
     vec vload(const real *) noexcept
