@@ -164,6 +164,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps
             cls = next_classes(layout, cls)
     if careful and whole < stop:
         general_step(layout, True, True, dense, o, w, whole, cls, pivot, origin, &f, last)
+        fetch_ahead(layout, keeps_some, w, whole)
     return f
 
 

@@ -30,7 +30,7 @@ cdef extern from "simd.h" nogil:
         pass
     ctypedef struct mask:
         pass
-    const int LANES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
+    const int LANES, VBYTES, TILE, TABLE, ROWS, DOT_BLOCK, OUTER_BLOCK
     const bint STORED_IS_REAL, ARE_SCORES, MANY_FORMS
     const char STORED_FORMAT
     vec vload(const real *) noexcept
@@ -104,7 +104,7 @@ cdef extern from "simd.h" nogil:
     void add_products(double *, const real *, const real *) noexcept
     void vstream(real *, vec) noexcept
     void streamed() noexcept
-    void stream_bytes(char *, const char *, Py_ssize_t, const char *) noexcept
+    void stream_bytes(char *, const char *, Py_ssize_t) noexcept
     void prefetch(const void *) noexcept
     void prefetch_to_write(const void *) noexcept
     unsigned flush_to_zero() noexcept

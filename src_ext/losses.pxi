@@ -96,6 +96,7 @@ cdef struct Walk:
     real *tile  # LANED: the scores, and the gradient in their place. ROWED: what the first walk keeps for the second
     const stored *src  # ROWED: the row's scores
     stored *dst  # ROWED: its gradient
+    stored *past  # where that goes past the caches, if `scale` is to send it there (ROWED)
     Py_ssize_t vectors
     Py_ssize_t classes
     Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
@@ -109,7 +110,7 @@ cdef struct Walk:
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
-    w.tile, w.src, w.dst, w.vectors, w.classes, w.target = tile, NULL, NULL, c, c, target
+    w.tile, w.src, w.dst, w.past, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, c, c, target
     w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = NULL, 0, 0, 0, more, 0
     return w
 
@@ -117,7 +118,7 @@ cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *m
 cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target,
                           const real *more) noexcept nogil:
     cdef Walk w
-    w.tile, w.src, w.dst, w.vectors, w.classes = kept, src, dst, (c + LANES - 1) // LANES, c
+    w.tile, w.src, w.dst, w.past, w.vectors, w.classes = kept, src, dst, NULL, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = src, 0, 0, more, 0
     return w
@@ -319,6 +320,7 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const 
         first, second, third, fourth = second, third, fourth, e
     if careful and whole < stop:
         last[0] = exp_from(far, o, fetch(layout, True, w, whole, <real> -INFINITY))
+        fetch_ahead(layout, keep, w, whole)
         first = add_unless(ieq(cls, w.target), first, last[0])
     at_target[0] = found
     return add(add(first, second), add(third, fourth))
@@ -346,11 +348,46 @@ cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_ta
     return add(total, lost)
 
 
+cdef inline Py_ssize_t before_vector(const stored *p) noexcept nogil:
+    """Numbers from p to the next place for a whole vector in memory."""
+    return <Py_ssize_t> ((0 - <size_t> p) % VBYTES // sizeof(stored))
+
+
+cdef inline Py_ssize_t vectors_past(Py_ssize_t c, Py_ssize_t first) noexcept nogil:
+    """How many whole vectors of a row `scale_past` sends, from number `first` on."""
+    return (c // LANES * LANES - first) // LANES
+
+
+cdef inline void scale_past(const Walk *w, vec last, vec r, vec target) noexcept nogil:
+    """The same of a row that goes past the caches: what are whole vectors there goes at once, its ends to w.dst."""
+    cdef Py_ssize_t k, first = before_vector(w.past), n = vectors_past(w.classes, first), whole = w.classes // LANES
+    cdef lane_int y = ifirst(w.target)
+    cdef Py_ssize_t at = (y - first) // LANES if y >= first and y < first + n * LANES else n
+    cdef vec head = vload(w.tile), v
+    for k in range(at):
+        vstream(<real *> w.past + first + k * LANES, mul(vload(w.tile + first + k * LANES), r))
+    if at < n:
+        v = mul(vload(w.tile + first + at * LANES), r)
+        v = choose(ieq(iota(), iset(<lane_int> (y - first - at * LANES))), target, v)
+        vstream(<real *> w.past + first + at * LANES, v)
+    for k in range(n - at - 1):
+        vstream(<real *> w.past + first + (at + 1 + k) * LANES, mul(vload(w.tile + first + (at + 1 + k) * LANES), r))
+    put(ROWED, False, w, whole - 1, mul(vload(w.tile + (whole - 1) * LANES), r))
+    put(ROWED, False, w, 0, mul(head, r))
+    if whole < w.vectors:
+        put(ROWED, True, w, whole, mul(last, r))
+    if at == n and 0 <= y < w.classes:
+        sstore_one(w.dst + y, first_lane(target))
+
+
 cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec r, vec target) noexcept nogil:
     """The exponentials that were kept, times r, as the gradient; but `target` at the target."""
     cdef ivec cls = iset(0)
     cdef vec v
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
+    if layout == ROWED and STORED_IS_REAL and w.past != NULL:
+        scale_past(w, last, r, target)
+        return
     for k in range(whole):
         v = mul(vload(kept(layout, w, k)), r)
         if has_target and layout == LANED:
@@ -453,6 +490,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     if careful and whole < stop:
         hinge_step(layout, True, grad, power, w, whole, hinge_score(layout, True, o, w, whole),
                    mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
+        fetch_ahead(layout, grad, w, whole)
         if counts_pair(o):
             add_target_term(layout, True, power, o, w, whole, cls, &own)
     if power == 1 and layout == ROWED and LANES >= 8:
@@ -525,6 +563,7 @@ cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Optio
     if careful and whole < stop:
         d = sub(hinge_score(layout, True, o, w, whole), st)
         d = choose(mor(ieq(cls, w.target), past_end(layout, w, cls)), low, d)
+        fetch_ahead(layout, grad, w, whole)
         top, some = vmax(top, d), choose(veq(d, d), some, vset(1))
     bad[0] = some
     return top
@@ -608,6 +647,7 @@ cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, cons
         first, second, third, fourth = second, third, fourth, x
     if careful and whole < stop:
         x = fetch(layout, True, w, whole, 0)
+        fetch_ahead(layout, writes, w, whole)
         past = past_end(layout, w, classes_of(layout, whole))
         top = mandnot(veq(x, m), past)
         some = add(some, choose(top, vset(1), vset(0)))

@@ -14,6 +14,7 @@ cdef enum:
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
     EXTRAS = 256  # rows of a batch, at most: where entropies begin behind log-sum-exps
+    PAST_CLASSES = 512  # from which on what lies between rows that go past the caches by themselves is little
     GROUP_ROWS = 32  # that are walked over together, at most,
     GROUP_BYTES = 24576  # and what they take
 
@@ -481,12 +482,16 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
     cdef Py_ssize_t stride = s.grad.row_stride
-    # The next group's scores are asked for during the first walk; half of them with the stores, if those are many.
+    # The next group's scores are asked for during the first walk.
     cdef const stored *next = src + ahead * s.scores.row_stride
-    cdef bint halves = s.streams and s.scores.row_stride == c
     cdef const real *more = NULL
     cdef int i, r
     cdef bint general = form != PLAIN
+    # Whether the last walk itself sends the gradient, but for what lies between rows.
+    cdef bint past = (grad and not general and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
+                      and s.streams and c >= PAST_CLASSES)
+    cdef stored *to
+    cdef Py_ssize_t done
     own.kind, own.power = kind, power
     fix_form(&own, form)
     if grad and s.streams:
@@ -517,7 +522,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             more = row_more(o, &s.probabilities, start + i, c, y[i])
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
                      kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
-        w.ahead, w.ahead_step = next + (i * c // 2 if halves else i * s.scores.row_stride), LANES // 2 if halves else LANES
+        w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
             w.more_ahead = ahead * s.probabilities.row_stride
@@ -553,10 +558,17 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
                          kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
+            if past:
+                w.past = s.grad.raw + (start + i) * c
             close_rows(ROWED, o, &w, &state, last[i])
     if grad and s.streams:
-        stream_bytes(<char *> (s.grad.raw + start * c), <char *> dst, n * c * <Py_ssize_t> sizeof(stored),
-                     <char *> (next + n * c // 2) if halves else NULL)
+        done, to = 0, s.grad.raw + start * c
+        for i in range(n if past else 0):
+            if mult[i] != 0:
+                r = before_vector(to + i * c)
+                stream_bytes(<char *> (to + done), <char *> (dst + done), (i * c + r - done) * <Py_ssize_t> sizeof(stored))
+                done = i * c + r + vectors_past(c, r) * LANES
+        stream_bytes(<char *> (to + done), <char *> (dst + done), (n * c - done) * <Py_ssize_t> sizeof(stored))
 
 
 cdef inline real *kept_row(bint grad, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:

@@ -1066,15 +1066,12 @@ FL_INLINE void streamed(void) {}
 FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 FL_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
 FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
-/* n bytes past the caches; meanwhile half as many are asked for at `next` (NULL: none). */
-FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n, const char *next) {
+/* n bytes past the caches. */
+FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n) {
     ptrdiff_t k = (ptrdiff_t)(-(uintptr_t)to % 64);
     k = k < n ? k : n;
     memcpy(to, from, (size_t)k);
-    for (; k + VBYTES <= n; k += VBYTES) {
-        vstream((real *)(to + k), vload((const real *)(from + k)));
-        if (next) prefetch(next + k / 2);
-    }
+    for (; k + VBYTES <= n; k += VBYTES) vstream((real *)(to + k), vload((const real *)(from + k)));
     memcpy(to + k, from + k, (size_t)(n - k));
 }
 

@@ -54,6 +54,7 @@ NUMBA_SAMPLE = re.compile(
 LOWER = "|".join(name for name in COMPILED[1:] if name != "numba") or "none"
 LOWER_IN_FULL = re.compile(
     rf"test_(hinge|softmax|transforms)\[({LOWER})-(float64|float32-F).*\]|test_shapes\[({LOWER})-.*(float16|float64)\]"
+    rf"|test_large_gradients_\w+\[.*-({LOWER})\]"
 )
 
 

@@ -1,0 +1,57 @@
+"""Gradients that go past the caches, being larger than they are: the bits of small ones, row for row."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastloss as fl
+from tests.conftest import BACKENDS
+
+BYTES = 34 << 20  # more than STREAM_BYTES in scores.pxi
+LOSSES = {
+    "softmax": fl.Softmax(),
+    "smoothed": fl.Softmax(label_smoothing=0.1),
+    "hinge": fl.Hinge(),
+    "hinge-squared": fl.Hinge(power=2),
+    "hinge-max": fl.Hinge(over="max"),
+}
+LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
+SHAPES = [("float32", c) for c in (100, 512, 1001, 70001)]
+SHAPES += [("float64", 1001), ("bfloat16", 1001)]
+
+
+def at_offset(shape, dtype, offset):
+    """An array that begins `offset` numbers behind a multiple of 64 bytes."""
+    memory = np.empty(int(np.prod(shape)) + 128, dtype)
+    start = (-memory.ctypes.data % 64) // memory.itemsize + offset
+    return memory[start : start + int(np.prod(shape))].reshape(shape)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("dtype", "c"), SHAPES)
+def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    n = BYTES // (c * dtype.itemsize) + 1
+    rng = np.random.default_rng(c)
+    scores = at_offset((n, c), dtype, 4)
+    scores[:] = rng.standard_normal((n, c), np.float32) * 3
+    targets = rng.integers(0, c, n)
+    targets[:3] = 0, c - 1, c // 2  # at the ends of a row
+    weights = np.where(rng.random(n) < 0.1, 0.0, 1.0).astype(np.float64 if dtype == np.float64 else np.float32)
+    parts = [slice(*ends) for ends in itertools.pairwise([0, n // 3, 2 * n // 3, n])]  # too small for that
+    for k, loss in enumerate(LOSSES.values()):
+        gradient = at_offset((n, c), dtype, k * 3)
+        gradient[:] = 7
+        loss.value_and_grad(scores, targets, sample_weight=weights, reduction="sum", out=gradient, backend=level)
+        for part in parts:
+            _, expected = loss.value_and_grad(
+                scores[part], targets[part], sample_weight=weights[part], reduction="sum", backend=level
+            )
+            assert gradient[part].tobytes() == np.asarray(expected).tobytes()
+    for name in ("softmax", "log_softmax"):
+        given = at_offset((n, c), dtype, 5)
+        getattr(fl, name)(scores, out=given, backend=level)
+        for part in parts:
+            assert given[part].tobytes() == getattr(fl, name)(scores[part], backend=level).tobytes()
