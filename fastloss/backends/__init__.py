@@ -80,6 +80,10 @@ class Stats(NamedTuple):
 
     def merge(self, other: Stats) -> Stats:
         """The stats of the classes of both, which must not overlap. Associative and commutative, up to rounding."""
+        if checks.on_gpu(*self, *other):
+            from fastloss.gpu import stats as gpu
+
+            return gpu.merge(self, other)
         with np.errstate(all="ignore"):
             maximum = np.maximum(self.maximum, other.maximum)
             # Σ exp(s − maximum) over all of a side. A side without finite scores has nothing, and −inf − −inf is NaN.
