@@ -221,9 +221,9 @@ class Loss:
         Parameters
         ----------
         scores, targets, sample_weight, n_threads
-            As in `value`; scores are computed in float32 or float64, in NumPy, by blocks of rows.
+            As in `value`; scores are computed in float32 or float64, on the host in NumPy, by blocks of rows.
         out : array (N, C), optional
-            Receives the result, of any float type.
+            Receives the result, of any float type (on a GPU of the scores').
 
         Returns
         -------
