@@ -130,9 +130,9 @@ def tile_rows(row_bytes: int) -> int:
     X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, TARGETS_KIND, PROBABILITIES,
     MULTIPLIER, DOTS, N_DOTS, OUTERS, N_OUTERS, W_AT, W_ROW_STEP, W_STEP, BIAS, BIAS_STEP, CENTRE_FROM, PACKED, CENTRE,
     PANEL, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES, TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL,
-    PARTIAL_SIZE, DW, DW_ROW_STEP, DW_STEP, DB, DB_STEP, SCRATCH, SCRATCH_STEP, TAKEN, ADDED, SCALE,
-) = range(46)  # fmt: skip
-JOB = Struct("=45qd")
+    PARTIAL_SIZE, DW, DW_ROW_STEP, DW_STEP, DB, DB_STEP, SCRATCH, SCRATCH_STEP, BEFORE, AFTER, TAKEN, ADDED, SCALE,
+) = range(48)  # fmt: skip
+JOB = Struct("=47qd")
 SUMS_AT = -(-JOB.size // LINE) * LINE
 ADDED_AT_ONCE = 1024  # numbers of dW
 
@@ -223,6 +223,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
 
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def segments(job, worker):
+        if told(job, BEFORE):
+            cpu.call_address(told(job, BEFORE), job, worker)
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
         classes, tile_rows = told(job, CLASSES), told(job, TILE_ROWS)
         n_rows, segment = told(job, ROWS), told(job, SEGMENT)
@@ -322,6 +324,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
             cpu.put(job + SUMS_AT + 8 * k, total)
             k = cpu.take(job + 8 * TAKEN)
         cpu.set_rounding_of_tiny(mode)
+        if told(job, AFTER):
+            cpu.call_address(told(job, AFTER), job, worker)
 
     return cpu.Kernel(segments)
 
@@ -422,6 +426,9 @@ def linear_rows(
     partial = packed + of.packed_bytes
     scratch = partial + partial_bytes
     memory: Any = np.empty(scratch + useful * step + LINE, np.uint8)
+    pack, add_up = compiled(packing_kernel, kind.real), compiled(adding_kernel, kind.real)
+    # A thread that is alone does all of it in one call.
+    alone = (0, 0) if useful > 1 else (pack.address, add_up.address if wants_gradient else 0)
     address = cpu.address
     at = address(memory)
     start = -at % LINE  # so that vectors do not lie across two lines of the cache
@@ -433,13 +440,13 @@ def linear_rows(
         at + packed + classes * of.panel * size, of.panel, of.whole, of.left, address(row_loss),
         0 if row_loss is None else row_loss.strides[0], address(options), n, classes, tile, segment, segments,
         at + partial, of.partial_size, address(dW), *((0, 0) if dW is None else dW.strides), address(db),
-        0 if db is None else db.strides[0], at + scratch, step, 0, 0, scale,
+        0 if db is None else db.strides[0], at + scratch, step, *alone, 0, 0, scale,
     )  # fmt: skip
-    compiled(packing_kernel, kind.real).call(at, 0)
+    if useful > 1:
+        pack.call(at, 0)
     cpu.run_kernel(compiled(segment_kernel, plan, kind.real, wants_gradient), at, useful)
-    if wants_gradient:
-        useful = min(useful, max(1, of.partial_size // ADDED_AT_ONCE))
-        cpu.run_kernel(compiled(adding_kernel, kind.real), at, useful)
+    if useful > 1 and wants_gradient:
+        cpu.run_kernel(add_up, at, min(useful, max(1, of.partial_size // ADDED_AT_ONCE)))
     return sum(scores.SUMS[segments].unpack_from(memory, start + SUMS_AT), 0.0)
 
 
