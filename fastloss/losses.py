@@ -254,6 +254,8 @@ class Loss:
         """What the scores of some of the classes tell about each row, where the class axis is split in shards.
 
         Merge the stats of all shards, then ask for the value and, with each shard's scores again, for its gradient.
+        Scores may be on a GPU: then so are stats, the value and the gradients, and what is wrong with targets is raised
+        by a later call.
 
         Parameters
         ----------

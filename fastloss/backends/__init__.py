@@ -42,6 +42,7 @@ class Stats(NamedTuple):
     Shards of the class axis are merged in any order, by `merge`; the arrays may travel between processes in any way.
     They are float64, whatever the scores are, so that what merges round off does not show in a float32 result.
     Stats are of one loss: options that change scores, and class weights within label smoothing, are part of them.
+    Of scores on a GPU they are arrays there, and merged there.
 
     Attributes
     ----------
