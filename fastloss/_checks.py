@@ -238,3 +238,15 @@ def _share(a: Array, b: Array) -> bool:
         return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def on_gpu(*values: object) -> bool:
+    """Whether one of some arrays is on a GPU (or, in numba-cuda's simulator, one of its stand-ins for such)."""
+    for value in values:
+        kind = type(value)
+        if hasattr(kind, "__cuda_array_interface__") or kind.__name__ == "FakeCUDAArray":
+            from fastloss.gpu import arrays
+
+            if arrays.is_device(value):
+                return True
+    return False

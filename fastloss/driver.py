@@ -153,12 +153,7 @@ def on_gpu(array: object, backend_name: str | None) -> bool:
 
     Only asked for what is no NumPy array, so that a call with one costs nothing.
     """
-    kind = type(array)
-    if not (hasattr(kind, "__cuda_array_interface__") or kind.__name__ == "FakeCUDAArray"):
-        return False
-    from fastloss.gpu import arrays
-
-    if not arrays.is_device(array):
+    if not checks.on_gpu(array):
         return False
     name = backends.named(backend_name)
     if name not in (None, "cuda"):
@@ -251,31 +246,41 @@ class _Shard(NamedTuple):
 
 
 def _shard(loss: Any, scores: object, targets: object, offset: object, backend_name: str | None) -> _Shard:
-    loss.check_shards()
-    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
-        raise backends.BackendError(
-            "stats of a shard of the classes have no kernel for a GPU yet; give the scores as an array of the host"
-        )
-    s = checks.matrix(scores, "scores", "(N, C): a row of scores for each of N examples, for a shard of the classes")
-    start = checks.integer(offset, "offset", low=0)
-    known = None if loss.class_weight is None else len(loss.class_weight)
-    if known is not None and start + s.shape[1] > known:
-        raise ValueError(
-            f"scores have classes {start} to {start + s.shape[1] - 1}, but class_weight has {known}: it must be (C,), "
-            "for the classes of all shards"
-        )
+    s = checks.matrix(scores, "scores", SHARD)
+    start = check_offset(loss, offset, s.shape[1])
     y = shard_targets(targets, len(s))
     dtype = checks.compute_dtype(s.dtype, "scores")
     return _Shard(backends.choose(backend_name, "stats", loss, dtype, loss.general), s, y, start)
 
 
-def shard_targets(targets: object, n: int) -> Array:
-    array = checks.as_array(targets, "targets")
-    if array.ndim != 1:
+#: What scores of a shard are.
+SHARD = "(N, C): a row of scores for each of N examples, for a shard of the classes"
+
+
+def check_offset(loss: Any, offset: object, n_classes: int) -> int:
+    """The first class of a shard, checked against the class weights, which are those of all shards."""
+    start = checks.integer(offset, "offset", low=0)
+    known = None if loss.class_weight is None else len(loss.class_weight)
+    if known is not None and start + n_classes > known:
         raise ValueError(
-            f"targets has shape {array.shape}; with shards of the classes it must be ({n},), class indices: stats hold "
+            f"scores have classes {start} to {start + n_classes - 1}, but class_weight has {known}: it must be (C,), "
+            "for the classes of all shards"
+        )
+    return start
+
+
+def check_one_target(shape: tuple[int, ...], n: int) -> None:
+    """Raise unless targets of a shape are class indices."""
+    if len(shape) != 1:
+        raise ValueError(
+            f"targets has shape {shape}; with shards of the classes it must be ({n},), class indices: stats hold "
             "the score of one target for each row, which class probabilities have not"
         )
+
+
+def shard_targets(targets: object, n: int) -> Array:
+    array = checks.as_array(targets, "targets")
+    check_one_target(array.shape, n)
     return checks.targets(array, n, 0)
 
 
@@ -284,6 +289,11 @@ def stats_call(
 ) -> backends.Stats:
     """What a shard of the classes tells about its rows."""
     workers = threads.resolve(n_threads)
+    loss.check_shards()
+    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
+        from fastloss.gpu import stats as gpu
+
+        return gpu.stats_call(loss, scores, targets, offset)
     shard = _shard(loss, scores, targets, offset, backend_name)
     return shard.backend.stats_rows(loss, shard.scores, shard.targets, shard.offset, workers)
 
@@ -324,6 +334,10 @@ def check_stats(loss: Any, stats: object, targets: Array) -> backends.Stats:
 def stats_value_call(loss: Any, stats: object, targets: object, sample_weight: object, reduction: str) -> Any:
     """The loss, from the stats of all classes."""
     loss.check_shards()
+    if isinstance(stats, backends.Stats) and checks.on_gpu(*stats):
+        from fastloss.gpu import stats as gpu
+
+        return gpu.value_call(loss, stats, targets, sample_weight, reduction)
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     y = checks.as_array(targets, "targets")
     y = shard_targets(y, len(y) if y.ndim else 0)
@@ -347,6 +361,13 @@ def stats_gradient_call(
     """The gradient for a shard of the classes, from the stats of all."""
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     workers = threads.resolve(n_threads)
+    loss.check_shards()
+    if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
+        from fastloss.gpu import stats as gpu
+
+        return gpu.gradient_call(  # type: ignore[no-any-return]
+            loss, scores, targets, stats, offset, out, sample_weight, reduction, upstream
+        )
     backend, s, y, start = _shard(loss, scores, targets, offset, backend_name)
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", len(y), "row of scores")
     factor = 1.0 if upstream is None else check_upstream(upstream, reduction, len(y))
@@ -375,6 +396,11 @@ def hess_diag_call(
     from fastloss import blocks
     from fastloss.backends import reference
 
+    if type(scores) is not np.ndarray and on_gpu(scores, None):
+        from fastloss.gpu import hessian
+
+        threads.resolve(n_threads)
+        return hessian.diagonal_call(loss, scores, targets, out, sample_weight)  # type: ignore[no-any-return]
     s = checks.scores(scores)
     n, c = s.shape
     loss.check_classes(c)

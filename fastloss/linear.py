@@ -84,7 +84,7 @@ class LinearObjective:
         For arguments that do not fit together.
 
     X may be on a GPU, then so must W: values are arrays there, without dimensions, and nothing waits for it. There is
-    no `hessp` and no `flat` then; `rows`, `shift` and `scale` are read by the host.
+    no `flat` then; `rows`, `shift` and `scale` are read by the host.
 
     Examples
     --------

@@ -221,9 +221,9 @@ class Loss:
         Parameters
         ----------
         scores, targets, sample_weight, n_threads
-            As in `value`; scores are computed in float32 or float64, in NumPy, by blocks of rows.
+            As in `value`; scores are computed in float32 or float64, on the host in NumPy, by blocks of rows.
         out : array (N, C), optional
-            Receives the result, of any float type.
+            Receives the result, of any float type (on a GPU of the scores').
 
         Returns
         -------
@@ -254,6 +254,8 @@ class Loss:
         """What the scores of some of the classes tell about each row, where the class axis is split in shards.
 
         Merge the stats of all shards, then ask for the value and, with each shard's scores again, for its gradient.
+        Scores may be on a GPU: then so are stats, the value and the gradients, and what is wrong with targets is raised
+        by a later call.
 
         Parameters
         ----------

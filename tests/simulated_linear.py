@@ -167,6 +167,49 @@ def check_host():
     assert calls.count(len(rows)) == 2
 
 
+def check_hessian():
+    """Products of the Hessian; and where there is none."""
+    n, d = 9, 4
+    for c, loss in ((3, fl.Softmax(label_smoothing=0.1, class_weight=[1, 2, 0.5])), (66, fl.Hinge(power=2))):
+        for dtype, bias in (("uint8", True), ("float32", False)):
+            X = rng.integers(0, 9, (n, d)).astype(dtype)
+            y, weight, rows = rng.integers(0, c, n), rng.uniform(0, 1, n), np.array([8, 0, 7, 7, 3])
+            weight[3] = 0
+            how = {"shift": rng.uniform(0, 9, d), "scale": rng.uniform(1, 3, d)} if dtype == "uint8" else {}
+            W, V = rng.standard_normal((2, c, d + bias)).astype(np.float32)
+            for given, picked, chunk_rows in ((None, None, None), (weight, rows, 2)):
+                same = {"penalty": fl.L2(0.3), "bias": bias, "chunk_rows": chunk_rows, **how}
+                there = None if given is None else put(given)
+                ours = fl.LinearObjective(loss, put(X), put(y), sample_weight=there, **same)
+                its = fl.LinearObjective(loss, X, y, sample_weight=given, backend="reference", **same)
+                wanted = its.hessp(W.astype(float), V.astype(float), picked)
+                close(get(ours.hessp(put(W), put(V), picked)), wanted, "float32", "Hessian product")
+    q = rng.dirichlet(np.ones(3), n).astype(np.float32)
+    ours, its = (fl.LinearObjective(fl.Softmax(), X, q) for X, q in ((put(X), put(q)), (X, q)))
+    close(get(ours.hessp(put(W[:3, [0, 0, 1, 2, 3]]), put(V[:3, [0, 0, 1, 2, 3]]))), its.hessp(
+        W[:3, [0, 0, 1, 2, 3]].astype(float), V[:3, [0, 0, 1, 2, 3]].astype(float)), "float32", "probabilities")
+    ours = fl.LinearObjective(fl.Hinge(), put(X), put(y))
+    W, V = put(np.ones((66, 5), np.float32)), put(np.ones((66, 4), np.float32))
+    raises(ValueError, "V has shape (66, 4); it must be (66, 5)", lambda: ours.hessp(W, V))
+    raises(fl.BackendError, "no second derivative", lambda: ours.hessp(W, W))
+    for penalty in (fl.L1(0.1), fl.MaxNorm(1.0)):
+        ours = fl.LinearObjective(fl.Softmax(), put(X), put(y), penalty=penalty)
+        if penalty.by == "prox":
+            raises(ValueError, "has no second derivative; use L2", lambda ours=ours: ours.hessp(W, W))
+    ours = fl.LinearObjective(fl.Softmax(), put(X[:0]), put(y[:0]))
+    assert not get(ours.hessp(W, W)).any()
+
+
+def raises(kind, words, call):
+    try:
+        call()
+    except kind as error:
+        found = str(error)
+    else:
+        found = "nothing was raised"
+    assert words in found, found
+
+
 def check_memory():
     parts = linear.cut_rows(8192, 3898, None)
     assert len(parts) == 3
@@ -193,15 +236,6 @@ def check_exact_scores():
 def check_errors():
     X, W, y = put(np.ones((4, 3), np.float32)), put(np.ones((2, 3), np.float32)), put(np.zeros(4, np.int64))
 
-    def raises(kind, words, call):
-        try:
-            call()
-        except kind as error:
-            found = str(error)
-        else:
-            found = "nothing was raised"
-        assert words in found, found
-
     loss = fl.Softmax()
     here = np.ones((2, 3))
     raises(TypeError, "W is ndarray; it must be an array on", lambda: fl.linear_value_and_grad(loss, X, here, y))
@@ -215,12 +249,12 @@ def check_errors():
     raises(ValueError, threads, lambda: fl.LinearObjective(loss, X, y, n_threads=0))
     objective = fl.LinearObjective(loss, X, y, bias=False)
     raises(IndexError, "rows[1] is 4, but X has 4 rows", lambda: objective.value(W, rows=[0, 4]))
-    raises(fl.BackendError, "Hessian", lambda: objective.hessp(W, W))
     raises(fl.BackendError, "host vectors", lambda: objective.flat)
     raises(ValueError, "out overlaps W", lambda: objective.value_and_grad(W, out=W))
     ones = put(np.ones(4, "f4"))
     raises(ValueError, "upstream is an array", lambda: fl.linear_value_and_grad(loss, X, W, y, upstream=ones))
     del products._KINDS["numba"]
+    raises(fl.BackendError, "Hessian products take matrix products", lambda: objective.hessp(W, W))
     raises(fl.BackendError, "arrays of CuPy or PyTorch", lambda: fl.linear_value_and_grad(loss, X, W, y, wrt=("X",)))
     products._KINDS["numba"] = NumpyProducts()
 

@@ -5,7 +5,9 @@ it, and shows its summary. `NUMBA_ENABLE_CUDASIM=1 pytest -W ignore::RuntimeWarn
 What the kernels compile to is looked at in `test_ptx.py`.
 """
 
+import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -334,12 +336,185 @@ if SIMULATED:
         agree(fl.logsumexp(s, backend="cuda"), fl.logsumexp(s), "float32")
         agree(fl.softmax(s.astype(BFLOAT16), backend="cuda"), fl.softmax(s), "bfloat16")
 
-    def test_what_has_no_kernel_says_so():
+    def test_what_does_not_go_through_the_gpu_says_so():
         s, y = sample(4, 5, "float32")
-        with pytest.raises(fl.BackendError, match="no kernel for a GPU yet"):
+        with pytest.raises(fl.BackendError, match="stats of host arrays do not go through the GPU"):
             fl.Softmax().stats(s, y, backend="cuda")
-        with pytest.raises(fl.BackendError, match="no kernel for a GPU yet"):
-            fl.Softmax().stats(to_device(s), y)
+
+    CURVED = {
+        "softmax": fl.Softmax(temperature=0.7),
+        "smoothed": fl.Softmax(label_smoothing=0.2, class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 1.5]),
+        "weighing": fl.Softmax(class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2, 1.5], ignore_index=3),
+        "hinge": fl.Hinge(power=2),
+        "pairs": fl.Hinge(power=2, over="mean", pair_margins=PAIRS[:9, :9]),
+        "max": fl.Hinge(power=2, over="max"),
+    }
+
+    def compare_diagonal(loss, s, y, **how):
+        with np.errstate(all="ignore"):
+            wanted = loss.hess_diag(s.astype(np.float64), y, **how)
+        there = {name: to_device(given) for name, given in how.items()}
+        out = to_device(np.zeros_like(s))
+        assert loss.hess_diag(to_device(s), to_device(y), out=out, **there) is out
+        fl.synchronize()
+        agree(from_device(out), wanted, s.dtype.name, "diagonal")
+
+    @pytest.mark.parametrize("name", CURVED)
+    def test_diagonals_of_hessians(name):
+        loss, (s, y) = CURVED[name], sample(9, 9, "float32")
+        s[0], s[1, 2], s[2, 3], s[3, 4], s[4] = 0, np.nan, np.inf, -np.inf, -np.inf
+        y[4] = 3
+        compare_diagonal(loss, s, y)
+        weight = RNG.random(9) + 0.5
+        weight[1] = 0
+        compare_diagonal(loss, s, y, sample_weight=weight)
+        if name == "smoothed":
+            compare_diagonal(fl.Softmax(class_weight=loss.class_weight), s, RNG.dirichlet(np.ones(9), 9).astype("f4"))
+        compare_diagonal(fl.Softmax(), *sample(3, 1, "float32"))
+
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+    def test_diagonals_of_every_type(dtype):
+        compare_diagonal(fl.Softmax(), *sample(5, 20, dtype))
+
+    def test_diagonals_that_cannot_be():
+        s, y = sample(4, 5, "float32")
+        given, wrong = to_device(s), y.copy()
+        wrong[1] = 5
+        found = from_device(fl.Softmax().hess_diag(given, to_device(wrong)))
+        assert np.isnan(found).all(axis=1).tolist() == [False, True, False, False]
+        with pytest.raises(ValueError, match=r"targets\[1\] is 5"):
+            fl.synchronize()
+        for loss in (fl.Hinge(), fl.Softmax(z_loss=0.1)):
+            with pytest.raises(fl.BackendError, match=r"second derivative|not defined here"):
+                loss.hess_diag(given, y)
+        with pytest.raises(ValueError, match="out overlaps scores"):
+            fl.Softmax().hess_diag(given, y, out=given)
+        with pytest.raises(TypeError, match="scores has dtype int64"):
+            fl.Softmax().hess_diag(to_device(y.reshape(4, 1)), y)
+        assert fl.Softmax().hess_diag(to_device(s[:0]), y[:0]).shape == (0, 5)
+
+    SHARDED = {
+        "softmax": fl.Softmax(),
+        "ignoring": fl.Softmax(ignore_index=3, class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2]),
+        "smoothed": fl.Softmax(label_smoothing=0.2, temperature=0.5),
+        "all options": fl.Softmax(
+            label_smoothing=0.3, class_weight=[1, 0, 2, 0.5, 3, 1, 1, 2], z_loss=0.01, softcap=6.0, temperature=2.0
+        ),
+    }  # fmt: skip
+
+    def by_stats(loss, s, y, cuts, out=False, **how):
+        """Value and gradient on the device, by way of the stats of shards."""
+        edges = [0, *cuts, s.shape[1]]
+        shards = [(a, to_device(np.ascontiguousarray(s[:, a:b]))) for a, b in itertools.pairwise(edges)]
+        stats = [loss.stats(part, to_device(y), offset=a) for a, part in shards]
+        merged = functools.reduce(lambda a, b: b.merge(a), stats)
+        value_how = {name: given for name, given in how.items() if name != "upstream"}
+        value = loss.value_from_stats(merged, to_device(y), **value_how)
+        grads = [
+            loss.gradient_from_stats(part, to_device(y), merged, offset=a, out=part if out else None, **how)
+            for a, part in shards
+        ]
+        assert all(isinstance(array, type(shards[0][1])) for array in (value, *merged, *grads))
+        return from_device(value), np.concatenate([from_device(grad) for grad in grads], axis=1)
+
+    def compare_stats(loss, s, y, cuts, out=False, **how):
+        wanted = loss.value_and_grad(s.astype(np.float64), y, backend="reference", **how)
+        there = {name: to_device(given) if isinstance(given, np.ndarray) else given for name, given in how.items()}
+        found = by_stats(loss, s, y, cuts, out, **there)
+        fl.synchronize()
+        agree(found[0], wanted[0], device.REAL[s.dtype.name], "value")
+        assert found[1].dtype == s.dtype
+        agree(found[1], wanted[1], s.dtype.name, "gradient")
+
+    @pytest.mark.parametrize("name", SHARDED)
+    @pytest.mark.parametrize("cuts", [[], [3], [0, 3, 3]], ids=str)
+    def test_stats_of_shards(name, cuts):
+        loss, (s, y) = SHARDED[name], sample(9, 8, "float32")
+        compare_stats(loss, s, y, cuts)
+        weight, upstream = RNG.random(9) + 0.5, RNG.random(9)
+        weight[2], upstream[5] = 0, 0
+        s[2] = np.nan
+        compare_stats(loss, s, y, cuts, True, sample_weight=weight, reduction="sum", upstream=-0.5)
+        compare_stats(loss, s, y, cuts, sample_weight=weight, reduction="none", upstream=upstream)
+        compare_stats(loss, s[3:], y[3:], cuts, sample_weight=weight[3:])
+
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+    def test_stats_of_every_type(dtype):
+        compare_stats(fl.Softmax(), *sample(5, 8, dtype), [5])
+
+    @pytest.mark.parametrize("name", ["softmax", "all options"])
+    def test_stats_of_split_rows(name, long):
+        loss, (s, y) = SHARDED[name], sample(3, 40, "float32")
+        if loss.class_weight is not None:
+            loss = fl.Softmax(label_smoothing=0.3, class_weight=RNG.random(40), softcap=6.0)
+        s[1, :18] = -np.inf  # a block without a finite score
+        y[1] = 39
+        if not loss.label_smoothing:
+            compare_stats(loss, s, y, [20], reduction="none")
+        s[1] = s[0]
+        compare_stats(loss, s, y, [20], reduction="none")
+
+    @pytest.mark.parametrize("name", ["softmax", "smoothed"])
+    def test_stats_of_infinite_scores_and_nan(name):
+        s, y = sample(8, 8, "float32")
+        y[:] = 1
+        s[0, 3], s[1, 1], s[2, 3], s[3, 1] = np.nan, np.nan, np.inf, np.inf
+        s[4, 3], s[5, 1], s[7, 4:] = -np.inf, -np.inf, -np.inf
+        s[6] = -np.inf
+        for cuts in ([], [4]):
+            compare_stats(SHARDED[name], s, y, cuts, reduction="none")
+
+    def test_stats_of_no_rows():
+        value, grad = by_stats(fl.Softmax(), *sample(0, 4, "float32"), [2])
+        assert np.isnan(value)
+        assert grad.shape == (0, 4)
+
+    def test_stats_of_the_host_are_taken():
+        loss, (s, y) = fl.Softmax(label_smoothing=0.1), sample(5, 6, "float32")
+        stats = loss.stats(s[:, :2], y).merge(loss.stats(to_device(s[:, 2:].copy()), to_device(y), offset=2))
+        agree(from_device(loss.value_from_stats(stats, y)), loss.value(s, y), "float32")
+        there = loss.stats(s, y)
+        found = loss.gradient_from_stats(to_device(s), to_device(y), there)
+        agree(from_device(found), loss.value_and_grad(s, y)[1], "float32")
+
+    def test_stats_that_do_not_fit():
+        s, y = sample(6, 4, "float32")
+        y[2] = 9
+        given, targets, loss = to_device(s), to_device(y), fl.Softmax()
+        stats = loss.stats(given, targets)
+        message = r"targets\[2\] is 9, and the stats of this row do not fit"
+        values = from_device(loss.value_from_stats(stats, targets, reduction="none"))
+        assert np.isnan(values).tolist() == [False, False, True, False, False, False]
+        with pytest.raises(ValueError, match=message):
+            fl.synchronize()
+        grad = from_device(loss.gradient_from_stats(given, targets, stats))
+        assert np.isnan(grad).all(axis=1).tolist() == np.isnan(values).tolist()
+        with pytest.raises(ValueError, match=message):
+            fl.synchronize()
+        assert np.isfinite(from_device(fl.Softmax(ignore_index=9).value_from_stats(stats, targets)))
+        y[2] = 1
+        stats = loss.stats(given, to_device(y))
+        smoothed, weighing = fl.Softmax(label_smoothing=0.1), fl.Softmax(class_weight=np.ones(5))
+        for other, more in ((smoothed, ""), (weighing, "; the shards must have 5 classes")):
+            other.value_from_stats(stats, to_device(y))
+            with pytest.raises(ValueError, match=rf"targets\[0\] is {y[0]}, .*{more}"):
+                fl.synchronize()
+        cases = [
+            (ValueError, "Hinge has no stats", lambda: fl.Hinge().stats(given, y)),
+            (ValueError, "offset is -1", lambda: loss.stats(given, y, offset=-1)),
+            (ValueError, "class_weight has 5", lambda: weighing.stats(given, y, offset=2)),
+            (ValueError, r"with shards of the classes it must be \(6,\)", lambda: loss.stats(given, given)),
+            (TypeError, "scores has dtype int64", lambda: loss.stats(targets.reshape(6, 1), y)),
+            (TypeError, "stats is tuple", lambda: loss.gradient_from_stats(given, y, tuple(stats))),
+            (ValueError, r"stats.maximum has shape \(6,\)", lambda: loss.gradient_from_stats(given[:3], y[:3], stats)),
+            (TypeError, "targets has dtype float32", lambda: loss.value_from_stats(stats, given[:, 0].copy_to_host())),
+            (ValueError, "reduction", lambda: loss.value_from_stats(stats, y, reduction="all")),
+            (ValueError, "upstream", lambda: loss.gradient_from_stats(given, y, stats, upstream=[1.0] * 6)),
+            (fl.BackendError, "arrays are on a GPU", lambda: loss.stats(given, y, backend="reference")),
+        ]
+        for kind, words, call in cases:
+            with pytest.raises(kind, match=words):
+                call()
 
     def test_the_same_bits_every_time():
         s, y = sample(40, 12, "float32")

@@ -1,5 +1,6 @@
 """What Numba's kernels are made of: vectors of any width, threads that are kept, checks of targets."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss.jit import cpu
 
 NARROW = """
 import sys
@@ -91,3 +93,55 @@ def test_every_bad_target_is_found(dtype):
                         z[k] = value
                         bad = (value < 0 or value >= stop) and value != ignored
                         assert checks.first_outside(z, stop, ignored) == (k if bad else -1)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"], ids=str
+)
+def test_the_linear_layer_reads_targets_of_any_type(dtype):
+    """In their own type, and picked by index with the rows; W, its gradient and the bias in any layout."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(150, 37)).astype(np.float32), rng.integers(0, 11, 150)
+    weight, rows = rng.uniform(size=150), rng.integers(0, 150, 90)
+    weight[::7] = 0
+    how = {"sample_weight": weight, "shift": np.full(37, 0.25)}
+    ours = fl.LinearObjective(fl.Hinge(), X, y.astype(dtype), backend="numba", n_threads=2, **how)
+    its = fl.LinearObjective(fl.Hinge(), X, y, backend="reference", **how)
+    W = rng.normal(size=(11, 38)).astype(np.float32)
+    wanted = its.value_and_grad(W.astype(np.float64), rows)
+    wide = np.zeros((22, 76), np.float32)
+    wide[::2, ::2] = W
+    for given, out in ((W, np.empty_like(W)), (np.asfortranarray(W), np.empty_like(W, order="F")), (
+        wide[::2, ::2], np.empty_like(wide)[::-2, ::-2]
+    )):  # fmt: skip
+        value, grad = ours.value_and_grad(given, rows, out=out)
+        assert grad is out
+        np.testing.assert_allclose(value, wanted[0], rtol=1e-5)
+        np.testing.assert_allclose(grad, wanted[1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(ours.value(given, rows), wanted[0], rtol=1e-5)
+
+
+def test_targets_by_steps_are_read():
+    rng = np.random.default_rng(0)
+    X, y, W = rng.normal(size=(40, 5)), rng.integers(0, 3, 80), rng.normal(size=(3, 5))
+    found = fl.linear_value_and_grad(fl.Softmax(), X, W, y[::2], wrt=("W",), backend="numba")
+    wanted = fl.linear_value_and_grad(fl.Softmax(), X, W, y[::2], wrt=("W",), backend="reference")
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-13)
+    np.testing.assert_allclose(found[1]["W"], wanted[1]["W"], rtol=1e-11)
+
+
+if hasattr(os, "sched_setaffinity"):
+
+    def test_a_thread_that_was_woken_may_run_anywhere_again():
+        """It is woken on another processor than its waker's; that is over with the call."""
+        rng = np.random.default_rng(0)
+        X, y = rng.normal(size=(20000, 20)).astype(np.float32), rng.integers(0, 5, 20000)
+        objective, W = fl.LinearObjective(fl.Softmax(), X, y, backend="numba", n_threads=2), np.zeros((5, 21), "f4")
+        values = []
+        for _ in range(4):
+            values.append(objective.value(W))
+            time.sleep(0.02)  # it falls asleep
+        assert len(set(values)) == 1
+        assert cpu._helpers
+        for helper in cpu._helpers:
+            assert os.sched_getaffinity(helper.thread.native_id) == os.sched_getaffinity(0)

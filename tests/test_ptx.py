@@ -33,7 +33,7 @@ if PTXAS is None:
     WHY = 'no CUDA kernel was assembled: pip install "cuda-toolkit[nvcc]==13.*" brings ptxas'
     pytest.skip(WHY, allow_module_level=True)
 
-from fastloss.gpu import device, scores  # noqa: E402
+from fastloss.gpu import device, hessian, scores, stats  # noqa: E402
 from fastloss.jit.rowmath import Plan as Row  # noqa: E402
 
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
@@ -90,6 +90,45 @@ def test_scores_kernels(kernel, kind, dtype, cc, tmp_path):
     threads = scores.threads_bound(plan) if kernel == "rows" else device.MOST_THREADS // 2
     assert registers * threads <= 65536
     print(f"{registers} registers")
+
+
+def check_small(kernel, cc, folder):
+    """A kernel of which no number spills, and no float is summed in an order of chance."""
+    ptx = kernel.ptx(cc)
+    assert not re.search(r"atom\.[a-z.]*\.f(16|32|64)|red\.[a-z.]*\.f(16|32|64)", ptx)
+    registers, spilled = assemble(ptx, cc, folder)
+    assert not any(spilled), spilled
+    assert registers * 256 <= 65536
+
+
+SHARD = Row("softmax", general=True, weights=True, smooths=True, softcap=True, shard=True)
+OF_STATS = {
+    "sums": lambda: scores.rows_kernel(scores.Plan(SHARD, "bfloat16")),
+    "sums of long rows": lambda: scores.long_rows_kernel(scores.Plan(SHARD, "float32")),
+    "complete": lambda: stats.complete_kernel("bfloat16"),
+    "merge": stats.merge_kernel,
+    "value": stats.value_kernel,
+    "rows": lambda: stats.row_kernel("float32"),
+    "entries": lambda: stats.entries_kernel(scores.Plan(SHARD, "float32")),
+    "entries in 16 bits": lambda: stats.entries_kernel(scores.Plan(SHARD, "float16")),
+    "Hessian products": lambda: hessian.kernel(scores.Plan(Row("softmax"), "float32"), True),
+    "Hessian products of hinges": lambda: hessian.kernel(
+        scores.Plan(Row("hinge max", power=2, pairs=True), "float32"), True
+    ),
+    "diagonals": lambda: hessian.kernel(scores.Plan(KINDS["weights inside"], "bfloat16"), False),
+    "diagonals of hinges": lambda: hessian.kernel(scores.Plan(Row("hinge", power=2, mean=True), "float64"), False),
+}  # fmt: skip
+#: What `make test` compiles: one for each capability.
+FEW_SMALL = {("entries", (8, 0)), ("rows", (9, 0)), ("diagonals", (10, 0))}
+SMALL = [
+    pytest.param(*case, marks=() if case in FEW_SMALL else pytest.mark.full)
+    for case in itertools.product(OF_STATS, CAPABILITIES)
+]
+
+
+@pytest.mark.parametrize(("name", "cc"), SMALL, ids=str)
+def test_kernels_of_stats_and_second_derivatives(name, cc, tmp_path):
+    check_small(OF_STATS[name](), cc, tmp_path)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -42,6 +42,7 @@ class Stats(NamedTuple):
     Shards of the class axis are merged in any order, by `merge`; the arrays may travel between processes in any way.
     They are float64, whatever the scores are, so that what merges round off does not show in a float32 result.
     Stats are of one loss: options that change scores, and class weights within label smoothing, are part of them.
+    Of scores on a GPU they are arrays there, and merged there.
 
     Attributes
     ----------
@@ -80,6 +81,10 @@ class Stats(NamedTuple):
 
     def merge(self, other: Stats) -> Stats:
         """The stats of the classes of both, which must not overlap. Associative and commutative, up to rounding."""
+        if checks.on_gpu(*self, *other):
+            from fastloss.gpu import stats as gpu
+
+            return gpu.merge(self, other)
         with np.errstate(all="ignore"):
             maximum = np.maximum(self.maximum, other.maximum)
             # Σ exp(s − maximum) over all of a side. A side without finite scores has nothing, and −inf − −inf is NaN.

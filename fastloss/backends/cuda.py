@@ -52,9 +52,9 @@ class CudaBackend(Backend):
 
     def why_not(self, verb: str, loss: Any, dtype: np.dtype[Any], needs: tuple[str, ...]) -> str | None:
         if verb == "hvp":
-            return "Hessian products have no kernel for a GPU yet"
+            return "Hessian products of host arrays do not go through the GPU; put X on it"
         if verb == "stats":
-            return "stats of a shard of the classes have no kernel for a GPU yet"
+            return "stats of host arrays do not go through the GPU; put the scores on it"
         return None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:

@@ -299,7 +299,9 @@ class Numba(Library):
     def from_host(self, like: View, array: Any) -> Any:
         from fastloss.gpu import device
 
-        return device.cuda.to_device(np.asarray(array, order="C"))
+        handle = self.stream(like)
+        stream = device.cuda.external_stream(handle) if handle else 0
+        return device.cuda.to_device(np.asarray(array, order="C"), stream=stream)
 
     def to_host(self, array: View) -> Any:
         from fastloss.gpu import device

@@ -44,8 +44,8 @@ class Sizes:
 
 TINY = Sizes(((1, 1), (5, 2), (4, 10), (3, 33)), (5, 7), ((5, 9, 3),), (7, 5, 40), (9, 6))
 FULL = Sizes(
-    ((1, 1), (1001, 2), (4097, 10), (2050, 31), (1031, 33), (515, 257), (257, 1000), (129, 4096), (65, 8191),
-     (33, 32768), (9, 131072), (3, 300001)),
+    ((1, 1), (1001, 2), (4097, 10), (2050, 31), (1031, 33), (515, 257), (257, 1000), (131, 1500), (129, 4096),
+     (65, 8191), (33, 32768), (9, 131072), (3, 300001)),
     (1003, 130),
     ((1001, 17, 2), (5003, 784, 10), (2049, 3072, 10), (513, 100, 31)),
     (1500, 256, 5003),
@@ -148,8 +148,12 @@ class Suite:
         yield Check("linear, bad targets", self.layer_bad_targets)
         if self.source.multiplies:
             yield Check("linear, in chunks", self.chunked)
+            yield Check("linear, Hessian products", self.hessian_products)
         for dtype in self.source.dtypes:
-            for name in ("probabilities", "weights", "row_gradients", "extremes", "in_place", "transforms", "strided"):
+            for name in (
+                "probabilities", "weights", "row_gradients", "extremes", "in_place", "transforms", "strided", "shards",
+                "diagonals",
+            ):  # fmt: skip
                 yield Check(f"{name.replace('_', ' ')}, {dtype}", partial(getattr(self, name), dtype))
         for dtype in (*self.source.dtypes, "uint8"):
             for shape in self.sizes.few:
@@ -279,6 +283,32 @@ class Suite:
             found = self.source.get(getattr(fl, name)(self.source.put(scores)))
             wanted = getattr(fl, name)(scores.astype(np.float64), backend="reference")
             compare(found, wanted, dtype, name, floor=1.0 if name != "softmax" else 0.0)
+
+    def shards(self, dtype: str) -> None:
+        """The classes in two shards: stats, merged; and the value and the gradients from them."""
+        put, get = self.source.put, self.source.get
+        for n, c in (self.sizes.options, self.sizes.scores[-1]):
+            scores, targets = scores_and_targets(n, c, dtype)
+            loss = fl.Softmax(label_smoothing=0.1, temperature=0.5)
+            wanted, wanted_grad = expected(loss, scores, targets, reduction="none")
+            cut, y = c // 3, put(targets)
+            parts = [(a, put(np.ascontiguousarray(scores[:, a:b]))) for a, b in ((0, cut), (cut, c))]
+            left, right = (loss.stats(part, y, offset=a) for a, part in parts)
+            stats = left.merge(right)
+            found = get(loss.value_from_stats(stats, y, reduction="none"))
+            compare(found, wanted, value_type(dtype), "the losses from stats", units=4 * UNITS)
+            how: dict[str, Any] = {"reduction": "none"}
+            grads = [get(loss.gradient_from_stats(part, y, stats, offset=a, **how)) for a, part in parts]
+            # Smoothing is taken off, and exponentials of s − m are rounded.
+            compare(np.concatenate(grads, axis=1), wanted_grad, dtype, "the gradient from stats", floor=0.1)
+
+    def diagonals(self, dtype: str) -> None:
+        for n, c in (self.sizes.options, self.sizes.scores[-2]):
+            scores, targets = scores_and_targets(n, c, dtype)
+            for loss in (fl.Softmax(), fl.Hinge(power=2), fl.Hinge(power=2, over="max")):
+                found = self.source.get(loss.hess_diag(self.source.put(scores), self.source.put(targets)))
+                wanted = loss.hess_diag(scores.astype(np.float64), targets)
+                compare(found, wanted, dtype, "the diagonal", floor=1e-6)
 
     def extra_outputs(self) -> None:
         n, c = self.sizes.options
@@ -475,6 +505,17 @@ class Suite:
             wanted, wanted_grad = its.value_and_grad(packed.astype(np.float64), picked)
             compare(number(self.source, value), wanted, "float32", "the objective", units=256)
             close(get(grad), wanted_grad, 2e-5, "the gradient of the objective")
+
+    def hessian_products(self) -> None:
+        X, W, b, targets = self.problem(self.sizes.many, "float32")
+        put, packed = self.source.put, np.concatenate([W, b[:, None]], axis=1)
+        along = np.random.default_rng(7).uniform(-1, 1, packed.shape).astype(np.float32)
+        for loss in (fl.Softmax(), fl.Hinge(power=2)):
+            how: dict[str, Any] = {"penalty": fl.L2(0.1), "chunk_rows": self.sizes.many[0] // 2}
+            ours = fl.LinearObjective(loss, put(X), put(targets), **how)
+            its = fl.LinearObjective(loss, X, targets, backend="reference", **how)
+            wanted = its.hessp(packed.astype(np.float64), along.astype(np.float64))
+            close(self.source.get(ours.hessp(put(packed), put(along))), wanted, 1e-4, "the Hessian's product")
 
     def chunked(self) -> None:
         """The chunk's size changes no more than rounding."""

@@ -26,7 +26,7 @@ Helpers inside kernels
     a // b for numbers from 0 to 2^32 − 1: others are divided by a function, which takes registers.
 `exp2(x)`, `fma(a, b, c)`
     One instruction each (exp2 of float32 is off by up to 2 units).
-`exp(x)`
+`exp(x)`, `expm1(x)`, `log1p(x)`, `tanh(x)`
     Of the type of its argument.
 `larger(a, b)`, `bits(x)`, `float32_of(i)`, `float64_of(i)`
     The maximum, NaN if one is; a number's bits as an integer of its size, and the reverse. Not in the simulator.
@@ -190,6 +190,7 @@ class Kernel:
     def launch(self, blocks: int, threads: int, shared_bytes: int, stream: int, *args: Any) -> None:
         """Launch on a stream (its handle), asynchronously. Pointers are integers (in the simulator, `Pointer`s)."""
         if SIMULATED:
+            _check_arguments(self._signature, args)
             self._simulated()[blocks, threads, 0, shared_bytes](*args)
             return
         gpu = current_gpu()
@@ -225,6 +226,15 @@ class Kernel:
             types = tuple(map(_type, self._signature))
             text: str = cuda.compile_ptx(self._build(), types, cc=cc, launch_bounds=(self._threads, 1))[0]
         return text
+
+
+def _check_arguments(signature: tuple[str, ...], args: tuple[Any, ...]) -> None:
+    """Raise unless arguments have just the types that a GPU takes them by: a bool or an int would have other bytes."""
+    kinds = {"int64": (int, np.int64), "float64": (float, np.float64)}
+    for k, (kind, argument) in enumerate(zip(signature, args, strict=True)):
+        wanted = (Pointer,) if kind.endswith("*") else kinds[kind]
+        if type(argument) not in wanted:
+            raise TypeError(f"argument {k} is {argument!r}, a {type(argument).__name__}; the kernel takes {kind}")
 
 
 class _compiling_for:
@@ -416,7 +426,7 @@ if SIMULATED:
         with _atomics:
             p[i] = min(p[i], n)
 
-    exp = np.exp
+    exp, expm1, log1p, tanh = np.exp, np.expm1, np.log1p, np.tanh
 
     def syncthreads() -> None:
         threading.current_thread().syncthreads()  # type: ignore[attr-defined]
@@ -713,7 +723,7 @@ elif cuda is not None:
 
         return a(a, a), code
 
-    exp = math.exp  # type: ignore[assignment]
+    exp, expm1, log1p, tanh = math.exp, math.expm1, math.log1p, math.tanh  # type: ignore[assignment]
 
     @intrinsic
     def exp2(typing: Any, x: Any) -> Any:
@@ -823,8 +833,8 @@ def reduction(merge: Any, width: int) -> Any:
     """`reduce(s, x, empty, t, team)`: the merged states x (tuples of `width` numbers) of a row's threads, in a fixed
     order, the same in all of them.
 
-    t is the thread's number in the block; `team` threads, a power of two, share a row, and a block of several rows has
-    whole warps or a single team. s: `SCRATCH * width` numbers of shared memory; `empty` is the state of no class.
+    t is the thread's number in the block; `team` threads share a row: a power of two, or in a block of one row whole
+    warps. s: `SCRATCH * width` numbers of shared memory; `empty` is the state of no class.
     All threads of a block call it together.
     """
     parts = tuples(width)
@@ -842,7 +852,13 @@ def reduction(merge: Any, width: int) -> Any:
             return x
 
         return in_turn
-    swap = parts.swap
+    return by_warps(merge, parts.swap, read, write, syncthreads, quotient, device_function)
+
+
+def by_warps(
+    merge: Any, swap: Any, read: Any, write: Any, sync: Any, quotient: Any, jit: Callable[[Any], Any]
+) -> Any:  # fmt: skip
+    """`reduction` on a GPU, of what it is made of: tests have it run without one."""
 
     def within(x, t, team):
         k = 1
@@ -852,7 +868,7 @@ def reduction(merge: Any, width: int) -> Any:
             k += k
         return x
 
-    within = device_function(within)
+    within = jit(within)
 
     def reduce(s, x, empty, t, team):
         if team <= 32:
@@ -860,15 +876,16 @@ def reduction(merge: Any, width: int) -> Any:
         x = within(x, t, 32)
         if t % 32 == 0:
             write(s, t // 32, x)
-        syncthreads()
+        sync()
         x = empty
-        if t % 32 < team // 32:
-            x = read(s, t % 32)
+        warps = team >> 5
+        if t % 32 < warps:
+            x = read(s, quotient(t, team) * warps + t % 32)  # its row's warps
         x = within(x, t, 32)
-        syncthreads()
+        sync()
         return x
 
-    return device_function(reduce)
+    return jit(reduce)
 
 
 # --- memory of our own -----------------------------------------------------------------------------------------------
@@ -885,6 +902,8 @@ class Buffer:
     def __init__(self, numbers: Any) -> None:
         self.size = numbers.size
         self.owner = numbers.copy() if SIMULATED else cuda.to_device(numbers)
+        if not SIMULATED:  # the copy may not be done yet, and other streams do not wait for it
+            cuda.default_stream().synchronize()
         self.pointer = Pointer(self.owner) if SIMULATED else int(self.owner.device_ctypes_pointer.value)
 
 

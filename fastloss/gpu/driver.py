@@ -48,6 +48,12 @@ def raise_errors(gpu: int) -> None:
     if code == scores.BAD_TARGET:
         what = "1 class (0 only)" if classes == 1 else f"{classes} classes (0 to {classes - 1})"
         raise ValueError(f"targets[{row}] is {value}, but scores have {what}{late}")
+    if code == scores.BAD_STATS:
+        must = f"; the shards must have {classes} classes, as class_weight has" if classes else ""
+        raise ValueError(
+            f"targets[{row}] is {value}, and the stats of this row do not fit: the target must be a class of one of "
+            f"the shards that are merged, of stats of this loss{must}{late}"
+        )
     name = "a probability of targets" if code == scores.BAD_PROBABILITY else "sample_weight"
     raise ValueError(f"{name}[{row}] is not finite, or negative; it must be finite and not negative{late}")
 
@@ -113,6 +119,25 @@ def _targets(value: Any, like: View, loss: Any, n: int, c: int) -> View:
     elif is_float or view.dtype not in device.SIZES:
         raise TypeError(f"targets has dtype {view.dtype}; class indices must be integers")
     return view.contiguous()
+
+
+def upstream_of(
+    upstream: Any, reduction: str, like: View, n: int, real: str, of: str
+) -> tuple[float, View | None]:
+    """The gradient's factor, or one for each row."""
+    if arrays.is_device(upstream):
+        if reduction != "none":
+            raise ValueError(f'upstream is an array on the GPU; with reduction="{reduction}" it must be a number')
+        pulled = _vector(upstream, "upstream", like, n, of)
+        if pulled.dtype != real:
+            raise TypeError(f"upstream has dtype {pulled.dtype}; on a GPU it must be {real}")
+        return 1.0, pulled
+    if upstream is None:
+        return 1.0, None
+    checked = driver.check_upstream(upstream, reduction, n)
+    if isinstance(checked, np.ndarray):
+        return 1.0, like.from_host(checked.astype(real))
+    return checked, None
 
 
 def _out(out: Any, like: View, shape: tuple[int, ...], inputs: dict[str, View | None], in_place: bool) -> View:
@@ -220,19 +245,7 @@ def scores_call(
             weight = _vector(sample_weight, "sample_weight", s, n, "row of scores")
         elif sample_weight is not None:
             weight = s.from_host(checks.weights(sample_weight, "sample_weight", n, "row of scores"))
-        factor, pulled = 1.0, None
-        if arrays.is_device(upstream):
-            if reduction != "none":
-                raise ValueError(f'upstream is an array on the GPU; with reduction="{reduction}" it must be a number')
-            pulled = _vector(upstream, "upstream", s, n, "row of scores")
-            if pulled.dtype != real:
-                raise TypeError(f"upstream has dtype {pulled.dtype}; on a GPU it must be {real}")
-        elif upstream is not None:
-            checked = driver.check_upstream(upstream, reduction, n)
-            if isinstance(checked, np.ndarray):
-                pulled = s.from_host(checked.astype(real))
-            else:
-                factor = checked
+        factor, pulled = upstream_of(upstream, reduction, s, n, real, "row of scores")
         target: View | None = None
         if out is not None:
             inputs = {"scores": s, "targets": y, "sample_weight": weight, "upstream": pulled}

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastloss import _checks as checks
-from fastloss import driver as host_driver
 from fastloss import penalties, threads
 from fastloss.backends import BackendError
-from fastloss.gpu import arrays, device, driver, features, products, scores
+from fastloss.gpu import arrays, device, driver, features, hessian, products, scores
 from fastloss.gpu.arrays import View
 from fastloss.jit import rowmath
 from fastloss.linear import LinearObjective
@@ -107,13 +106,17 @@ class Layer:
         if fused:
             self.run_fused()
             return
-        library = products.of(self.data.X)
-        if library is None:
+        self.run_chunks(self.library(f"{self.c} classes of {self.d} features, or the gradient of X,"))
+
+    def library(self, what: str) -> products.Products:
+        """The products of the features' library; an error for `what` where it has none."""
+        found = products.of(self.data.X)
+        if found is None:
             raise BackendError(
-                f"{self.c} classes of {self.d} features, or the gradient of X, take matrix products, which "
-                f"{type(self.data.X.owner).__name__} does not have: give arrays of CuPy or PyTorch"
+                f"{what} take matrix products, which {type(self.data.X.owner).__name__} does not have: give arrays of "
+                "CuPy or PyTorch"
             )
-        self.run_chunks(library)
+        return found
 
     # --- one pass ----------------------------------------------------------------------------------------------------
     def prepare(self, weights: Any, b: Any) -> None:
@@ -125,7 +128,7 @@ class Layer:
         features.prepare_kernel(W.dtype, like.dtype, self.real).launch(
             self.c, few, device.SCRATCH * 8, self.stream, W.pointer, W.strides[0], W.strides[1], like.pointer,
             like.strides[0], none if scale is None else scale.pointer, none if rest is None else rest.pointer, weights,
-            b, self.d, given is not None, scale is not None, rest is not None, few,
+            b, self.d, int(given is not None), int(scale is not None), int(rest is not None), few,
         )  # fmt: skip
 
     def run_fused(self) -> None:
@@ -167,10 +170,10 @@ class Layer:
             -(-size // few), few, 0, self.stream, work, blocks, self.c, self.d,
             nothing("float64") if scale is None else scale.pointer,
             nothing("float64") if rest is None else rest.pointer,
-            scale is not None, rest is not None, nothing(self.real) if dW is None else dW.pointer,
+            int(scale is not None), int(rest is not None), nothing(self.real) if dW is None else dW.pointer,
             0 if dW is None else dW.strides[0], 0 if dW is None else dW.strides[1],
-            nothing(self.real) if db is None else db.pointer, 0 if db is None else db.strides[0], dW is not None,
-            db is not None, few,
+            nothing(self.real) if db is None else db.pointer, 0 if db is None else db.strides[0],
+            int(dW is not None), int(db is not None), few,
         )  # fmt: skip
 
     # --- chunks -----------------------------------------------------------------------------------------------------
@@ -217,6 +220,37 @@ class Layer:
         if wanted.value is not None and parts is not None:
             wanted.value.assign(arrays.view(library.sum_rows(parts.owner, "float64"), "the value"))
         self.deliver(library, dW, db, dX, factor)
+
+    def run_hessian(self, direction: Layer) -> None:
+        """The Hessian's product with the other layer's weights, in the place of gradients: chunks as above."""
+        data, wanted, c, d, kind = self.data, self.wanted, self.c, self.d, self.real
+        library = self.library("Hessian products")
+        (W, b), (V, vb) = self.converted(library, kind), direction.converted(library, kind)
+        size = device.SIZES[kind]
+        row_bytes = 2 * (c + d) * size + d * device.SIZES[data.X.dtype] * (data.rows is not None)
+        chunks = cut_rows(data.n, max(1, (CHUNK_BYTES - 2 * c * d * size) // row_bytes), self.chunk_rows)
+        length = max(part.stop - part.start for part in chunks)
+        blocks = [data.X.empty((length, c), kind).owner for _ in range(2)]
+        assert wanted.dW is not None
+        HW, Hb = data.X.empty((c, d), kind).owner, None
+        probabilities = data.y.ndim == 2
+        for k, part in enumerate(chunks):
+            x = self.loaded(library, part, kind)
+            s, v = (block[: part.stop - part.start] for block in blocks)
+            library.scores(x, W, b, s)
+            library.scores(x, V, vb, v)
+            along = arrays.view(v, "the direction")
+            hessian.rows(
+                self.loss, arrays.view(s, "scores"), along, along,
+                offset(data.y.pointer, part.start * (c if probabilities else 1), data.y.dtype),
+                0 if probabilities else driver._index_kind(data.y),
+                offset(data.weights, part.start, "float64") if data.weighted else data.weights, data.total,
+                self.grad_scale, self.flags & (scores.WEIGHTED | scores.SHARED_TOTAL),
+            )  # fmt: skip
+            library.multiply(v.T, x, HW, 1.0, k > 0)
+            found = library.sum_rows(v, kind)
+            Hb = found if Hb is None else Hb + found
+        self.deliver(library, HW, Hb, None, 1.0)
 
     def converted(self, library: products.Products, kind: str) -> tuple[Any, Any]:
         """W and b for the products."""
@@ -370,7 +404,7 @@ def linear_call(
         real = features_type(given.dtype)
         y = driver._targets(targets, _typed(given, real), loss, n, c)
         weight = _weights_of(sample_weight, given, n)
-        factor, pulled = _upstream(upstream, reduction, given, n, real)
+        factor, pulled = driver.upstream_of(upstream, reduction, given, n, real, "row of X")
         chunk_rows = None if chunk_rows is None else checks.integer(chunk_rows, "chunk_rows", low=1)
         multipliers, total, weighted = _folded_weights(loss, y, weight, n, c, given)
         mean = reduction == "mean"
@@ -401,23 +435,6 @@ def _typed(view: View, dtype: str) -> View:
     return View(view.owner, view.pointer, view.shape, view.strides, dtype, view.gpu, view.library)
 
 
-def _upstream(upstream: Any, reduction: str, like: View, n: int, real: str) -> tuple[float, View | None]:
-    """The gradient's factor, or one for each row."""
-    if arrays.is_device(upstream):
-        if reduction != "none":
-            raise ValueError(f'upstream is an array on the GPU; with reduction="{reduction}" it must be a number')
-        pulled = driver._vector(upstream, "upstream", like, n, "row of X")
-        if pulled.dtype != real:
-            raise TypeError(f"upstream has dtype {pulled.dtype}; on a GPU it must be {real}")
-        return 1.0, pulled
-    if upstream is None:
-        return 1.0, None
-    checked = host_driver.check_upstream(upstream, reduction, n)
-    if isinstance(checked, np.ndarray):
-        return 1.0, like.from_host(checked.astype(real))
-    return checked, None
-
-
 def rescale(gradients: list[Any], factor: Any) -> None:
     """gradients ← factor · gradients in place; factor is a number on the GPU (float64), and 1 costs next to nothing."""
     number = arrays.view(factor, "the factor")
@@ -434,8 +451,8 @@ def rescale(gradients: list[Any], factor: Any) -> None:
 class DeviceObjective(LinearObjective):
     """`LinearObjective` for X on a GPU: values are arrays there (of no dimension), gradients are like W.
 
-    `rows` may be an array of the host or the GPU; the latter is copied to the host to be checked. `hessp` is not there,
-    and L-BFGS (`flat`) takes host vectors: it raises.
+    `rows` may be an array of the host or the GPU; the latter is copied to the host to be checked. L-BFGS (`flat`) takes
+    host vectors: it raises.
     """
 
     def __init__(
@@ -501,20 +518,25 @@ class DeviceObjective(LinearObjective):
         what = f"X has {self.features.shape[1]} features" + (" and the bias takes the last column" if self.bias else "")
         return _like(W, "W", self.features, (max(1, c), columns), what)
 
-    def _data_call(self, W: View, rows: Any, grad: View | None) -> View:
-        """The value without the penalty, and its gradient into `grad`."""
-        stream, d, c = self.features.stream, self.features.shape[1], W.shape[0]
+    def _rows_of(self, c: int, rows: Any) -> Data:
+        """The rows of a call with c classes."""
         y, weight, n, index = self._targets(c), self._sample_weight, self.features.shape[0], None
         if rows is not None:
             picked = checks.rows(_host(rows), n)
             outside = (picked < 0) | (picked >= n)
             if outside.any():
                 checks.raise_bad_row(picked, int(outside.argmax()), n)
-            index, n = self.features.from_host(picked.astype(np.int64)), len(picked)
+            index, n, stream = self.features.from_host(picked.astype(np.int64)), len(picked), self.features.stream
             y = self._picked(y, index, n, "int64" if y.ndim == 1 else y.dtype, stream)
             weight = None if weight is None else self._picked(weight, index, n, "float64", stream)
-        multipliers, total, weighted = _folded_weights(self.loss, y, weight, n, c, self.features)
-        mean = self.reduction == "mean"
+        found = _folded_weights(self.loss, y, weight, n, c, self.features)
+        return Data(self.features, index, self.centring, y, n, *found)
+
+    def _data_call(self, W: View, rows: Any, grad: View | None) -> View:
+        """The value without the penalty, and its gradient into `grad`."""
+        d, mean = self.features.shape[1], self.reduction == "mean"
+        data = self._rows_of(W.shape[0], rows)
+        n, weighted = data.n, data.weighted
         unit = 1.0 if not mean or weighted or not n else 1.0 / n
         value = self.features.empty((), "float64")
         dW, db = (None, None) if grad is None else (_columns(grad, 0, d), _column(grad, d) if self.bias else None)
@@ -524,7 +546,6 @@ class DeviceObjective(LinearObjective):
                 _fill_empty(Wanted(None, None, grad, None, None), mean)
             _fill_empty(Wanted(value, None, None, None, None), mean)
             return value
-        data = Data(self.features, index, self.centring, y, n, multipliers, total, weighted)
         b = _column(W, d) if self.bias else None
         layer = Layer(
             self.loss, data, _columns(W, 0, d), b, self.folded, wanted, unit, unit, mean and weighted, None,
@@ -555,7 +576,8 @@ class DeviceObjective(LinearObjective):
         target = W if grad is None else grad
         features.penalise_kernel(W.dtype).launch(
             blocks, few, device.SCRATCH * 8, stream, W.pointer, W.strides[0], W.strides[1], target.pointer,
-            target.strides[0], target.strides[1], c, d, square, absolute, grad is not None, sums, blocks, few,
+            target.strides[0], target.strides[1], c, d, float(square), float(absolute), int(grad is not None), sums,
+            blocks, few,
         )  # fmt: skip
         features.add_up_kernel().launch(1, 1, 0, stream, sums, blocks, value.pointer)
 
@@ -596,7 +618,38 @@ class DeviceObjective(LinearObjective):
         raise BackendError("rows of X are copied on the host; this objective's X is on a GPU: use X on the host")
 
     def hessp(self, W: Any, V: Any, rows: Any = None) -> Any:
-        raise BackendError("backend 'cuda' cannot serve this call: Hessian products are not compiled yet")
+        """The Hessian of the objective at W times V, an array like V; see `LinearObjective.hessp`.
+
+        Products are the array library's, in the compute type.
+        """
+        with device.on(self.features.gpu):
+            driver.raise_errors(self.features.gpu)
+            view = self._weights(W)
+            what = "W's shape"
+            direction = _like(V, "V", self.features, view.shape, what)
+            if self.penalty is not None and self.penalty.by == "prox":
+                raise ValueError(f"penalty is {self.penalty!r}, which has no second derivative; use L2 or none")
+            hessian.check(self.loss)
+            data = self._rows_of(view.shape[0], rows)
+            found = direction.empty(direction.shape, direction.dtype)
+            mean, d = self.reduction == "mean", self.features.shape[1]
+            db = _column(found, d) if self.bias else None
+            wanted = Wanted(None, None, _columns(found, 0, d), db, None)
+            scale = 1.0 / data.n if mean and data.n and not data.weighted else 1.0
+            if data.n == 0:
+                _fill_empty(Wanted(None, None, found, None, None), mean)
+            else:
+                layer, other = (
+                    Layer(
+                        self.loss, data, _columns(given, 0, d), _column(given, d) if self.bias else None, self.folded,
+                        wanted, scale, 1.0, mean and data.weighted, None, self.chunk_rows,
+                    )
+                    for given in (view, direction)
+                )  # fmt: skip
+                layer.run_hessian(other)
+            scratch = self.features.empty((), "float64")
+            self._with_penalty(direction, scratch, found)
+            return found.owner
 
     @property
     def flat(self) -> Any:

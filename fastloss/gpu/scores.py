@@ -44,7 +44,7 @@ TABLE = 8
 #: Classes of a block of a long row, and bytes of scores between a row's first task and its second, about.
 BLOCK_CLASSES, BETWEEN_BYTES = 1 << 14, 8 << 20
 #: What the kernels tell the host of, in words that it sees: what is wrong (0: nothing), where, what is there, classes.
-NOTHING, BAD_TARGET, BAD_PROBABILITY, BAD_WEIGHT = range(4)
+NOTHING, BAD_TARGET, BAD_PROBABILITY, BAD_WEIGHT, BAD_STATS = range(5)
 
 
 def _trouble(plan: Plan) -> int:
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     @property
     def has_index(self) -> bool:
         """Whether targets are class indices."""
-        return self.row.kind in ("softmax", "hinge", "hinge max") and not self.row.probabilities
+        return self.row.kind in ("softmax", "hinge", "hinge max") and not (self.row.probabilities or self.row.shard)
 
     @property
     def writes_rows(self) -> bool:
@@ -734,7 +734,7 @@ def _build_long_rows(plan: Plan) -> Any:
     looks, has_index, has_target, has_argmax, counts_target, writes_rows = (
         plan.row.looks, plan.has_index, plan.row.has_target, plan.argmax, plan.row.counts_target, plan.writes_rows,
     )  # fmt: skip
-    is_general, probabilities = plan.row.general, plan.row.probabilities
+    misses_sums, probabilities = plan.row.general and not plan.row.shard, plan.row.probabilities
     gradient, taken, record = GRADIENT, TAKEN, RECORD
     none64, nowhere64 = -np.inf, np.inf
     empty64 = (float(row.empty[0]),) + (0.0,) * (width - 1)
@@ -886,7 +886,7 @@ def narrow(x):
             loss, z, entropy, at_target, n0, n1, n2, n3 = settle(
                 m, sy, own, known, sums_of(state), state[1], factor, options
             )  # fmt: skip
-            if is_general and m == none:  # no finite score: there is no sum
+            if misses_sums and m == none:  # no finite score: there is no sum
                 loss, z, entropy, at_target, n0, n1, n2, n3 = nan, nan, nan, nan, nan, nan, nan, nan
             bad = bad or w != w or (probabilities and loss != loss)
             if bad:

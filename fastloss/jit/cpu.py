@@ -10,6 +10,7 @@ functions of its own (`helper`), which are inlined and keep their order.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
@@ -347,11 +348,14 @@ class Kernel:
 
 
 # A thread that has to be woken is late: by 300 microseconds on a virtual machine whose processors sleep. So one that is
-# done waits awake for a while, as OpenMP's do. Each has a line of memory: what state it is in, and a function's address
+# done waits awake for a while, as OpenMP's do. Some systems wake it where its waker runs, and leave both there (seen:
+# half the speed for as long as the process lived): so it is woken elsewhere, and where each thread has a processor, the
+# one that waits for its end stays awake, too. Each has a line of memory: what state it is in, and a function's address
 # and arguments.
 ASLEEP, AWAKE, GIVEN, TAKEN, STOP = range(5)
 PATIENCE = 50_000  # pauses, of about 20 ns each: how long a thread waits awake for work,
-SHORT = 2_000  # and for the end of another's
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SHORT = 2_000  # and for the end of another's, where there are more threads than processors
 
 
 def _serve(mailbox, patience):
@@ -404,6 +408,21 @@ def _compiled_crew() -> SimpleNamespace:
     return SimpleNamespace(kept=kept, serve=serve.ctypes, give=give.ctypes, end=end.ctypes, stop=stop.ctypes)
 
 
+def _processors() -> set[int]:
+    """The processors that this thread may run on, where the system tells and can be told."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+
+
+@functools.cache
+def _current_processor() -> Callable[[], int] | None:
+    """What tells the processor that a thread runs on."""
+    try:
+        found: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
 class Helper:
     """A thread that kernels can be given to. It has no part in the interpreter but while it falls asleep or wakes."""
 
@@ -411,6 +430,7 @@ class Helper:
         self.crew = made(_compiled_crew)
         self.memory = np.zeros(2 * 64 // 8, np.int64)
         self.mailbox = -(-address(self.memory) // 64) * 64
+        self.allowed: set[int] = set()
         self.wake = threading.Lock()
         self.wake.acquire()
         self.thread = threading.Thread(target=self._work, name="fastloss", daemon=True)
@@ -424,16 +444,29 @@ class Helper:
 
     def give(self, kernel: Kernel, job: int, k: int) -> None:
         if self.crew.give(self.mailbox, kernel.address, job, k) == ASLEEP:
+            self._elsewhere()
             self.wake.release()
+
+    def _elsewhere(self) -> None:
+        """It may run on no processor of its waker's, until the end of the call."""
+        allowed, current = _processors(), _current_processor()
+        if len(allowed) > 1 and current is not None:
+            with contextlib.suppress(OSError):  # it is a favour, which the system need not do
+                os.sched_setaffinity(self.thread.native_id or 0, allowed - {current()})
+                self.allowed = allowed
 
     def dismiss(self) -> None:
         if self.crew.stop(self.mailbox, 0) == ASLEEP:
             self.wake.release()
         self.thread.join()
 
-    def end(self) -> None:
-        while not self.crew.end(self.mailbox, SHORT):
-            time.sleep(1e-5)  # more threads than processors: this one makes room
+    def end(self, patience: int) -> None:
+        while not self.crew.end(self.mailbox, patience):
+            time.sleep(1e-5)  # this one makes room
+        if self.allowed:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(self.thread.native_id or 0, self.allowed)
+            self.allowed = set()
 
 
 _helpers: list[Helper] = []  # that have nothing to do, whoever was busy last at the end
@@ -462,8 +495,9 @@ def run_kernel(kernel: Kernel, job: int, n_threads: int) -> None:
             helper.give(kernel, job, k)
         kernel.call(job, 0)
     finally:
+        patience = PATIENCE if n_threads <= PROCESSORS else SHORT
         for helper in helpers:
-            helper.end()
+            helper.end(patience)
         _helpers.extend(reversed(helpers))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numba import types
 
 from fastloss._checks import Array
-from fastloss.jit import cpu, products, rowmath, scores, walks
+from fastloss.jit import cpu, products, rowmath, scores, vectors, walks
 from fastloss.jit.vectors import LINE
 from fastloss.jit.walks import FACTOR, LOSS, TABLE, WEIGHT, WORK
 
@@ -51,25 +51,11 @@ def name_of(dtype: np.dtype[Any]) -> str:
     return dtype.name
 
 
-def aligned(size: int, dtype: Any) -> Array:
-    """Memory that begins at a multiple of 64 bytes, so that vectors do not lie across two lines of the cache."""
-    dtype = np.dtype(dtype)
-    memory = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -cpu.address(memory) % 64
-    return memory[start : start + size * dtype.itemsize].view(dtype)
-
-
 class Block(NamedTuple):
     """Some classes of a product."""
 
     first: int
     classes: int
-
-    def panel(self, panels: Array, vectors: int, lanes: int) -> Array:
-        """The block's part of panels, as (vectors, classes, lanes)."""
-        size = vectors * lanes
-        part = panels[self.first * size : (self.first + self.classes) * size]
-        return part.reshape(vectors, self.classes, lanes)
 
 
 def split_classes(classes: int, most: int) -> list[Block]:
@@ -84,19 +70,49 @@ def product(which: Callable[..., None], kind: products.Kind, classes: int) -> An
     return cpu.made(products.compiled, which, kind, classes)
 
 
-class Table(NamedTuple):
-    """A product of all classes."""
+@functools.cache
+def table(which: Callable[..., None], kind: products.Kind, classes: int, most: int, panel: int) -> Array:
+    """A product of all classes, by blocks of at most so many: for each, the address of its product, its first class,
+    where its panel begins, its number of classes. `panel`: numbers of a row of W, filled up.
+    """
+    rows = [
+        (product(which, kind, b.classes).address, b.first, b.first * panel, b.classes)
+        for b in split_classes(classes, most)
+    ]
+    return np.array(rows, np.int64).reshape(-1, 4)
 
-    blocks: list[Block]
-    rows: Array  # for each block: the address of its product, its first class, where its panel begins
+
+class Layout(NamedTuple):
+    """What follows from the shape of W, and from what is asked for: all but the number of rows."""
+
+    dots: Array  # as `table` has them
+    outers: Array
+    panel: int  # numbers of a row of W, filled up
+    whole: int  # vectors of a row, and features after them
+    left: int
+    most_segments: int
+    tile: int  # rows
+    words: tuple[int, ...]  # of the job: tables, W, the centre
+    packed_bytes: int
+    partial_size: int
 
 
 @functools.cache
-def table(which: Callable[..., None], kind: products.Kind, classes: int, most: int, panel: int) -> Table:
-    """By blocks of at most so many classes; `panel`: numbers of a row of W, filled up."""
-    blocks = split_classes(classes, most)
-    rows = [(product(which, kind, b.classes).address, b.first, b.first * panel) for b in blocks]
-    return Table(blocks, np.array(rows, np.int64).reshape(-1, 3))
+def layout(kind: products.Kind, classes: int, features: int, wants_dW: bool) -> Layout:
+    size, lanes = np.dtype(kind.real).itemsize, kind.lanes
+    whole = features // lanes
+    panel = -(-features // lanes) * lanes
+    dots = table(products.dot, kind, classes, products.MOST_CLASSES, panel)
+    outers = table(products.outer, kind, classes if wants_dW else 0, products.MOST_OUTER_CLASSES, panel)
+    partial_size = classes * panel if wants_dW else 0
+    segments = SEGMENTS
+    while segments > FEW_SEGMENTS and segments * partial_size * size > PARTIAL_BYTES:
+        segments //= 2
+    words = cpu.address(dots), len(dots), cpu.address(outers), len(outers)
+    return Layout(
+        dots, outers, panel, whole, features - whole * lanes, segments, tile_rows(panel * size), words,
+        -(-(classes + 1) * panel * size // LINE) * LINE, partial_size,
+    )  # fmt: skip
 
 
 # --- a segment ------------------------------------------------------------------------------------------------------
@@ -108,13 +124,16 @@ def tile_rows(row_bytes: int) -> int:
     return rows
 
 
-#: What the kernels are told of a call: words, at an address. Tables are addresses of words, three for each block.
+#: What the kernels are told of a call: words, at an address. Tables are addresses of words, four for each block. After
+#: the words are the segments' sums of losses, and of the gradient's entries, for db.
 (
-    X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, PROBABILITIES, MULTIPLIER, DOTS,
-    N_DOTS, OUTERS, N_OUTERS, PACKED, BIAS, CENTRE, ZEROS, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES,
-    TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL, PARTIAL_SIZE, SUMS_AT, TOTAL, SCRATCH, SCRATCH_STEP, TAKEN, ADDED, SCALE,
-) = range(37)  # fmt: skip
-JOB = Struct("=36qd")
+    X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, TARGETS_KIND, PROBABILITIES,
+    MULTIPLIER, DOTS, N_DOTS, OUTERS, N_OUTERS, W_AT, W_ROW_STEP, W_STEP, BIAS, BIAS_STEP, CENTRE_FROM, PACKED, CENTRE,
+    PANEL, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES, TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL,
+    PARTIAL_SIZE, DW, DW_ROW_STEP, DW_STEP, DB, DB_STEP, SCRATCH, SCRATCH_STEP, BEFORE, AFTER, TAKEN, ADDED, SCALE,
+) = range(48)  # fmt: skip
+JOB = Struct("=47qd")
+SUMS_AT = -(-JOB.size // LINE) * LINE
 ADDED_AT_ONCE = 1024  # numbers of dW
 
 
@@ -123,12 +142,77 @@ def told(job, which):
     return cpu.get(job + 8 * which, np.int64(0))
 
 
-def scratch_bytes(classes: int, tile: int, row_bytes: int, size: int) -> tuple[int, ...]:
-    """Where a thread's memory is divided: the tile, numbers beside it, pulls, work; totals; addresses, places, targets;
-    copies of rows; and its end.
+@cpu.helper
+def index_at(address, i, kind):
+    """A whole number of any type: `kind` is its size, negative if it has no sign."""
+    if kind == 8:
+        return cpu.get(address + 8 * i, np.int64(0))
+    if kind == 4:
+        return np.int64(cpu.get(address + 4 * i, np.int32(0)))
+    if kind == -1:
+        return np.int64(cpu.get(address + i, np.uint8(0)))
+    if kind == 1:
+        return np.int64(cpu.get(address + i, np.int8(0)))
+    if kind == 2:
+        return np.int64(cpu.get(address + 2 * i, np.int16(0)))
+    if kind == -2:
+        return np.int64(cpu.get(address + 2 * i, np.uint16(0)))
+    if kind == -4:
+        return np.int64(cpu.get(address + 4 * i, np.uint32(0)))
+    return np.int64(cpu.get(address + 8 * i, np.uint64(0)))
+
+
+@functools.cache
+def index_kind(dtype: np.dtype[Any]) -> int:
+    """What `index_at` calls a type; 0: it does not know it."""
+    if dtype.kind not in "iu" or not dtype.isnative:
+        return 0
+    return -dtype.itemsize if dtype.kind == "u" else dtype.itemsize
+
+
+@functools.cache
+def scratch_bytes(classes: int, tile: int, row_bytes: int, size: int) -> int:
+    """A thread's memory: the tile, numbers beside it, pulls, work; totals; addresses, places, targets; copies of rows.
+    Once they are done, what is added at once.
     """
     parts = [classes * tile * size] * 3 + [walks.WORK * size] + [tile * 8] * 4 + [tile * row_bytes]
-    return tuple(itertools.accumulate((-(-part // LINE) * LINE for part in parts), initial=0))
+    return max(sum(-(-part // LINE) * LINE for part in parts), ADDED_AT_ONCE * size)
+
+
+def packing_kernel(compute: str) -> Any:
+    """W to panels, and the centre to a row that is filled up: the work of one thread."""
+    size, zero, lanes = np.dtype(compute).itemsize, getattr(np, compute)(0), vectors.lanes_of(compute)
+
+    @cpu.helper
+    def copy(to, source, step, n):
+        if step == size:
+            there, here = cpu.numbers_at(to, n, zero), cpu.numbers_at(source, n, zero)
+            for j in range(n):
+                there[j] = here[j]
+        else:
+            for j in range(n):
+                cpu.put(to + j * size, cpu.get(source + j * step, zero))
+
+    @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
+    def pack(job, worker):
+        whole, left, step = told(job, WHOLE), told(job, LEFT), told(job, W_STEP)
+        for b in range(told(job, N_DOTS)):
+            row = told(job, DOTS) + 32 * b
+            first, start, count = told(row, 1), told(row, 2), told(row, 3)
+            for c in range(count):
+                source = told(job, W_AT) + (first + c) * told(job, W_ROW_STEP)
+                to = told(job, PACKED) + (start + c * lanes) * size
+                for v in range(whole):
+                    copy(to + v * count * lanes * size, source + v * lanes * step, step, lanes)
+                if left:
+                    to += whole * count * lanes * size
+                    cpu.numbers_at(to, lanes, zero)[:] = zero
+                    copy(to, source + whole * lanes * step, step, left)
+        if told(job, CENTRE_FROM):
+            cpu.numbers_at(told(job, CENTRE), told(job, PANEL), zero)[:] = zero
+            copy(told(job, CENTRE), told(job, CENTRE_FROM), size, told(job, FEATURES))
+
+    return cpu.Kernel(pack)
 
 
 def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> Any:
@@ -139,6 +223,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
 
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def segments(job, worker):
+        if told(job, BEFORE):
+            cpu.call_address(told(job, BEFORE), job, worker)
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
         classes, tile_rows = told(job, CLASSES), told(job, TILE_ROWS)
         n_rows, segment = told(job, ROWS), told(job, SEGMENT)
@@ -148,7 +234,7 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
         targets, probabilities, multiplier = told(job, TARGETS), told(job, PROBABILITIES), told(job, MULTIPLIER)
         centre, packed, whole, left = told(job, CENTRE), told(job, PACKED), told(job, WHOLE), told(job, LEFT)
         losses, options, step = told(job, LOSSES), told(job, OPTIONS), tile_rows * size
-        bias = cpu.numbers_at(told(job, BIAS), classes, zero)
+        bias, bias_step, kind = told(job, BIAS), told(job, BIAS_STEP), told(job, TARGETS_KIND)
         scratch = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
         # As `scratch_bytes` has it.
         full = (classes * step + LINE - 1) // LINE * LINE
@@ -174,20 +260,21 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
             while i < stop:
                 n = 0
                 while n < tile_rows and i < stop:
-                    m = cpu.get(multiplier + i * size, zero) if multiplier else one
+                    at = cpu.get(picked + 8 * i, word) if picked else i
+                    m = cpu.get(multiplier + at * size, zero) if multiplier else one
                     if m != zero:
-                        row = X + (cpu.get(picked + 8 * i, word) if picked else i) * row_step
+                        row = X + at * row_step
                         if copy_row:
                             to = copies + n * row_bytes
                             products.call(copy_row, row, features, 0, feature_step, 0, to, 0, 0)
                             row = to
                         place[n], address[n], work[WEIGHT + n], work[FACTOR + n] = i, row, m, m
                         if not probable:
-                            y[n] = cpu.get(targets + 8 * i, word)
+                            y[n] = index_at(targets, at, kind)
                         if probable or pairs:
                             for c in range(classes):
                                 if probable:
-                                    number = cpu.get(probabilities + (i * classes + c) * size, zero)
+                                    number = cpu.get(probabilities + (at * classes + c) * size, zero)
                                 else:
                                     number = cpu.get(options + (TABLE + y[n] * classes + c) * size, zero)
                                 cpu.put(more_at + c * step + n * size, number)
@@ -197,11 +284,11 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                     i += 1
                 filled = (n + products.ROWS - 1) // products.ROWS * products.ROWS
                 for r in range(n, filled):
-                    address[r] = told(job, ZEROS)
+                    address[r] = address[0]  # any row: what comes of it is not looked at
                 for c in range(classes):
-                    tile[c * tile_rows : c * tile_rows + filled] = bias[c]
+                    tile[c * tile_rows : c * tile_rows + filled] = cpu.get(bias + c * bias_step, zero) if bias else zero
                 for b in range(told(job, N_DOTS)):
-                    row = told(job, DOTS) + 24 * b
+                    row = told(job, DOTS) + 32 * b
                     function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
                     products.call(
                         function, address_at, filled, tile_at + first * step, tile_rows, centre, packed + start * size,
@@ -218,51 +305,86 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                         for r in range(c * tile_rows, c * tile_rows + n):
                             pulls[r] += tile[r]
                     for b in range(told(job, N_OUTERS)):
-                        row = told(job, OUTERS) + 24 * b
+                        row = told(job, OUTERS) + 32 * b
                         function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
                         products.call(
                             function, address_at, n, tile_at + first * step, tile_rows, centre, dW_at + start * size,
                             whole, left,
                         )  # fmt: skip
-            sums = cpu.numbers_at(told(job, SUMS_AT) + 8 * k * (classes + 1), classes + 1, double)
-            for c in range(classes):
-                total = double
-                for r in range(tile_rows):
-                    total += np.float64(pulls[c * tile_rows + r])
-                sums[c] = total
+            if wants_gradient:
+                sums = cpu.numbers_at(job + SUMS_AT + 8 * (SEGMENTS + k * classes), classes, double)
+                for c in range(classes):
+                    total = double
+                    for r in range(tile_rows):
+                        total += np.float64(pulls[c * tile_rows + r])
+                    sums[c] = total
             total = double
             for r in range(tile_rows):
                 total += totals[r]
-            sums[classes] = total
+            cpu.put(job + SUMS_AT + 8 * k, total)
             k = cpu.take(job + 8 * TAKEN)
         cpu.set_rounding_of_tiny(mode)
+        if told(job, AFTER):
+            cpu.call_address(told(job, AFTER), job, worker)
 
     return cpu.Kernel(segments)
 
 
 def adding_kernel(compute: str) -> Any:
-    """The sums of the segments in their order, scaled: the work of one thread."""
+    """The sums of the segments in their order, scaled, to dW and db: the work of one thread."""
     real = getattr(np, compute)
-    size, zero, double = np.dtype(real).itemsize, real(0), np.float64(0)
+    size, zero, double, lanes = np.dtype(real).itemsize, real(0), np.float64(0), vectors.lanes_of(compute)
+    at_once = ADDED_AT_ONCE // lanes * lanes
 
     @cpu.helper
     def add_to(total, term):
         for j in range(total.size):
             total[j] += term[j]
 
+    @cpu.helper
+    def store(to, step, total, n, scale):
+        if step == size:
+            there = cpu.numbers_at(to, n, zero)
+            for j in range(n):
+                there[j] = total[j] * scale
+        else:
+            for j in range(n):
+                cpu.put(to + j * step, total[j] * scale)
+
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def add_up(job, worker):
-        count, scale = told(job, PARTIAL_SIZE), real(cpu.get(job + 8 * SCALE, double))
-        first = cpu.take(job + 8 * ADDED) * ADDED_AT_ONCE
-        while first < count:
-            n = min(ADDED_AT_ONCE, count - first)
-            total = cpu.numbers_at(told(job, TOTAL) + first * size, n, zero)
+        count, factor, classes = told(job, PARTIAL_SIZE), cpu.get(job + 8 * SCALE, double), told(job, CLASSES)
+        scale, segments, whole, left = real(factor), told(job, SEGMENTS_AT), told(job, WHOLE), told(job, LEFT)
+        row_step, step = told(job, DW_ROW_STEP), told(job, DW_STEP)
+        total_at = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
+        turn = cpu.take(job + 8 * ADDED)
+        if turn == 0 and told(job, DB):
+            for c in range(classes):
+                sum_of = double
+                for k in range(segments):
+                    sum_of += cpu.get(job + SUMS_AT + 8 * (SEGMENTS + k * classes + c), double)
+                cpu.put(told(job, DB) + c * told(job, DB_STEP), real(sum_of * factor))
+        while turn * at_once < count:
+            first = turn * at_once
+            n = min(at_once, count - first)
+            total = cpu.numbers_at(total_at, n, zero)
             total[:] = 0
-            for k in range(told(job, SEGMENTS_AT)):
+            for k in range(segments):
                 add_to(total, cpu.numbers_at(told(job, PARTIAL) + (k * count + first) * size, n, zero))
-            for j in range(n):
-                total[j] *= scale
-            first = cpu.take(job + 8 * ADDED) * ADDED_AT_ONCE
+            block, blocks = told(job, OUTERS), told(job, N_OUTERS)
+            b = 0
+            for u in range(first, first + n, lanes):
+                while b + 1 < blocks and told(block + 32, 2) <= u:
+                    block, b = block + 32, b + 1
+                at, classes_here = (u - told(block, 2)) // lanes, told(block, 3)
+                v = at // classes_here
+                to = told(job, DW) + (told(block, 1) + at - v * classes_here) * row_step + v * lanes * step
+                here = cpu.numbers_at(total_at + (u - first) * size, lanes, zero)
+                if v < whole:
+                    store(to, step, here, lanes, scale)
+                else:
+                    store(to, step, here, left, scale)
+            turn = cpu.take(job + 8 * ADDED)
 
     return cpu.Kernel(add_up)
 
@@ -275,73 +397,58 @@ def linear_rows(
     """`Backend.linear_rows` for few classes (`can_fuse`), without dX."""
     (classes, features), n = W.shape, len(X) if rows is None else len(rows)
     kind = products.Kind(name_of(X.dtype), name_of(W.dtype), centre is not None)
-    (plan, options), lanes = scores.prepared(loss, classes, W.dtype, targets.ndim == 2), kind.lanes
-    vectors, whole = -(-features // lanes), features // lanes
-    panel = vectors * lanes
+    (plan, options), size = scores.prepared(loss, classes, W.dtype, targets.ndim == 2), W.itemsize
     wants_gradient = dW is not None or db is not None
+    of = layout(kind, classes, features, dW is not None)
 
-    if rows is not None:
-        targets, multiplier = targets[rows], None if multiplier is None else multiplier[rows]
-    y = targets if targets.ndim == 1 else NONE
-    probabilities = None if targets.ndim == 1 else np.ascontiguousarray(targets, W.dtype)
+    y = probabilities = None
+    y_kind = 0
+    if targets.ndim == 2:
+        probabilities = np.ascontiguousarray(targets, W.dtype)
+    else:
+        y_kind = index_kind(targets.dtype)
+        y = targets if y_kind and targets.flags.c_contiguous else np.ascontiguousarray(targets, np.int64)
+        y_kind = y_kind or 8
     weight = None if multiplier is None else np.ascontiguousarray(multiplier, W.dtype)
-
-    blocks, dots = table(products.dot, kind, classes, products.MOST_CLASSES, panel)
-    outer_blocks, outers = table(
-        products.outer, kind, classes if dW is not None else 0, products.MOST_OUTER_CLASSES, panel
-    )
-    packed = aligned((classes + 1) * panel, W.dtype)  # the centre is last
-    packed[...] = 0
-    for block in blocks:
-        to, part = block.panel(packed, vectors, lanes), W[block.first : block.first + block.classes]
-        to[:whole] = part[:, : whole * lanes].reshape(block.classes, whole, lanes).transpose(1, 0, 2)
-        if vectors > whole:
-            to[whole, :, : features - whole * lanes] = part[:, whole * lanes :]
-    if centre is not None:
-        packed[classes * panel : classes * panel + features] = centre
-    bias = np.zeros(classes, W.dtype)
-    if b is not None:
-        bias[...] = b
-
-    partial_size = classes * panel if dW is not None else 0
-    segments = SEGMENTS
-    while segments > FEW_SEGMENTS and segments * partial_size * W.itemsize > PARTIAL_BYTES:
-        segments //= 2
-    size = tile_rows(panel * W.itemsize)
-    segment = -(-max(-(-n // segments), SEGMENT_ROWS) // size) * size
-    segments = -(-n // segment)
-    partial = aligned(segments * partial_size, W.dtype)
-    sums = np.zeros((segments, classes + 1))
-    useful = max(1, min(n_threads, segments, n * W.size // SMALL))
-
-    kernel = cpu.made(segment_kernel, plan, kind.real, wants_gradient)
-    copies = X.strides[1] != X.itemsize and features > 1
-    zeros, total = np.zeros(features, X.dtype), np.empty(partial_size, W.dtype)
     if rows is not None:
         rows = np.ascontiguousarray(rows, np.int64)
-    y = np.ascontiguousarray(y, np.int64)
-    *_, step = scratch_bytes(classes, size, features * X.itemsize if copies else 0, W.itemsize)
-    scratch = aligned(useful * step, np.uint8)
-    job: Any = np.empty(JOB.size // 8, np.int64)
+    if centre is not None:
+        centre = np.ascontiguousarray(centre, W.dtype)
+
+    tile = of.tile
+    segment = -(-max(-(-n // of.most_segments), SEGMENT_ROWS) // tile) * tile
+    segments = -(-n // segment)
+    useful = max(1, min(n_threads, segments, n * W.size // SMALL))
+    copies = X.strides[1] != X.itemsize and features > 1
+    step = scratch_bytes(classes, tile, features * X.itemsize if copies else 0, size)
+    partial_bytes = -(-segments * of.partial_size * size // LINE) * LINE
+    packed = SUMS_AT + -(-8 * (SEGMENTS + (segments * classes if wants_gradient else 0)) // LINE) * LINE
+    partial = packed + of.packed_bytes
+    scratch = partial + partial_bytes
+    memory: Any = np.empty(scratch + useful * step + LINE, np.uint8)
+    pack, add_up = compiled(packing_kernel, kind.real), compiled(adding_kernel, kind.real)
+    # A thread that is alone does all of it in one call.
+    alone = (0, 0) if useful > 1 else (pack.address, add_up.address if wants_gradient else 0)
     address = cpu.address
+    at = address(memory)
+    start = -at % LINE  # so that vectors do not lie across two lines of the cache
+    at += start
     JOB.pack_into(
-        job, 0, address(X), *X.strides, product(products.copy_row, kind, 0).address if copies else 0, features,
-        features * X.itemsize, address(rows), address(y), address(probabilities), address(weight),
-        address(dots), len(dots), address(outers), len(outers), address(packed), address(bias),
-        address(packed) + classes * panel * W.itemsize, address(zeros), whole, features - whole * lanes,
-        address(row_loss), 0 if row_loss is None else row_loss.strides[0], address(options), n, classes, size, segment,
-        segments, address(partial), partial_size, address(sums), address(total), address(scratch), step, 0, 0, scale,
+        memory, start, address(X), *X.strides, product(products.copy_row, kind, 0).address if copies else 0, features,
+        features * X.itemsize, address(rows), address(y), y_kind, address(probabilities), address(weight), *of.words,
+        address(W), *W.strides, address(b), 0 if b is None else b.strides[0], address(centre), at + packed,
+        at + packed + classes * of.panel * size, of.panel, of.whole, of.left, address(row_loss),
+        0 if row_loss is None else row_loss.strides[0], address(options), n, classes, tile, segment, segments,
+        at + partial, of.partial_size, address(dW), *((0, 0) if dW is None else dW.strides), address(db),
+        0 if db is None else db.strides[0], at + scratch, step, *alone, 0, 0, scale,
     )  # fmt: skip
-    cpu.run_kernel(kernel, address(job), useful)
-    if dW is not None:
-        useful = min(useful, max(1, partial_size // ADDED_AT_ONCE))
-        cpu.run_kernel(cpu.made(adding_kernel, kind.real), address(job), useful)
-        for block in outer_blocks:
-            part = block.panel(total, vectors, lanes).transpose(1, 0, 2).reshape(block.classes, panel)
-            dW[block.first : block.first + block.classes] = part[:, :features]
-    if db is not None:
-        db[...] = sums[:, :classes].sum(axis=0) * scale
-    return float(sums[:, classes].sum())
+    if useful > 1:
+        pack.call(at, 0)
+    cpu.run_kernel(compiled(segment_kernel, plan, kind.real, wants_gradient), at, useful)
+    if useful > 1 and wants_gradient:
+        cpu.run_kernel(add_up, at, min(useful, max(1, of.partial_size // ADDED_AT_ONCE)))
+    return sum(scores.SUMS[segments].unpack_from(memory, start + SUMS_AT), 0.0)
 
 
-NONE = np.empty(0, np.int64)
+#: What is compiled, by what it is made of: looked up without a lock.
+compiled = functools.cache(cpu.made)

@@ -130,6 +130,13 @@ def numbers_of(loss: Any, classes: int, real: Any) -> np.ndarray[Any, Any]:
     return found.astype(real)
 
 
+def shard_options(loss: Any, plan: Plan, share: float, weights: np.ndarray[Any, Any], real: Any) -> Any:
+    """The options of a shard of classes; u, without a target, is `share`, times the class weights if it has them."""
+    table = numbers_of(loss, len(weights), real)
+    table[ELSEWHERE] = table[AT_TARGET] = share
+    return np.concatenate([table, weights.astype(real)]) if plan.weights else table
+
+
 # --- what helpers are made of, in plain NumPy ----------------------------------------------------------------------
 def _larger(a: Any, b: Any) -> Any:
     return np.maximum(a, b)

@@ -506,20 +506,13 @@ def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
         out[...] = losses
 
 
-def shard_options(loss: Any, plan: Plan, share: float, weights: Array, real: Any) -> Array:
-    """The options of a shard of classes; u, without a target, is `share`, times the class weights if it has them."""
-    table = rowmath.numbers_of(loss, len(weights), real)
-    table[rowmath.ELSEWHERE] = table[rowmath.AT_TARGET] = share
-    return np.concatenate([table, weights.astype(real)]) if plan.weights else table
-
-
 def shard_sums(loss: Any, scores: Array, weights: Array, n_threads: int) -> tuple[Array, Array, Array]:
     """Of some of the classes: each row's largest score, Σ exp(d) but for one that has it, and Σ w (−d)."""
     real = np.float64 if scores.dtype == np.float64 else np.float32
     tops, rest, away = np.full(len(scores), -np.inf, real), *np.zeros((2, len(scores)), real)
     if scores.size:
         plan = rowmath.plan_of(loss, False, shard=True)
-        table = shard_options(loss, plan, 1.0, weights, real)
+        table = rowmath.shard_options(loss, plan, 1.0, weights, real)
         run(plan, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest, n_threads)
     return tops, rest, away
 
@@ -623,12 +616,12 @@ def gradient_from_stats(
     weights: Array, grad: Array, n_threads: int,
 ) -> None:  # fmt: skip
     """The gradient of a shard: each row's column of the target (−1: none), maximum times T, factor of exponentials,
-    entry at the target, and multiplier; and u of the other classes, as `shard_options` takes it.
+    entry at the target, and multiplier; and u of the other classes, as `rowmath.shard_options` takes it.
     """
     plan = rowmath.plan_of(loss, False, shard=True)
     kernel = cpu.made(from_stats_kernel, plan, scores.dtype.name)
     numbers = raw(scores if scores.flags.aligned else scores.copy())
-    table = shard_options(loss, plan, share, weights, top.dtype)
+    table = rowmath.shard_options(loss, plan, share, weights, top.dtype)
     given = column, top, pull, at_target, weight, raw(grad), table
     threads = min(n_threads, scores.size // PARALLEL)
     cpu.run(lambda first, last: kernel(numbers, *given, first, last), len(scores), threads)
