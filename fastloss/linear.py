@@ -141,7 +141,7 @@ class LinearObjective:
         self.targets.flags.writeable = False
         if self.targets.ndim == 2:
             loss.check_probabilities()
-            checks.finite_nonnegative(y, "targets")
+            checks.finite_nonnegative(y, "targets", loss.most_of_targets)
         self._needs = driver.needs(loss, self.targets, ())
         self._checked_for = 0
         weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")
@@ -181,7 +181,7 @@ class LinearObjective:
             raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}: {what}")
         n_classes = array.shape[-2]
         if n_classes != self._checked_for:
-            self.loss.check_classes(n_classes)
+            self.loss.check_classes(n_classes, self.targets.ndim == 2)
             if self.targets.ndim == 2 and self.targets.shape[1] != n_classes:
                 raise ValueError(
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
@@ -517,8 +517,8 @@ def linear_value_and_grad(
     if "X" in wrt and isinstance(features, sparse.Csr):
         raise ValueError(f'wrt is {wrt!r}, but X is sparse, and its gradient would not be; leave out "X"')
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
-    loss.check_classes(c)
     y = checks.targets(targets, n, c)
+    loss.check_classes(c, y.ndim == 2)
     if y.ndim == 2:
         loss.check_probabilities()
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")

@@ -75,6 +75,8 @@ if SIMULATED:
         "hinge mean": fl.Hinge(over="mean", power=2, count_target=True),
         "hinge max": fl.Hinge(over="max", margin=0.3),
         "hinge max 2": fl.Hinge(over="max", power=2),
+        "logistic": fl.Logistic(),
+        "logistic mean": fl.Logistic(over="mean", pos_weight=3.0, label_smoothing=0.2),
     }
 
     def of_classes(c):
@@ -83,6 +85,7 @@ if SIMULATED:
             "weights inside": fl.Softmax(label_smoothing=0.2, class_weight=RNG.random(c), softcap=5.0),
             "pairs": fl.Hinge(pair_margins=PAIRS[:c, :c], count_target=True),
             "pairs max": fl.Hinge(pair_margins=PAIRS[:c, :c], over="max", power=2),
+            "columns": fl.Logistic(pos_weight=RNG.random(c), label_smoothing=0.1),
         }
 
     def to_device(array):
