@@ -675,10 +675,8 @@ cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
         of_kind(layout, HINGE_MAX, power, PLAIN, True, t)
     elif kind == HINGE_MAX:
         of_kind(layout, HINGE_MAX, power, PLAIN, False, t)
-    elif kind == LOGISTIC and grad:
-        of_kind(layout, LOGISTIC, 1, PLAIN, True, t)
-    elif kind == LOGISTIC:
-        of_kind(layout, LOGISTIC, 1, PLAIN, False, t)
+    elif kind == LOGISTIC:  # one walk: there is little to gain from a constant
+        of_kind(layout, LOGISTIC, 1, PLAIN, grad, t)
     elif kind == PROBABILITIES:
         of_kind(layout, PROBABILITIES, 1, PLAIN, True, t)
     elif kind == LOG_PROBABILITIES:

@@ -210,7 +210,7 @@ if SIMULATED:
         s = np.array([[30, 10, 5, 0], [1e4, 1e4 + 1, 0, 0], [-3e4, 0, 1, 2]], np.float32)
         compare(fl.Softmax(), s, np.array([0, 0, 1]), reduction="none")
 
-    @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "logsumexp"])
+    @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "logsumexp", "sigmoid"])
     @pytest.mark.parametrize("shape", [(2, 3, 10), (2, 40), (0, 3)])
     def test_transforms(kind, shape, long):
         s = RNG.standard_normal(shape).astype(np.float32)
