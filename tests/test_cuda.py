@@ -193,8 +193,23 @@ if SIMULATED:
         compare(fl.Softmax(), s, q)
         compare(fl.Softmax(class_weight=RNG.random(c), z_loss=0.1), s, q, sample_weight=RNG.random(5))
 
+    @pytest.mark.parametrize("c", [1, 7, 33])
+    def test_labels(c, long):
+        """Targets (N, C) of the logistic loss; and of a single column, labels 0 and 1."""
+        s, _ = sample(5, c, "float32")
+        t = np.where(RNG.random((5, c)) < 0.5, RNG.random((5, c)), RNG.random((5, c)) < 0.5).astype(np.float32)
+        compare(fl.Logistic(), s, t)
+        compare(fl.Logistic(class_weight=RNG.random(c), pos_weight=RNG.random(c)), s, t, sample_weight=RNG.random(5))
+        labels = np.array([0, 1, 1, 0, 1])
+        compare(fl.Logistic(class_weight=RNG.random(max(2, c)), label_smoothing=0.1), s, labels)
+        labels[3], t[2, 0] = max(2, c), 1.5
+        with pytest.raises(ValueError, match=rf"targets\[3\] is {max(2, c)}, but scores have {max(2, c)} classes"):
+            fl.Logistic().value(to_device(s), to_device(labels), check=True)
+        with pytest.raises(ValueError, match=r"targets\[2\] is not finite, or negative \(Logistic: or above 1\)"):
+            fl.Logistic().value(to_device(s), to_device(t), check=True)
+
     @pytest.mark.parametrize("c", [5, 20])
-    @pytest.mark.parametrize("name", ["softmax", "all options", "hinge", "hinge mean", "hinge max"])
+    @pytest.mark.parametrize("name", ["softmax", "all options", "hinge", "hinge mean", "hinge max", "logistic"])
     def test_infinite_scores_and_nan(name, c, long):
         s, y = sample(9, c, "float32")
         y[:] = 1
