@@ -54,12 +54,12 @@ class LinearObjective:
 
     Parameters
     ----------
-    loss : Softmax or Hinge
+    loss : Softmax, Hinge or Logistic
     X : array or SciPy sparse array (N, D)
         Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
         (16-bit floats, uint8, float32) or float64. Sparse: CSR with sorted indices and float32 or float64 values is
         used as it is, anything else is converted to that once; never made dense, but gradients are.
-    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+    targets : array (N,) of integers, or (N, C): for Softmax probabilities, for Logistic labels
         Copied: later changes to the array do not count.
     penalty : L2, L1, ElasticNet or MaxNorm, optional
         On the weights, not on the bias.
@@ -468,10 +468,10 @@ def linear_value_and_grad(
 
     Parameters
     ----------
-    loss : Softmax or Hinge
+    loss : Softmax, Hinge or Logistic
     X : array or SciPy sparse array (N, D)
     W : array (C, D)
-    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+    targets : array (N,) of integers, or (N, C): for Softmax probabilities, for Logistic labels
     b : array (C,), optional
     wrt : tuple of "W", "b", "X"
         The gradients to compute; leaving out "X" saves a product of its size, and must be done where X is sparse.
