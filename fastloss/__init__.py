@@ -9,7 +9,7 @@
 
 from fastloss.backends import BackendError, BackendWarning, Stats, list_backends, use_backend
 from fastloss.linear import LinearObjective, linear_value_and_grad
-from fastloss.losses import Hinge, Loss, Softmax, log_softmax, logsumexp, softmax
+from fastloss.losses import Hinge, Logistic, Loss, Softmax, log_softmax, logsumexp, sigmoid, softmax
 from fastloss.penalties import L1, L2, ElasticNet, MaxNorm, Penalty
 from fastloss.threads import get_num_threads, set_num_threads, synchronize
 
@@ -23,6 +23,7 @@ __all__ = [
     "ElasticNet",
     "Hinge",
     "LinearObjective",
+    "Logistic",
     "Loss",
     "MaxNorm",
     "Penalty",
@@ -34,6 +35,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "set_num_threads",
+    "sigmoid",
     "softmax",
     "synchronize",
     "use_backend",

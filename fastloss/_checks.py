@@ -124,23 +124,24 @@ def picked_rows(value: object, n_rows: int) -> Array:
     return array
 
 
-def finite_nonnegative(array: Array, name: str) -> None:
-    """Raise unless every entry is finite and not negative, naming the first that is not."""
-    position = first_unfit(array)
+def finite_nonnegative(array: Array, name: str, most: float = np.inf) -> None:
+    """Raise unless every entry is finite and in [0, most], naming the first that is not."""
+    position = first_unfit(array, most)
     if position >= 0:
-        raise_unfit(array, position, name)
+        raise_unfit(array, position, name, most)
 
 
-def first_unfit(array: Array) -> int:
-    """The flat position of the first entry that is not finite, or negative; −1 if there is none."""
-    good = np.isfinite(array) & (array >= 0)
+def first_unfit(array: Array, most: float = np.inf) -> int:
+    """The flat position of the first entry that is not finite, or not in [0, most]; −1 if there is none."""
+    good = np.isfinite(array) & (array >= 0) & (array <= most)
     return -1 if good.all() else int(np.argmin(good))
 
 
-def raise_unfit(array: Array, position: int, name: str) -> None:
+def raise_unfit(array: Array, position: int, name: str, most: float = np.inf) -> None:
     where = tuple(int(k) for k in np.unravel_index(position, array.shape))
     at = ", ".join(map(str, where))
-    raise ValueError(f"{name}[{at}] is {array[where]}; {name} must be finite and not negative")
+    wanted = "finite and not negative" if most == np.inf else f"in [0, {most:g}]"
+    raise ValueError(f"{name}[{at}] is {array[where]}; {name} must be {wanted}")
 
 
 def vector(value: object, name: str, size: int, of: str) -> Array:

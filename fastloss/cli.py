@@ -46,8 +46,14 @@ from fastloss.model import LinearModel, replacing
 from fastloss.train import DivergenceError, State, sgd
 from fastloss.train.recipes import Recipe, recipe
 
-LOSSES = {"softmax": ("softmax",), "hinge": ("hinge",), "both": ("softmax", "hinge")}
-LOSS_OPTIONS = {"softmax": ("label_smoothing", "temperature", "z_loss"), "hinge": ("margin", "power", "over")}
+LOSSES = {
+    "softmax": ("softmax",), "hinge": ("hinge",), "logistic": ("logistic",), "both": ("softmax", "hinge"),
+}  # fmt: skip
+LOSS_OPTIONS = {
+    "softmax": ("label_smoothing", "temperature", "z_loss"),
+    "hinge": ("margin", "power", "over"),
+    "logistic": ("label_smoothing", "over", "pos_weight"),
+}
 LIBSVM = (".libsvm", ".svm", ".txt")
 PENALTIES: dict[str, type[fl.Penalty] | None] = {
     "l2": fl.L2,
@@ -261,12 +267,12 @@ def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", choices=LOSSES, default="both", help="which loss (default: both)")
+    loss.add_argument("--loss", choices=LOSSES, default="both", help="which loss (default: both softmax and hinge)")
     loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
     loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
     loss.add_argument(
         "--over", choices=("sum", "mean", "max"),
-        help="hinge: take the sum, mean or max over the wrong classes (default: sum)",
+        help="hinge: take the sum, mean or max over the wrong classes; logistic: sum or mean over all (default: sum)",
     )  # fmt: skip
     loss.add_argument(
         "--penalty", choices=PENALTIES,
@@ -277,9 +283,12 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         "--strength", type=float,
         help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
     )  # fmt: skip
-    loss.add_argument("--label-smoothing", type=float, metavar="X", help="softmax: from 0 to 1 (default: 0)")
+    loss.add_argument("--label-smoothing", type=float, metavar="X", help="softmax, logistic: from 0 to 1 (default: 0)")
     loss.add_argument("--temperature", type=float, metavar="X", help="softmax: scores are divided by it (default: 1)")
     loss.add_argument("--z-loss", type=float, metavar="X", help="softmax: adds X times log² of the sum (default: 0)")
+    loss.add_argument(
+        "--pos-weight", type=float, metavar="X", help="logistic: how much a row counts in its own class (default: 1)"
+    )
 
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:
@@ -390,11 +399,11 @@ def _print_backend(name: str) -> None:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Turn away options that would have no effect."""
-    for kind, names in LOSS_OPTIONS.items():
-        for name in names:
-            if kind not in LOSSES[args.loss] and getattr(args, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} is an option of the {kind} loss; with --loss {args.loss} it has no meaning")
+    for name in dict.fromkeys(name for names in LOSS_OPTIONS.values() for name in names):
+        kinds = [kind for kind, names in LOSS_OPTIONS.items() if name in names]
+        if getattr(args, name) is not None and not set(kinds) & set(LOSSES[args.loss]):
+            option, of = f"--{name.replace('_', '-')}", " and the ".join(kinds)
+            raise ValueError(f"{option} is an option of the {of} loss; with --loss {args.loss} it has no meaning")
     if args.penalty == "none" and args.strength is not None:
         raise ValueError("--strength has no meaning with --penalty none")
     if args.penalty in ("l1", "elasticnet", "maxnorm") and args.strength is None:

@@ -20,16 +20,17 @@ HESSIAN_VALUES = 1 << 16
 
 
 def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int, n_threads: int = 1) -> None:
-    """Raise if a class index is outside [0, C) and not ignored, or a probability is not finite, or negative: a pass of
-    its own, before all else."""
+    """Raise if a class index is none of the loss's labels and not ignored, or a probability is not finite, negative or
+    too large for the loss: a pass of its own, before all else."""
     if targets.ndim == 1:
-        position = backend.first_outside(targets, n_classes, loss.ignore_index, n_threads)
+        labels = loss.labels(n_classes)
+        position = backend.first_outside(targets, labels, loss.ignore_index, n_threads)
         if position >= 0:
-            checks.raise_bad_target(targets, position, n_classes, loss.ignore_index)
+            checks.raise_bad_target(targets, position, labels, loss.ignore_index)
         return
-    position = backend.first_unfit(targets, n_threads)
+    position = backend.first_unfit(targets, n_threads, loss.most_of_targets)
     if position >= 0:
-        checks.raise_unfit(targets, position, "targets")
+        checks.raise_unfit(targets, position, "targets", loss.most_of_targets)
 
 
 class Weights(NamedTuple):
@@ -178,8 +179,8 @@ def scores_call(
         checks.one_of(reduction, "reduction", checks.REDUCTIONS)
     s = checks.scores(scores)
     n, c = s.shape
-    loss.check_classes(c)
     y = checks.targets(targets, n, c)
+    loss.check_classes(c, y.ndim == 2)
     if y.ndim == 2:
         loss.check_probabilities()
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of scores")
@@ -403,8 +404,8 @@ def hess_diag_call(
         return hessian.diagonal_call(loss, scores, targets, out, sample_weight)  # type: ignore[no-any-return]
     s = checks.scores(scores)
     n, c = s.shape
-    loss.check_classes(c)
     y = checks.targets(targets, n, c)
+    loss.check_classes(c, y.ndim == 2)
     if y.ndim == 2:
         loss.check_probabilities()
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of scores")
@@ -440,7 +441,7 @@ def hess_diag_call(
 def transform_call(
     kind: str, scores: object, out: Array | None, backend_name: str | None, n_threads: int | None
 ) -> Array:
-    """softmax, log_softmax or logsumexp along the last axis."""
+    """softmax, log_softmax or logsumexp along the last axis; or sigmoid."""
     if type(scores) is not np.ndarray and on_gpu(scores, backend_name):
         from fastloss.gpu import driver as gpu
 

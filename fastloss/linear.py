@@ -54,12 +54,12 @@ class LinearObjective:
 
     Parameters
     ----------
-    loss : Softmax or Hinge
+    loss : Softmax, Hinge or Logistic
     X : array or SciPy sparse array (N, D)
         Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
         (16-bit floats, uint8, float32) or float64. Sparse: CSR with sorted indices and float32 or float64 values is
         used as it is, anything else is converted to that once; never made dense, but gradients are.
-    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+    targets : array (N,) of integers, or (N, C): for Softmax probabilities, for Logistic labels
         Copied: later changes to the array do not count.
     penalty : L2, L1, ElasticNet or MaxNorm, optional
         On the weights, not on the bias.
@@ -141,7 +141,7 @@ class LinearObjective:
         self.targets.flags.writeable = False
         if self.targets.ndim == 2:
             loss.check_probabilities()
-            checks.finite_nonnegative(y, "targets")
+            checks.finite_nonnegative(y, "targets", loss.most_of_targets)
         self._needs = driver.needs(loss, self.targets, ())
         self._checked_for = 0
         weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")
@@ -181,7 +181,7 @@ class LinearObjective:
             raise ValueError(f"{name} has shape {array.shape}; it must be {wanted}: {what}")
         n_classes = array.shape[-2]
         if n_classes != self._checked_for:
-            self.loss.check_classes(n_classes)
+            self.loss.check_classes(n_classes, self.targets.ndim == 2)
             if self.targets.ndim == 2 and self.targets.shape[1] != n_classes:
                 raise ValueError(
                     f"{name} has {n_classes} classes, but the target probabilities {self.targets.shape[1]}"
@@ -468,10 +468,10 @@ def linear_value_and_grad(
 
     Parameters
     ----------
-    loss : Softmax or Hinge
+    loss : Softmax, Hinge or Logistic
     X : array or SciPy sparse array (N, D)
     W : array (C, D)
-    targets : array (N,) of integers, or for Softmax probabilities (N, C)
+    targets : array (N,) of integers, or (N, C): for Softmax probabilities, for Logistic labels
     b : array (C,), optional
     wrt : tuple of "W", "b", "X"
         The gradients to compute; leaving out "X" saves a product of its size, and must be done where X is sparse.
@@ -517,8 +517,8 @@ def linear_value_and_grad(
     if "X" in wrt and isinstance(features, sparse.Csr):
         raise ValueError(f'wrt is {wrt!r}, but X is sparse, and its gradient would not be; leave out "X"')
     checks.one_of(reduction, "reduction", checks.REDUCTIONS)
-    loss.check_classes(c)
     y = checks.targets(targets, n, c)
+    loss.check_classes(c, y.ndim == 2)
     if y.ndim == 2:
         loss.check_probabilities()
     weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of X")

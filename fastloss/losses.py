@@ -72,13 +72,21 @@ class Loss:
             kept[name, dtype] = None if value is None else np.ascontiguousarray(value, dtype)
         return kept[name, dtype]
 
-    def check_classes(self, n_classes: int) -> None:
-        """Raise if an option does not fit scores of `n_classes` classes."""
-        if self.class_weight is not None and self.class_weight.shape != (n_classes,):
+    def labels(self, n_classes: int) -> int:
+        """How many class indices there are for scores of `n_classes` columns: targets are below this."""
+        return n_classes
+
+    def check_classes(self, n_classes: int, probabilities: bool = False) -> None:
+        """Raise if an option does not fit scores of `n_classes` classes, and targets that are indices or (N, C)."""
+        wanted = n_classes if probabilities else self.labels(n_classes)
+        if self.class_weight is not None and self.class_weight.shape != (wanted,):
             raise ValueError(
                 f"class_weight has shape {self.class_weight.shape}, but scores have {n_classes} classes: "
-                f"it must be ({n_classes},)"
+                f"it must be ({wanted},)"
             )
+
+    #: What each number of targets (N, C) may be at most.
+    most_of_targets: ClassVar[float] = np.inf
 
     def check_probabilities(self) -> None:
         """Raise unless the targets may be class probabilities."""
@@ -117,7 +125,7 @@ class Loss:
         scores : array (N, C)
             Float16, bfloat16, float32, float64 or integers; computed in float32 or float64.
         targets : array (N,) of any integer type
-            Class indices in `[0, C)`; for `Softmax` also probabilities `(N, C)`.
+            Class indices in `[0, C)`; for `Softmax` also probabilities `(N, C)`, for `Logistic` labels `(N, C)`.
         sample_weight : array (N,), optional
             Finite, at least 0. Rows of weight 0 are skipped, even with NaN in them.
         reduction : {"mean", "sum", "none"}
@@ -473,13 +481,121 @@ class Hinge(Loss):
             general.append("pair_margins")
         self._set("general", tuple(general))
 
-    def check_classes(self, n_classes: int) -> None:
-        super().check_classes(n_classes)
+    def check_classes(self, n_classes: int, probabilities: bool = False) -> None:
+        super().check_classes(n_classes, probabilities)
         if self.pair_margins is not None and len(self.pair_margins) != n_classes:
             raise ValueError(
                 f"pair_margins has shape {self.pair_margins.shape}, but scores have {n_classes} classes: "
                 f"it must be {(n_classes, n_classes)}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logistic(Loss):
+    """Binary logistic loss of each column for itself: `Σ_j log(1 + exp(s_j)) − t_j s_j`.
+
+    For binary problems (one column of scores), for one-vs-rest, and for examples with any number of labels. Targets are
+
+    - class indices (N,): t is 1 in the target's column and 0 elsewhere (one-vs-rest). With a single column the labels
+      are 0 and 1, and t is the label itself;
+    - or (N, C), of any number type: t itself, labels or probabilities in [0, 1].
+
+    The gradient is σ(s) − t, with σ(s) = 1 / (1 + exp(−s)) (see `fastloss.sigmoid`); for t = 1 it is computed as
+    −σ(−s), so that no digits are lost where the score is right. The mean is over rows, not over numbers: with
+    `over="mean"` it is that of PyTorch's `binary_cross_entropy_with_logits`.
+
+    Parameters
+    ----------
+    pos_weight : number or array (C,), optional
+        How many times as much a target of 1 counts as one of 0, in each column: the loss is
+        `(1 − t) log(1 + exp(s)) + pos_weight · t log(1 + exp(−s))`, as in PyTorch. Finite, at least 0.
+    label_smoothing : float in [0, 1]
+        ε: t becomes (1 − ε) t + ε / 2.
+    over : {"sum", "mean"}
+        The sum over the columns, or that divided by C.
+    class_weight : array, optional
+        For class indices: a weight for each label, (C,), or (2,) with a single column; a row counts with the weight of
+        its label. For targets (N, C): a weight for each column, (C,), which multiplies its loss; the mean is over
+        sample weights alone.
+    ignore_index
+        See `Loss`; for class indices.
+
+    References
+    ----------
+    Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2.
+
+    Examples
+    --------
+    >>> import numpy as np, fastloss as fl
+    >>> fl.Logistic().value([[0.0], [2.0]], [0, 1], reduction="none").round(4).tolist()
+    [0.6931, 0.1269]
+    >>> value, grad = fl.Logistic().value_and_grad([[40.0, -1.0, 0.5]], [[1, 0, 1]])
+    >>> print(f"{value:.4f}", [f"{g:.2g}" for g in grad[0]])
+    0.7873 ['-4.2e-18', '0.27', '-0.38']
+    """
+
+    pos_weight: Any = None
+    label_smoothing: float = 0.0
+    over: str = "sum"
+
+    kind: ClassVar[str] = "logistic"
+    most_of_targets: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("label_smoothing", checks.number(self.label_smoothing, "label_smoothing", low=0, high=1))
+        checks.one_of(self.over, "over", ("sum", "mean"))
+        if np.ndim(self.pos_weight):
+            weight = checks.as_array(self.pos_weight, "pos_weight")
+            if weight.ndim != 1:
+                raise ValueError(
+                    f"pos_weight has shape {weight.shape}; it must be a number, or (C,): one for each column"
+                )
+            checks.finite_nonnegative(weight, "pos_weight")
+            self._set("pos_weight", _frozen_array(weight))
+        elif self.pos_weight is not None:
+            self._set("pos_weight", checks.number(self.pos_weight, "pos_weight", low=0))
+        used = {"pos_weight": self.pos_weight is not None, "label_smoothing": self.label_smoothing > 0}
+        self._set("general", tuple(name for name in used if used[name]))
+
+    def labels(self, n_classes: int) -> int:
+        return max(2, n_classes)
+
+    def check_classes(self, n_classes: int, probabilities: bool = False) -> None:
+        super().check_classes(n_classes, probabilities)
+        if np.ndim(self.pos_weight) and self.pos_weight.shape != (n_classes,):
+            raise ValueError(
+                f"pos_weight has shape {self.pos_weight.shape}, but scores have {n_classes} columns: it must be "
+                f"a number, or ({n_classes},)"
+            )
+
+    def check_probabilities(self) -> None:
+        if self.ignore_index is not None:
+            raise ValueError(
+                "ignore_index has no meaning for targets (N, C); give rows that are to be skipped sample_weight 0"
+            )
+
+    def check_shards(self) -> None:
+        raise ValueError(
+            "Logistic has no stats, and needs none: its columns have nothing to do with each other. Give each shard "
+            "its columns of targets (N, C), and add the values"
+        )
+
+    def weighs_inside(self, probabilities: bool) -> bool:
+        return probabilities
+
+    @property
+    def smoothed(self) -> tuple[float, float]:
+        """What label smoothing makes of targets 1 and 0."""
+        return 1 - self.label_smoothing / 2, self.label_smoothing / 2
+
+    def column_weights(self, probabilities: bool, n_classes: int) -> Array | None:
+        """What targets 0, then targets 1 count in each column, inside of a row's loss: (2 C,); None if all count 1."""
+        inside = self.class_weight if self.weighs_inside(probabilities) else None
+        if inside is None and self.pos_weight is None:
+            return None
+        weights = np.ones(n_classes) if inside is None else inside
+        return np.concatenate([weights, weights * (1 if self.pos_weight is None else self.pos_weight)])
 
 
 def softmax(
@@ -535,3 +651,17 @@ def logsumexp(
     [1000.6931]
     """
     return driver.transform_call("logsumexp", scores, out, backend, n_threads)
+
+
+def sigmoid(
+    scores: object, *, out: Array | None = None, backend: str | None = None, n_threads: int | None = None
+) -> Array:
+    """`1 / (1 + exp(−s))` of each score: the probabilities of `Logistic`. Parameters and result as for `softmax`.
+
+    Examples
+    --------
+    >>> import fastloss as fl
+    >>> fl.sigmoid([[0.0, 2.0, -1000.0]]).round(4).tolist()
+    [[0.5, 0.8808, 0.0]]
+    """
+    return driver.transform_call("sigmoid", scores, out, backend, n_threads)

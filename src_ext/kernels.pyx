@@ -70,7 +70,7 @@ cdef extern from "simd.h" nogil:
     vec join_bits(vec, vec) noexcept
     bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    const real FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
+    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
     vec nearest_steps(vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
@@ -462,6 +462,7 @@ def first_outside(indices, Py_ssize_t stop, ignored, int n_threads=1):
 
 cdef struct UnfitPass:
     const real *numbers
+    real most
     Py_ssize_t size, segment
     Py_ssize_t found[SEGMENTS]
 
@@ -469,30 +470,33 @@ cdef struct UnfitPass:
 cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef UnfitPass *p = <UnfitPass *> job
     cdef Py_ssize_t start, last, i, v, stop = min(p.size, (k + 1) * p.segment)
-    cdef vec seen
+    cdef vec seen, x, top
     p.found[k] = -1
     for start in range(k * p.segment, stop, 1024):  # by blocks, so that the position is found afterwards
-        last, seen = min(stop, start + 1024), vset(0)
+        last, seen, top = min(stop, start + 1024), vset(0), vset(0)
         for v in range((last - start) // LANES):
-            seen = join_bits(seen, vload(p.numbers + start + v * LANES))
+            x = vload(p.numbers + start + v * LANES)
+            seen, top = join_bits(seen, x), vmax(top, x)
         i = last - (last - start) % LANES
         if i < last:
-            seen = join_bits(seen, vload_part(p.numbers + i, last - i, 0))
-        if all_below_2(seen):  # as probabilities are
+            x = vload_part(p.numbers + i, last - i, 0)
+            seen, top = join_bits(seen, x), vmax(top, x)
+        if all_below_2(seen) and all_lanes(vle(top, vset(p.most))):  # as probabilities are
             continue
         for i in range(start, last):
-            if not 0 <= p.numbers[i] < INFINITY:
+            if not 0 <= p.numbers[i] <= p.most:
                 p.found[k] = i
                 return
 
 
-def first_unfit(numbers, int n_threads):
-    """The position of the first of some numbers, contiguous, that is not finite, or negative; or -1."""
+def first_unfit(numbers, double most, int n_threads):
+    """The position of the first of some numbers, contiguous, that is not finite, or not in [0, most]; or -1."""
     cdef _Loan loan = _Loan()
     cdef UnfitPass p
     cdef Matrix m = loan.matrix(numbers, False)
     cdef Py_ssize_t k, segments
     p.numbers, p.size = m.data, m.columns
+    p.most = <real> min(most, <double> REAL_MAX)
     p.segment = max((p.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
     segments = (p.size + p.segment - 1) // p.segment
     with nogil:

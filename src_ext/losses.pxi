@@ -27,6 +27,7 @@ cdef enum:
     LOG_PROBABILITIES = 4
     LOG_SUM = 5
     FROM_STATS = 6
+    LOGISTIC = 7
 
 cdef enum:
     # Forms that a row loss is compiled in.
@@ -38,6 +39,7 @@ cdef enum:
     BENT = 4  # a softcap, and no other u than at the target
     # Of the hinge:
     PAIRED = 5  # margins of class pairs, no more
+    # The logistic loss has GIVEN for targets (N, C) without weights of columns or smoothing.
     ANY = 6  # whatever options there are
 
 cdef struct Options:
@@ -53,7 +55,9 @@ cdef struct Options:
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
     real per_temperature
-    const real *class_weight  # what u is multiplied by, smoothing / C of an index target included; NULL: all 1
+    # What u is multiplied by, smoothing / C of an index target included; NULL: all 1. Logistic: what targets 0 count in
+    # each column, then what targets 1 do.
+    const real *class_weight
     real weighted_target  # u of an index target, and 1 of other classes, before that
     bint probabilities  # u comes with the rows
     bint dense  # u is not the same for all classes but the target
@@ -68,6 +72,11 @@ cdef struct Options:
 cdef inline void fix_form(Options *o, int form) noexcept nogil:
     """What a form says of the options, as constants."""
     o.general = form != PLAIN
+    if o.kind == LOGISTIC:
+        o.bends = o.dense = o.entropy = o.shard = o.paired = False
+        if form == PLAIN or form == GIVEN:
+            o.probabilities = form == GIVEN
+        return
     if form == FLAT or form == WEIGHED or form == GIVEN or form == BENT:
         o.bends, o.dense, o.probabilities = form == BENT, form == WEIGHED or form == GIVEN, form == GIVEN
         if form != FLAT:
@@ -82,6 +91,8 @@ cdef inline int form_of(const Options *o) noexcept nogil:
     """The form that is made for some options."""
     if o.kind == HINGE:
         return PAIRED if o.paired and not o.counts_target else ANY
+    if o.kind == LOGISTIC:
+        return GIVEN if o.probabilities and o.class_weight == NULL and o.elsewhere == 0 else ANY
     if o.kind != SOFTMAX:
         return ANY
     if not o.bends and not o.dense:
@@ -472,7 +483,7 @@ cdef inline void add_target_term(int layout, bint part, int power, const Options
 cdef inline void block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
                              Py_ssize_t start, const State *edge, vec share, HingeSums *sums) noexcept nogil:
     # Four sums in turn, as in block_exps; of squares one, to which all are added without loss.
-    cdef vec second = vset(0), third = second, fourth = second, rest
+    cdef vec second = vset(0), third = second, fourth = second
     cdef HingeSums own
     cdef mask none = vlt(second, second)
     cdef ivec cls = classes_of(layout, start)
@@ -493,16 +504,23 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
         fetch_ahead(layout, grad, w, whole)
         if counts_pair(o):
             add_target_term(layout, True, power, o, w, whole, cls, &own)
-    if power == 1 and layout == ROWED and LANES >= 8:
-        own.loss = add(add(own.loss, second), add(third, fourth))
-    elif power == 1:  # of few classes a lane
-        own.loss = exact_sum(own.loss, second, &rest)
-        own.low = add(own.low, rest)
-        third = exact_sum(third, fourth, &rest)
-        own.low = add(own.low, rest)
-        own.loss = exact_sum(own.loss, third, &rest)
-        own.low = add(own.low, rest)
+    if power == 1:
+        own.loss = join_sums(layout == LANED or LANES < 8, own.loss, second, third, fourth, &own.low)
     sums[0] = own
+
+
+cdef inline vec join_sums(bint exact, vec first, vec second, vec third, vec fourth, vec *low) noexcept nogil:
+    """Their sum; if it is to be exact (a lane has few classes), what it lacks, as rounded, is added to `low`."""
+    cdef vec rest
+    if not exact:
+        return add(add(first, second), add(third, fourth))
+    first = exact_sum(first, second, &rest)
+    low[0] = add(low[0], rest)
+    third = exact_sum(third, fourth, &rest)
+    low[0] = add(low[0], rest)
+    first = exact_sum(first, third, &rest)
+    low[0] = add(low[0], rest)
+    return first
 
 
 cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, const Walk *w, vec factor,
@@ -527,7 +545,7 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec low = number_or_zero(s.low), loss, mean, own
+    cdef vec low = number_or_zero(s.low), loss, own
     if o.power == 1:
         low = sub(low, mul(s.b, s.m))
     if o.general and o.counts_target and not o.paired:
@@ -537,10 +555,16 @@ cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept no
     loss = add(s.a, low)
     s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
     s.b = choose(veq(loss, loss), s.b, loss)  # active classes are counted, with NaN or not
+    return per_class_of(o, s.a, low)
+
+
+cdef inline vec per_class_of(const Options *o, vec total, vec low) noexcept nogil:
+    """A sum over the classes and what it lacks, as rounded: together, or with over="mean" divided by their number."""
+    cdef vec loss = add(total, low), mean
     if o.per_class == 1:
         return loss
     mean = div(loss, vset(o.classes))
-    low = mul(add(sub(s.a, loss), low), vset(o.per_class))
+    low = mul(add(sub(total, loss), low), vset(o.per_class))
     return add(mean, number_or_zero(low))
 
 
@@ -631,6 +655,98 @@ cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, co
         cls = iadd(cls, iset(1))
 
 
+# --- logistic --------------------------------------------------------------------------------------------------------
+# Each class for itself: α log(1 + exp(−s)) + β log(1 + exp(s)), α and β what t and 1 − t count. With e = exp(−|s|), `away` the
+# weight of the side that s is on (β where s > 0, else α) and `near` the other, that is
+#
+#     away |s| + (away + near) log(1 + e)        gradient ± (away − near e) / (1 + e)
+#
+# where nothing cancels. One walk does all. Where α + β = 1, logarithms are for a block, of Π (1 + e) in twice the precision
+# (high + low, so that small losses count in full); only where columns have weights is there one for each class. A plain row
+# has t = 0 but at its target, or, of one class, as the target is: there s counts as −s.
+cdef inline void logistic_step(int layout, bint part, bint careful, bint grad, const Options *o, const Walk *w,
+                               Py_ssize_t k, ivec cls, vec share, vec *sums, vec *high, vec *low) noexcept nogil:
+    """One vector of scores: what is not in the product is added to `sums`."""
+    cdef vec zero = vset(0), one = vset(1), s = fetch(layout, part, w, k, <real> -INFINITY), e, t, away, near, next, lost
+    cdef mask at
+    if not o.general:
+        at = ieq(cls, w.target)
+        if careful:
+            s = choose(at, sub(zero, s), s)
+        e = vexp(sub(zero, vabs(s)), zero)
+        sums[0] = add(sums[0], vmax(s, zero))
+        if grad:
+            t = div(choose(vlt(s, zero), mul(e, share), share), add(one, e))
+            put(layout, part, w, k, choose(at, sub(zero, t), t) if careful else t)
+    else:
+        if o.probabilities:
+            t = row_numbers(layout, part, w, k)
+        else:
+            t = choose(ieq(cls, w.target), one, zero)
+        at = vlt(zero, s)
+        near, away = sub(one, t), t
+        if o.elsewhere != 0:
+            near = add(vset(o.elsewhere), mul(near, vset(o.at_target - o.elsewhere)))
+            away = add(vset(o.elsewhere), mul(away, vset(o.at_target - o.elsewhere)))
+        if o.class_weight != NULL:
+            near = mul(near, class_numbers(layout, part, o.class_weight, k, w))
+            away = mul(away, class_numbers(layout, part, o.class_weight + w.classes, k, w))
+        near, away = choose(at, away, near), choose(at, near, away)
+        if part and o.elsewhere != 0:
+            away = choose(past_end(layout, w, cls), zero, away)
+        e = vexp(sub(zero, vabs(s)), zero)
+        sums[0] = less_product(sums[0], away, sub(zero, vabs(s)))
+        if grad:
+            t = div(mul(sub(away, mul(near, e)), share), add(one, e))
+            put(layout, part, w, k, choose(at, t, sub(zero, t)))
+        if o.class_weight != NULL:
+            next = add(one, e)
+            next = vlog(next, div(add(sub(one, next), e), next), zero, &lost)
+            sums[0] = add(sums[0], mul(add(away, near), next))
+            return
+    next = add(high[0], mul(high[0], e))
+    lost = add(sub(high[0], next), mul(high[0], e))
+    high[0], low[0] = next, add(add(low[0], lost), mul(low[0], e))
+
+
+cdef inline vec block_logistic(int layout, bint careful, bint grad, const Options *o, const Walk *w, Py_ssize_t start,
+                               vec share, vec *lost) noexcept nogil:
+    # Four sums in turn, as in block_exps.
+    cdef vec first = vset(0), second = first, third = first, fourth = first, high = vset(1), low = first, rest, own = first
+    cdef ivec cls = classes_of(layout, start)
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
+    if layout == LANED and w.classes == 1:  # labels are 0 and 1
+        cls = iset(1)
+    for k in range(start, whole):
+        logistic_step(layout, False, careful, grad, o, w, k, cls, share, &first, &high, &low)
+        fetch_ahead(layout, grad, w, k)
+        if layout == ROWED and o.general and o.probabilities:
+            prefetch(w.more + w.more_ahead + k * LANES)
+        first, second, third, fourth = second, third, fourth, first
+        cls = next_classes(layout, cls)
+    if careful and whole < stop:
+        logistic_step(layout, True, True, grad, o, w, whole, cls, share, &first, &high, &low)
+    first = join_sums(True, first, second, third, fourth, &own)
+    if not (o.general and o.class_weight != NULL):
+        first = vlog(high, div(low, high), first, &rest)
+        own = add(own, rest)
+    lost[0] = own
+    return first
+
+
+cdef inline void open_logistic(int layout, bint grad, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
+    cdef vec total = vset(0), lost = total, block, share = mul(factor, vset(o.per_class)), own
+    cdef Py_ssize_t start
+    for start in range(0, w.vectors, 16):
+        if is_careful(layout, w, start):
+            block = block_logistic(layout, True, grad, o, w, start, share, &own)
+        else:
+            block = block_logistic(layout, False, grad, o, w, start, share, &own)
+        add_block(start, block, &total, &lost)
+        lost = add(lost, own)
+    s.a, s.b, s.low = total, vset(0), number_or_zero(lost)
+
+
 # --- softmax, log-softmax and log-sum-exp themselves -----------------------------------------------------------------
 cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, const Walk *w, Py_ssize_t start, vec m,
                            const Origin *o, vec *tops) noexcept nogil:
@@ -707,7 +823,7 @@ cdef inline void close_log_probabilities(int layout, const Walk *w, const State 
 # --- the doors to all of them ----------------------------------------------------------------------------------------
 cdef inline bint shifts(const Options *o) noexcept nogil:
     """Whether `open_rows` has to know the maximum first."""
-    return o.kind != HINGE and o.kind != HINGE_MAX and o.kind != FROM_STATS
+    return o.kind != HINGE and o.kind != HINGE_MAX and o.kind != FROM_STATS and o.kind != LOGISTIC
 
 
 cdef inline bint has_target(const Options *o) noexcept nogil:
@@ -730,12 +846,12 @@ cdef inline bint counts_pair(const Options *o) noexcept nogil:
 
 cdef inline bint has_low(const Options *o) noexcept nogil:
     """Whether State's low is used."""
-    return o.kind == HINGE
+    return o.kind == HINGE or o.kind == LOGISTIC
 
 
 cdef inline bint folds_low(const Options *o) noexcept nogil:
     """Whether `fold` joins the lanes of State's low too."""
-    return o.kind == HINGE and o.power == 2
+    return o.kind == LOGISTIC or (o.kind == HINGE and o.power == 2)
 
 
 cdef inline bint keeps(const Options *o) noexcept nogil:
@@ -764,6 +880,8 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
         open_hinge(layout, grad, 1, o, w, factor, s)
     elif o.kind == HINGE:
         open_hinge(layout, grad, 2, o, w, factor, s)
+    elif o.kind == LOGISTIC:
+        open_logistic(layout, grad, o, w, factor, s)
     elif o.kind == PROBABILITIES:
         open_transform(layout, PROBABILITIES, w, s, last)
     else:
@@ -778,7 +896,7 @@ cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *l
         s.a = exact_transposed_sum(a, low if folds_low(o) else NULL, &s.low)
     else:
         s.a = transposed_sum(a, 1)
-    if not keeps(o):
+    if not keeps(o) and o.kind != LOGISTIC:
         s.b = transposed_sum(b, 1)
 
 
@@ -805,6 +923,8 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
         return s.a
     if o.kind == HINGE:
         return settle_hinge(o, s, factor)
+    if o.kind == LOGISTIC:
+        return per_class_of(o, s.a, number_or_zero(s.low))
     if o.kind == HINGE_MAX:
         return settle_hinge_max(o, s, factor)
     return settle_transform(o.kind, s)
@@ -826,7 +946,8 @@ cdef inline void close_rows(int layout, const Options *o, const Walk *w, const S
 
 cdef dict _KINDS = {
     "softmax": SOFTMAX, "hinge": HINGE, "transform softmax": PROBABILITIES, "transform log_softmax": LOG_PROBABILITIES,
-    "transform logsumexp": LOG_SUM,
+    "transform logsumexp": LOG_SUM, "logistic": LOGISTIC,
+    "transform sigmoid": LOGISTIC,  # its gradient where every t is 0
 }
 
 

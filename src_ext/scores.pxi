@@ -645,6 +645,10 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, HINGE, power, ANY, grad, t)
     elif kind == HINGE_MAX:
         of_kind(layout, HINGE_MAX, power, ANY, grad, t)
+    elif MANY_FORMS and kind == LOGISTIC and form == GIVEN and grad:
+        of_kind(layout, LOGISTIC, 1, GIVEN, True, t)
+    elif kind == LOGISTIC:
+        of_kind(layout, LOGISTIC, 1, ANY, grad, t)
     else:
         of_kind(layout, FROM_STATS, 1, ANY, True, t)
 
@@ -683,6 +687,8 @@ cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
         of_kind(layout, HINGE_MAX, power, PLAIN, True, t)
     elif kind == HINGE_MAX:
         of_kind(layout, HINGE_MAX, power, PLAIN, False, t)
+    elif kind == LOGISTIC:  # one walk: there is little to gain from a constant
+        of_kind(layout, LOGISTIC, 1, PLAIN, grad, t)
     elif kind == PROBABILITIES:
         of_kind(layout, PROBABILITIES, 1, PLAIN, True, t)
     elif kind == LOG_PROBABILITIES:
@@ -995,7 +1001,7 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
 
 
 def transform(kind, scores, out, int n_threads):
-    """softmax, log_softmax (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
+    """softmax, log_softmax, sigmoid (out like scores) or logsumexp (out a vector of `real`) of the rows of `scores`."""
     if not ARE_SCORES:
         raise TypeError("the kernels of this type take features, not scores")
     cdef _Loan loan = _Loan()

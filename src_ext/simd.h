@@ -76,6 +76,7 @@ typedef int32_t lane_int;
 #define FL_BIAS 127
 #define FL_ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
 #define FL_EXP_LOW -87.33654f /* log of the smallest normal number */
+#define REAL_MAX __FLT_MAX__
 #define FL_NEAR 256 /* see Origin in losses.pxi */
 #define RAISED_BITS 32
 #define FAR_TANH 0x1p126f /* see the softcap in general.pxi */
@@ -91,6 +92,7 @@ typedef int64_t lane_int;
 #define FL_BIAS 1023
 #define FL_ROUND 6755399441055744.0
 #define FL_EXP_LOW -708.3964185322641
+#define REAL_MAX __DBL_MAX__
 #define FL_NEAR 1536
 #define RAISED_BITS 64
 #define FAR_TANH 0x1p1000

@@ -32,6 +32,7 @@ PLAIN = {
     "hinge squared mean": fl.Hinge(over="mean", power=2),
     "hinge max": fl.Hinge(over="max"),
     "hinge squared max": fl.Hinge(over="max", power=2, margin=0.25),
+    "logistic": fl.Logistic(),
 }
 
 # Numba compiles a kernel when a test first asks for it, for seconds: `make test` holds this sample of its cases, most
@@ -39,7 +40,7 @@ PLAIN = {
 NUMBA_SAMPLE = re.compile(
     "|".join(
         [
-            r"test_(softmax\[numba-float32-C|hinge\[numba-float32-C-hinge max)\]",  # few and many classes
+            r"test_((softmax|logistic)\[numba-float32-C|hinge\[numba-float32-C-hinge max)\]",  # few and many classes
             r"test_specials_at_every_position\[numba-float32-softmax-nan\]",
             r"test_value_and_gradient\[numba-float32-softmax-True\]",
             r"test_scores\[numba-softmax-float32-C-.*\]",
@@ -53,8 +54,8 @@ NUMBA_SAMPLE = re.compile(
 # Levels below the best are one source with it: `make test` leaves out what takes longest and differs in loading alone.
 LOWER = "|".join(name for name in COMPILED[1:] if name != "numba") or "none"
 LOWER_IN_FULL = re.compile(
-    rf"test_(hinge|softmax|transforms)\[({LOWER})-(float64|float32-F).*\]|test_shapes\[({LOWER})-.*(float16|float64)\]"
-    rf"|test_large_gradients_\w+\[.*-({LOWER})\]"
+    rf"test_(hinge|softmax|logistic|transforms)\[({LOWER})-(float64|float32-F).*\]"
+    rf"|test_shapes\[({LOWER})-.*(float16|float64)\]|test_large_gradients_\w+\[.*-({LOWER})\]"
 )
 
 
@@ -110,7 +111,7 @@ def exact_row(loss: fl.Loss, row: np.ndarray, target: object) -> tuple[mpmath.mp
     spread = min(800, int(row.max() - row.min()))
     with mpmath.workprec(160 + 3 * spread):
         scores = [mpmath.mpf(float(s)) for s in row]
-        return _exact_softmax(loss, scores, target) if loss.kind == "softmax" else _exact_hinge(loss, scores, target)
+        return EXACT[loss.kind](loss, scores, target)
 
 
 def _exact_softmax(loss, scores, target):
@@ -156,6 +157,26 @@ def _exact_hinge(loss, scores, target):
     if loss.over == "mean":
         value, gradient = value / c, [g / c for g in gradient]
     return value, gradient
+
+
+def _exact_logistic(loss, scores, target):
+    c = len(scores)
+    if np.ndim(target):
+        labels = [mpmath.mpf(float(q)) for q in target]
+    else:
+        labels = [mpmath.mpf(int(j == (target - 1 if c == 1 else target))) for j in range(c)]
+    smoothing, value, gradient = mpmath.mpf(loss.label_smoothing), mpmath.mpf(0), []
+    columns = np.broadcast_to(1.0 if loss.pos_weight is None else loss.pos_weight, c)
+    inside = loss.class_weight if loss.class_weight is not None and np.ndim(target) else np.ones(c)
+    for s, label, column, weight in zip(scores, labels, columns, inside, strict=True):
+        t, p, w = label * (1 - smoothing) + smoothing / 2, mpmath.mpf(float(column)), mpmath.mpf(float(weight))
+        value += w * (p * t * mpmath.log1p(mpmath.exp(-s)) + (1 - t) * mpmath.log1p(mpmath.exp(s)))
+        gradient.append(w * ((1 - t) / (1 + mpmath.exp(-s)) - p * t / (1 + mpmath.exp(s))))
+    share = c if loss.over == "mean" else 1
+    return value / share, [g / share for g in gradient]
+
+
+EXACT = {"softmax": _exact_softmax, "hinge": _exact_hinge, "logistic": _exact_logistic}
 
 
 def exact(loss: fl.Loss, scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

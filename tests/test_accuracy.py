@@ -98,6 +98,29 @@ def test_hinge(compiled, dtype, loss, order):
             assert gradient_ulps(found_gradient, gradient).max() <= GRADIENT_ULPS, rows
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_logistic(compiled, dtype, order):
+    for rows, scores, y, _, _ in softmax_cases(dtype):
+        losses, gradient = accuracy.exact_logistic(scores, y)
+        found, found_gradient = unscaled(fl.Logistic(), np.asarray(scores, order=order), y, compiled)
+        assert loss_ulps(found, losses).max() <= LOSS_ULPS, rows
+        # Each entry by itself: that of a score that is right is not lost beside the others.
+        lost = (found_gradient == 0) & (np.abs(gradient) < np.finfo(dtype).smallest_normal)
+        errors = np.abs(found_gradient - gradient) / unit(np.abs(gradient), dtype)
+        assert np.where(lost, 0, errors).max() <= 4, rows
+
+
+def test_the_truth_of_logistic(dtype):
+    for form in accuracy.FORMS:
+        scores, y = Rows(form, 30, 1, 37).draw(dtype)
+        losses, gradient = accuracy.exact_logistic(scores[:3], y[:3])
+        for k in range(3):
+            true, true_gradient = exact_row(fl.Logistic(), scores[k], y[k])
+            assert abs(as_mpf(losses[k]) - true) <= 0.01 * float(unit(np.maximum(1, losses[k : k + 1]), dtype)[0])
+            for entry, true_entry in zip(gradient[k], true_gradient, strict=True):
+                assert abs(as_mpf(entry) - true_entry) <= as_mpf(unit(np.abs(entry)[None], dtype)[0]) / 100
+
+
 @pytest.mark.parametrize("loss", HINGE.values(), ids=HINGE.keys())
 def test_the_truth_of_hinge(dtype, loss):
     for form in accuracy.FORMS:

@@ -65,7 +65,7 @@ def test_transform_sizes(compiled, dtype):
     rng = np.random.default_rng(21)
     for n, c in LEAN:
         scores = grid_scores(rng, n, c, dtype)
-        for kind in ("softmax", "log_softmax", "logsumexp"):
+        for kind in ("softmax", "log_softmax", "logsumexp", "sigmoid"):
             expected = getattr(fl, kind)(scores, backend="reference")
             found = getattr(fl, kind)(scores, backend=compiled)
             atol = 16 * float(np.finfo(dtype).eps) if kind == "logsumexp" else float(np.finfo(dtype).smallest_normal)

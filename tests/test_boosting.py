@@ -33,6 +33,7 @@ LOSSES = [
     fl.Hinge(power=2),
     fl.Hinge(power=2, over="mean", pair_margins=np.arange(16).reshape(4, 4) / 8),
     fl.Hinge(power=2, over="max", margin=0.5),
+    fl.Logistic(pos_weight=[1, 2, 0.5, 3], label_smoothing=0.1, over="mean"),
 ]
 
 

@@ -258,6 +258,7 @@ def test_gradcheck_is_happy(capsys, points, tmp_path):
         ("--loss", "hinge", "--power", "2", "--over", "max", "--penalty", "l1", "--strength", "0.1"),
         ("--loss", "softmax", "--label-smoothing", "0.1", "--penalty", "elasticnet", "--strength", "0.1"),
         ("--loss", "hinge", "--over", "mean", "--penalty", "maxnorm", "--strength", "0.1", "--backend", "reference"),
+        ("--loss", "logistic", "--over", "mean", "--label-smoothing", "0.1", "--pos-weight", "3"),
     ],
 )
 def test_gradcheck_of_any_loss_and_penalty(points, options):
@@ -309,6 +310,8 @@ def test_gradcheck_errors(capsys, points, options, message):
         ((*QUICK, "--backend", "abacus"), "backend is 'abacus'; it must be one of"),
         ((*QUICK, "--loss", "squared"), "argument --loss: invalid choice: 'squared'"),
         ((*QUICK, "--loss", "softmax", "--margin", "2"), "--margin is an option of the hinge loss"),
+        ((*QUICK, "--loss", "softmax", "--over", "sum"), "--over is an option of the hinge and the logistic loss"),
+        ((*QUICK, "--loss", "logistic", "--over", "max"), "over is 'max'; it must be one of 'sum', 'mean'"),
         ((*QUICK, "--penalty", "none", "--strength", "1"), "--strength has no meaning with --penalty none"),
         ((*QUICK, "--penalty", "l1"), "--penalty l1 needs --strength"),
         ((*QUICK, "--out", "text.txt"), "text.txt is no folder"),

@@ -15,7 +15,7 @@ import fastloss as fl
 from tests.conftest import BACKENDS, PLAIN, exact, exact_row, grid_scores, layouts, ulps
 
 SOFTMAX = fl.Softmax()
-HINGES = [(name, loss) for name, loss in PLAIN.items() if name != "softmax"]
+HINGES = [(name, loss) for name, loss in PLAIN.items() if loss.kind == "hinge"]
 hinges = pytest.mark.parametrize("hinge", [h for _, h in HINGES], ids=[name for name, _ in HINGES])
 
 
@@ -276,6 +276,9 @@ def test_specials_at_every_position(backend, dtype, loss, special):
         if np.isnan(special) or (loss.kind == "softmax" and special > 0):
             assert np.isnan(found[hit]).all(), c
             assert np.isnan(found_grad[hit, at]).all(), c
+            if loss.kind == "logistic":  # columns are apart
+                assert np.isfinite(found_grad[hit, y[hit]][~target_hit]).all(), c
+                continue
             assert np.isnan(found_grad[hit, y[hit]]).all(), c
             if loss.kind == "softmax":
                 assert np.isnan(found_grad[hit]).all(), c
@@ -485,6 +488,13 @@ def test_properties(backend, scores, seed, shift):
     for loss in PLAIN.values():
         losses, grad = rows_of(loss, scores, y, backend)
         assert (losses >= 0).all()
+        if loss.kind == "logistic":  # what is a label of the one side is none of the other
+            labels = np.zeros((n, c))
+            labels[np.arange(n), y] = c > 1  # of one class, the label is 0
+            mirrored, mirrored_grad = rows_of(loss, -scores, 1 - labels, backend)
+            np.testing.assert_allclose(mirrored, losses, rtol=4 * np.finfo(float).eps)
+            np.testing.assert_allclose(mirrored_grad, -grad, rtol=4 * np.finfo(float).eps)
+            continue
         np.testing.assert_allclose(grad.sum(axis=1), 0, atol=1e-14 * max(1, np.abs(grad).max()) * c)
         assert (grad[np.arange(n), y] <= 0).all()
         # A common offset, on this grid exact, changes nothing; but exp of s and of s + offset are rounded differently.

@@ -77,6 +77,8 @@ if SIMULATED:
         "hinge mean": fl.Hinge(over="mean", power=2, count_target=True),
         "hinge max": fl.Hinge(over="max", margin=0.3),
         "hinge max 2": fl.Hinge(over="max", power=2),
+        "logistic": fl.Logistic(),
+        "logistic mean": fl.Logistic(over="mean", pos_weight=3.0, label_smoothing=0.2),
     }
 
     def of_classes(c):
@@ -85,6 +87,7 @@ if SIMULATED:
             "weights inside": fl.Softmax(label_smoothing=0.2, class_weight=RNG.random(c), softcap=5.0),
             "pairs": fl.Hinge(pair_margins=PAIRS[:c, :c], count_target=True),
             "pairs max": fl.Hinge(pair_margins=PAIRS[:c, :c], over="max", power=2),
+            "columns": fl.Logistic(pos_weight=RNG.random(c), label_smoothing=0.1),
         }
 
     def to_device(array):
@@ -192,8 +195,23 @@ if SIMULATED:
         compare(fl.Softmax(), s, q)
         compare(fl.Softmax(class_weight=RNG.random(c), z_loss=0.1), s, q, sample_weight=RNG.random(5))
 
+    @pytest.mark.parametrize("c", [1, 7, 33])
+    def test_labels(c, long):
+        """Targets (N, C) of the logistic loss; and of a single column, labels 0 and 1."""
+        s, _ = sample(5, c, "float32")
+        t = np.where(RNG.random((5, c)) < 0.5, RNG.random((5, c)), RNG.random((5, c)) < 0.5).astype(np.float32)
+        compare(fl.Logistic(), s, t)
+        compare(fl.Logistic(class_weight=RNG.random(c), pos_weight=RNG.random(c)), s, t, sample_weight=RNG.random(5))
+        labels = np.array([0, 1, 1, 0, 1])
+        compare(fl.Logistic(class_weight=RNG.random(max(2, c)), label_smoothing=0.1), s, labels)
+        labels[3], t[2, 0] = max(2, c), 1.5
+        with pytest.raises(ValueError, match=rf"targets\[3\] is {max(2, c)}, but scores have {max(2, c)} classes"):
+            fl.Logistic().value(to_device(s), to_device(labels), check=True)
+        with pytest.raises(ValueError, match=r"targets\[2\] is not finite, or negative \(Logistic: or above 1\)"):
+            fl.Logistic().value(to_device(s), to_device(t), check=True)
+
     @pytest.mark.parametrize("c", [5, 20])
-    @pytest.mark.parametrize("name", ["softmax", "all options", "hinge", "hinge mean", "hinge max"])
+    @pytest.mark.parametrize("name", ["softmax", "all options", "hinge", "hinge mean", "hinge max", "logistic"])
     def test_infinite_scores_and_nan(name, c, long):
         s, y = sample(9, c, "float32")
         y[:] = 1
@@ -209,7 +227,7 @@ if SIMULATED:
         s = np.array([[30, 10, 5, 0], [1e4, 1e4 + 1, 0, 0], [-3e4, 0, 1, 2]], np.float32)
         compare(fl.Softmax(), s, np.array([0, 0, 1]), reduction="none")
 
-    @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "logsumexp"])
+    @pytest.mark.parametrize("kind", ["softmax", "log_softmax", "logsumexp", "sigmoid"])
     @pytest.mark.parametrize("shape", [(2, 3, 10), (2, 40), (0, 3)])
     def test_transforms(kind, shape, long):
         s = RNG.standard_normal(shape).astype(np.float32)

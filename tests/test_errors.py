@@ -194,6 +194,7 @@ def test_probabilities_where_they_have_no_meaning():
         (fl.Softmax(label_smoothing=0.1), ["label_smoothing"]),
         (fl.Softmax(ignore_index=-100), ["ignore_index"]),
         (fl.Softmax(ignore_index=0), ["ignore_index"]),
+        (fl.Logistic(ignore_index=0), ["ignore_index"]),
     ):
         assert_raises(ValueError, said, lambda loss=loss: loss.value(SCORES, q, backend="reference"))
         assert_raises(ValueError, said, lambda loss=loss: fl.LinearObjective(loss, X, q, backend="reference"))
@@ -402,9 +403,15 @@ BAD_OPTIONS = [
     (fl.Hinge, {"pair_margins": [[0, math.nan], [1, 0]]}, ValueError, ["pair_margins", "nan", "finite"]),
     (fl.Hinge, {"count_target": 1}, TypeError, ["count_target", "1"]),
     (fl.Hinge, {"count_target": True, "over": "max"}, ValueError, ["count_target", "max"]),
+    (fl.Logistic, {"label_smoothing": 1.1}, ValueError, ["label_smoothing", "1.1"]),
+    (fl.Logistic, {"over": "max"}, ValueError, ["over", "'max'", "'sum'", "'mean'"]),
+    (fl.Logistic, {"pos_weight": -1}, ValueError, ["pos_weight", "-1", "at least 0"]),
+    (fl.Logistic, {"pos_weight": [1, math.nan]}, ValueError, ["pos_weight[1] is nan", "finite"]),
+    (fl.Logistic, {"pos_weight": [[1, 2]]}, ValueError, ["pos_weight", "(1, 2)", "(C,)"]),
+    (fl.Logistic, {"pos_weight": "many"}, TypeError, ["pos_weight", "'many'"]),
     *[
         (loss, options, error, said)
-        for loss in (fl.Softmax, fl.Hinge)
+        for loss in (fl.Softmax, fl.Hinge, fl.Logistic)
         for options, error, said in [
             ({"class_weight": [1, -1]}, ValueError, ["class_weight[1] is -1", "negative"]),
             ({"class_weight": [1, math.nan]}, ValueError, ["class_weight[1] is nan", "finite"]),
@@ -454,6 +461,7 @@ def test_options_that_do_not_fit_the_classes(backend):
         (fl.Softmax(class_weight=[1.0, 2]), ["class_weight", "(2,)", "3 classes", "(3,)"]),
         (fl.Hinge(class_weight=[1.0, 2, 3, 4]), ["class_weight", "(4,)", "(3,)"]),
         (fl.Hinge(pair_margins=np.ones((2, 2))), ["pair_margins", "(2, 2)", "(3, 3)"]),
+        (fl.Logistic(pos_weight=[1.0, 2]), ["pos_weight", "(2,)", "3 columns", "(3,)"]),
     ):
         assert_raises(ValueError, said, lambda loss=loss: loss.value(SCORES, TARGETS, backend="reference"))
         assert_raises(

@@ -53,7 +53,7 @@ def assert_close(found, expected, dtype, scale, note=""):
 
 # --- against plain NumPy ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", ["softmax", "hinge squared", "hinge max"])
+@pytest.mark.parametrize("name", ["softmax", "hinge squared", "hinge max", "logistic"])
 def test_value_and_gradient(backend, name, dtype, bias):
     loss = PLAIN[name]  # one of each kind: the scores level has tests of all
     for n, d, c in SHAPES:
@@ -262,7 +262,7 @@ def test_nan_in_weights_propagates(backend):
     assert math.isnan(fl.LinearObjective(fl.Hinge(), X, y, backend=backend).value(W))
 
 
-@pytest.mark.parametrize("loss", [fl.Softmax(), fl.Hinge(power=2)], ids=["softmax", "hinge squared"])
+@pytest.mark.parametrize("loss", [fl.Softmax(), fl.Hinge(power=2), fl.Logistic()], ids=["softmax", "hinge", "logistic"])
 def test_nan_propagates_through_hessian_products(loss):
     X, W, y = problem(40, 5, 4)
     V = np.linspace(-1, 1, W.size).reshape(W.shape)
@@ -388,6 +388,8 @@ HESSIANS = {
     "temperature": fl.Softmax(temperature=0.5),
     "smoothing, class weight": fl.Softmax(label_smoothing=0.1, class_weight=[1, 0.5, 2, 3]),
     "class weight": fl.Softmax(class_weight=[1, 0.5, 2, 3]),
+    "logistic": fl.Logistic(),
+    "logistic, options": fl.Logistic(pos_weight=[1, 0.5, 2, 3], label_smoothing=0.1, over="mean"),
     "hinge squared": fl.Hinge(power=2),
     "hinge squared mean": fl.Hinge(power=2, over="mean"),
     "hinge squared max": fl.Hinge(power=2, over="max", margin=2.0),

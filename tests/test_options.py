@@ -33,13 +33,26 @@ HINGE = {
 }
 
 
-def make(name, c, weighted, **more):
-    """A loss with options that fit c classes."""
+LOGISTIC = {
+    "logistic": {},
+    "logistic, smoothing": {"label_smoothing": 0.2},
+    "logistic, all": {"label_smoothing": 0.1, "pos_weight": 3.0, "over": "mean"},
+}
+
+
+def make(name, c, weighted, columns=False, **more):
+    """A loss with options that fit c classes, and targets that are indices, or (N, C)."""
     rng = np.random.default_rng(c)
     if weighted:
-        more["class_weight"] = rng.integers(0, 4, c) / 2
+        labels = 2 if name in LOGISTIC and c == 1 and not columns else c
+        more["class_weight"] = rng.integers(0, 4, labels) / 2
     if name in SOFTMAX:
         return fl.Softmax(**SOFTMAX[name], **more)
+    if name in LOGISTIC:
+        options = dict(LOGISTIC[name])
+        if "pos_weight" in options and weighted:
+            options["pos_weight"] = rng.integers(0, 4, c) / 2
+        return fl.Logistic(**options, **more)
     options = dict(HINGE[name])
     which = options.pop("which")
     if "pairs" in which:
@@ -80,11 +93,13 @@ def agree(loss, scores, y, backend, note="", **more):
 
 
 @stored
-@pytest.mark.parametrize("name", [*SOFTMAX, *HINGE])
+@pytest.mark.parametrize("name", [*SOFTMAX, *HINGE, *LOGISTIC])
 def test_shapes(compiled, stored, name):
     rng = np.random.default_rng(1)
     for n, c in SHAPES:
         scores, y = (3 * rng.standard_normal((n, c))).astype(stored), rng.integers(0, c, n)
+        if c == 1 and name in LOGISTIC:
+            y = rng.integers(0, 2, n)
         for weighted in (False, True):
             loss = make(name, c, weighted)
             note = f"{(n, c)}, {'weighted' if weighted else 'plain'}"
@@ -98,7 +113,9 @@ def test_shapes(compiled, stored, name):
 
 
 @stored
-@pytest.mark.parametrize("name", [name for name, options in SOFTMAX.items() if "label_smoothing" not in options])
+@pytest.mark.parametrize(
+    "name", [*(name for name, options in SOFTMAX.items() if "label_smoothing" not in options), *LOGISTIC]
+)
 def test_probabilities(compiled, stored, name):
     rng = np.random.default_rng(2)
     for n, c in SHAPES:
@@ -109,10 +126,12 @@ def test_probabilities(compiled, stored, name):
             probabilities = q.astype(kind)
             if kind == ml_dtypes.bfloat16:
                 probabilities = q.astype(kind).astype(np.float32)
-            agree(make(name, c, weighted), scores, probabilities, compiled, f"{(n, c)}, {np.dtype(kind)}")
+            agree(make(name, c, weighted, True), scores, probabilities, compiled, f"{(n, c)}, {np.dtype(kind)}")
 
 
-@pytest.mark.parametrize("name", ["all", "softcap", "sum, power 1, pairs, count_target", "max, power 2, pairs"])
+@pytest.mark.parametrize(
+    "name", ["all", "softcap", "sum, power 1, pairs, count_target", "max, power 2, pairs", "logistic, all"]
+)
 def test_layouts_and_weights(compiled, dtype, name):
     """Strided, F-order and reversed scores; rows that are skipped, even with NaN in them; upstream for each row."""
     rng = np.random.default_rng(3)

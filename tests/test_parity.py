@@ -148,6 +148,50 @@ def test_probability_targets_as_in_torch():
     np.testing.assert_allclose(grad, wanted[1], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"weight"}, {"pos_weight"}, {"weight", "pos_weight"}], ids="+".join)
+def test_logistic_as_binary_cross_entropy_of_torch(options, reduction):
+    scores, _, weight = _scores()
+    rng = np.random.default_rng(3)
+    labels = np.where(rng.random(scores.shape) < 0.5, rng.random(scores.shape), rng.random(scores.shape) < 0.3)
+    given = {"weight": weight, "pos_weight": weight[::-1] + 1}
+
+    def cross_entropy(F, s, tensor):
+        more = {name: tensor(given[name].copy()) for name in options}
+        loss = F.binary_cross_entropy_with_logits(s, tensor(labels), reduction="none", **more)
+        return loss.sum(1) if reduction == "none" else getattr(loss, reduction)()
+
+    names = {"weight": "class_weight", "pos_weight": "pos_weight"}
+    loss = fl.Logistic(over="mean" if reduction == "mean" else "sum", **{names[name]: given[name] for name in options})
+    value, grad = loss.value_and_grad(scores, labels, reduction=reduction, backend="reference")
+    wanted_value, wanted_grad = _by_autograd(cross_entropy, scores)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-13)
+    np.testing.assert_allclose(grad, wanted_grad, rtol=1e-12, atol=1e-15)
+
+
+def test_logistic_regressions_of_scikit_learn():
+    """Binary, with a single column of scores and class weights; and one class against the rest."""
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    multiclass, minimize = pytest.importorskip("sklearn.multiclass"), pytest.importorskip("scipy.optimize").minimize
+    rng = np.random.default_rng(4)
+    X, y = rng.standard_normal((200, 4)), rng.integers(0, 3, 200)
+    X[:, 0] += y
+    for labels, loss, columns, how in (
+        (np.minimum(y, 1), fl.Logistic(class_weight=[1.0, 3.0]), 1, {"class_weight": {0: 1, 1: 3}}),
+        (y, fl.Logistic(), 3, {}),
+    ):
+        theirs = linear.LogisticRegression(C=0.5, tol=1e-10, max_iter=1000, **how)
+        theirs = (theirs if columns == 1 else multiclass.OneVsRestClassifier(theirs)).fit(X, labels)
+        parts = [theirs] if columns == 1 else theirs.estimators_
+        wanted = np.concatenate([np.hstack([part.coef_, part.intercept_[:, None]]) for part in parts])
+        objective = fl.LinearObjective(loss, X, labels, penalty=fl.L2(1.0), reduction="sum")
+        found = minimize(objective.flat, np.zeros(5 * columns), jac=True, tol=1e-12)
+        np.testing.assert_allclose(found.x.reshape(columns, 5), wanted, atol=1e-5)
+        scores = X @ wanted[:, :-1].T + wanted[:, -1]
+        positive = fl.sigmoid(scores)[:, -1] if columns == 1 else fl.sigmoid(scores[:, 2])
+        np.testing.assert_allclose(positive, parts[-1].predict_proba(X)[:, 1], rtol=1e-12)
+
+
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("margin", [1.0, 0.3])
 def test_mean_hinge_as_torch_multi_margin_loss(power, margin):

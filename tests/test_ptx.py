@@ -47,9 +47,12 @@ KINDS = {
     "hinge": Row("hinge"),
     "hinge squared": Row("hinge", power=2, mean=True, pairs=True, counts_target=True),
     "hinge max": Row("hinge max", power=2, pairs=True),
+    "logistic": Row("logistic"),
+    "logistic, options": Row("logistic", probabilities=True, weights=True, smooths=True, mean=True),
     "p": Row("p"),
     "log p": Row("log p"),
     "lse": Row("lse"),
+    "sigmoid": Row("sigmoid"),
 }
 KERNELS = {"rows": scores.rows_kernel, "long rows": scores.long_rows_kernel}
 FEW = {

@@ -24,6 +24,8 @@ LOSSES = {
     "pairs, squared": fl.Hinge(pair_margins=np.arange(49).reshape(7, 7) / 8, power=2, over="mean"),
     "pairs, max": fl.Hinge(pair_margins=np.arange(49).reshape(7, 7) / 8, over="max"),
     "counted": fl.Hinge(count_target=True, power=2),
+    "logistic, mean": fl.Logistic(over="mean", label_smoothing=0.125),
+    "logistic, weights": fl.Logistic(pos_weight=np.arange(1, 8) / 4),
 }
 
 
@@ -43,7 +45,11 @@ def evaluate(loss, scores, target, entropy=False):
     if plan.pairs:
         q = loss.pair_margins[target].astype(real)
         own = q[target]
-    w = loss.class_weight.astype(real) if plan.weights else np.zeros(c, real)
+    w = np.zeros(c, real)
+    if plan.kind == "logistic" and plan.weights:
+        w = rowmath.table_of(loss, c, plan).astype(real).reshape(2, c).T
+    elif plan.weights:
+        w = loss.class_weight.astype(real)
     m = zero
     for k in range(c if plan.looks else 0):
         m = row.top(m, scores[k]) if k else scores[0]

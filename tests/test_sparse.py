@@ -13,6 +13,7 @@ LOSSES = {
     "softmax": fl.Softmax(),
     "hinge": fl.Hinge(),
     "hinge squared": fl.Hinge(power=2),
+    "logistic": fl.Logistic(),
     "options": fl.Softmax(label_smoothing=0.1, class_weight=np.arange(1, 34)),
 }
 SHAPES = [(50, 30, 33), (7, 5, 2), (9, 40, 70), (1, 1, 3), (40, 3, 16), (33, 17, 1), (300, 5, 100)]

@@ -398,7 +398,7 @@ def train_by_recipe(dataset, loss):
 
 
 @pytest.mark.parametrize("name", ["digits", "another"])
-@pytest.mark.parametrize("loss", ["softmax", "hinge"])
+@pytest.mark.parametrize("loss", ["softmax", "hinge", "logistic"])
 def test_recipes_learn_digits(name, loss):
     digits = data.load_digits()
     model = train_by_recipe(data.Dataset(**{**vars(digits), "name": name}), loss)
@@ -428,7 +428,20 @@ def test_recipes_learn_cifar10(cifar10, loss, least):
     assert train_by_recipe(cifar10, loss).accuracy(cifar10.X_test, cifar10.y_test) >= least
 
 
+@pytest.mark.parametrize("as_columns", [False, True])
+def test_a_single_column_of_scores(as_columns):
+    """Binary problems: the labels are 0 and 1, and accuracy is by the sign of the score."""
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((300, 3))
+    y = (X[:, 0] + 0.1 * rng.standard_normal(300) > 0).astype(int)
+    objective = fl.LinearObjective(fl.Logistic(), X, y[:, None] if as_columns else y, penalty=fl.L2(1e-3))
+    result = sgd(objective, n_classes=1, epochs=5, batch_size=32, step_size=0.5, validation=(X, y))
+    assert result.W.shape == (1, 4)
+    right = np.mean((X @ result.W[0, :3] + result.W[0, 3] > 0) == y)
+    assert result.history["accuracy"][-1] == result.history["validation_accuracy"][-1] == right > 0.9
+
+
 def test_every_recipe_is_of_its_name():
     assert all(entry.loss.kind == loss for (_, loss), entry in RECIPES.items())
-    with pytest.raises(ValueError, match="loss is 'logistic'"):
-        recipe("digits", "logistic", 64)
+    with pytest.raises(ValueError, match="loss is 'logit'"):
+        recipe("digits", "logit", 64)

@@ -140,9 +140,9 @@ class Backend:
             bad &= indices != ignored
         return int(bad.argmax()) if bad.any() else -1
 
-    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
-        """The flat position of the first number that is not finite, or negative; −1 if there is none."""
-        return checks.first_unfit(numbers)
+    def first_unfit(self, numbers: Array, n_threads: int = 1, most: float = np.inf) -> int:
+        """The flat position of the first number that is not finite, or not in [0, most]; −1 if there is none."""
+        return checks.first_unfit(numbers, most)
 
     def weigh(
         self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
@@ -216,7 +216,7 @@ class Backend:
         raise NotImplementedError
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
-        """softmax, log_softmax or logsumexp of given scores into `out` (which may be `scores`)."""
+        """softmax, log_softmax, logsumexp or sigmoid of given scores into `out` (which may be `scores`)."""
         raise NotImplementedError
 
     def descend(

@@ -79,7 +79,11 @@ def bits(array: Any) -> Any:
 
 def row_options(loss: Any) -> tuple[Any, ...]:
     """What the kernels know of a plain loss: kind, margin, power, over; None for the options of the general form."""
-    return SOFTMAX if loss.kind == "softmax" else (loss.kind, loss.margin, loss.power, loss.over, None)
+    if loss.kind == "softmax":
+        return SOFTMAX
+    if loss.kind == "logistic":
+        return "logistic", 0.0, 1, loss.over, None
+    return loss.kind, loss.margin, loss.power, loss.over, None
 
 
 def general_options(
@@ -94,6 +98,11 @@ def general_options(
             weight = weight * dtype.type(smoothing / n_classes)
         elsewhere = smoothing / n_classes
         return _softmax_options(loss, 1 - smoothing + elsewhere, elsewhere, weight, entropy, False)
+    if loss.kind == "logistic":
+        at, elsewhere = loss.smoothed
+        weights = loss.column_weights(probabilities, n_classes)
+        weights = None if weights is None else weights.astype(dtype)
+        return *row_options(loss)[:4], (at, elsewhere, 0.0, -1.0, 1.0, weights, None, False, False, False)
     pairs = loss.converted("pair_margins", dtype)
     return *row_options(loss)[:4], (1.0, 0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
 
@@ -161,11 +170,11 @@ class CythonBackend(Backend):
     def reads(self, dtype: np.dtype[Any]) -> bool:
         return dtype.kind != "u" and self._kernels[dtype] is not None
 
-    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
+    def first_unfit(self, numbers: Array, n_threads: int = 1, most: float = np.inf) -> int:
         kernels = self._kernels[numbers.dtype] if numbers.dtype.kind == "f" and numbers.itemsize > 2 else None
         if kernels is None or not (numbers.flags.c_contiguous and numbers.flags.aligned):
-            return super().first_unfit(numbers)
-        position: int = kernels.first_unfit(numbers.reshape(-1), n_threads)
+            return super().first_unfit(numbers, n_threads, most)
+        position: int = kernels.first_unfit(numbers.reshape(-1), most, n_threads)
         return position
 
     def weigh(

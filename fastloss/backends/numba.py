@@ -45,9 +45,9 @@ class NumbaBackend(reference.ReferenceBackend):
         position: int | None = self._checks.first_outside(indices, stop, ignored)
         return super().first_outside(indices, stop, ignored) if position is None else position
 
-    def first_unfit(self, numbers: Array, n_threads: int = 1) -> int:
-        position: int | None = self._checks.first_unfit(numbers)
-        return super().first_unfit(numbers) if position is None else position
+    def first_unfit(self, numbers: Array, n_threads: int = 1, most: float = np.inf) -> int:
+        position: int | None = self._checks.first_unfit(numbers, most)
+        return super().first_unfit(numbers, n_threads, most) if position is None else position
 
     def weigh(
         self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,

@@ -338,10 +338,59 @@ def hinge_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
     return np.asarray(curve / (c if loss.over == "mean" else 1))
 
 
-ROWS = {"softmax": softmax_rows, "hinge": hinge_rows}
-HVP = {"softmax": softmax_hvp, "hinge": hinge_hvp}
-HESS_DIAG = {"softmax": softmax_hess_diag, "hinge": hinge_hess_diag}
-TRANSFORMS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp}
+# --- logistic ------------------------------------------------------------------------------------------------------
+def sigmoid(s: Array) -> Array:
+    """1 / (1 + exp(−s)), accurate at both ends."""
+    e = np.exp(-np.abs(s))
+    return np.asarray(np.where(s < 0, e, 1) / (1 + e))
+
+
+def two_sides(loss: Any, targets: Array, n: int, c: int) -> tuple[Array, Array]:
+    """What log(1 + exp(−s)) and log(1 + exp(s)) are multiplied by in each row's loss: t and 1 − t, weighted."""
+    if targets.ndim == 2:
+        t = targets.astype(np.float64)
+    elif c == 1:
+        t = (targets == 1).astype(np.float64)[:, None]
+    else:
+        t = np.zeros((n, c))
+        t[np.arange(n), targets] = 1
+    high, low = loss.smoothed
+    positive, negative = low + (high - low) * t, low + (high - low) * (1 - t)
+    weights = loss.column_weights(targets.ndim == 2, c)
+    return (positive, negative) if weights is None else (positive * weights[c:], negative * weights[:c])
+
+
+def logistic_rows(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """Σ_j α_j log(1 + exp(−s_j)) + β_j log(1 + exp(s_j)), and its gradient β_j σ(s_j) − α_j σ(−s_j).
+
+    α and β are t and 1 − t, weighted. Where one is 0 its side counts nothing, however large the score.
+    """
+    n, c = scores.shape
+    positive, negative = (side.astype(scores.dtype) for side in two_sides(loss, targets, n, c))
+    per_class = np.where(positive == 0, 0, positive * np.logaddexp(0, -scores))
+    per_class = per_class + np.where(negative == 0, 0, negative * np.logaddexp(0, scores))
+    row_loss = np.where(np.isnan(scores), np.nan, per_class).sum(axis=1)
+    gradient = negative * sigmoid(scores) - positive * sigmoid(-scores)
+    if loss.over == "mean":
+        row_loss, gradient = row_loss / c, gradient / c
+    return row_loss, gradient, {"argmax": scores.argmax(axis=1) if c else np.zeros(n, np.intp)}
+
+
+def logistic_hess_diag(loss: Any, scores: Array, targets: Array) -> Array:
+    """∂²ℓ / ∂s_j²: (α + β) σ(s_j) σ(−s_j)."""
+    weight = sum(two_sides(loss, targets, *scores.shape)) / (scores.shape[1] if loss.over == "mean" else 1)
+    return np.asarray(weight * sigmoid(scores) * sigmoid(-scores))
+
+
+def logistic_hvp(loss: Any, scores: Array, targets: Array, direction: Array) -> Array:
+    """The Hessian of a row loss, which is diagonal, times a direction."""
+    return np.asarray(logistic_hess_diag(loss, scores, targets) * direction)
+
+
+ROWS = {"softmax": softmax_rows, "hinge": hinge_rows, "logistic": logistic_rows}
+HVP = {"softmax": softmax_hvp, "hinge": hinge_hvp, "logistic": logistic_hvp}
+HESS_DIAG = {"softmax": softmax_hess_diag, "hinge": hinge_hess_diag, "logistic": logistic_hess_diag}
+TRANSFORMS = {"softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp, "sigmoid": sigmoid}
 
 
 def row_math(loss: Any, scores: Array, targets: Array) -> tuple[Array, Array, dict[str, Array]]:

@@ -7,6 +7,7 @@ gradient entry in units of its row's largest true entry; a magnitude below the s
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -130,6 +131,16 @@ def exact_hinge(loss: fl.Hinge, scores: Array, targets: Array) -> tuple[Array, A
     return (m**loss.power).sum(axis=1) / share, gradient / share
 
 
+def exact_logistic(scores: Array, targets: Array) -> tuple[Array, Array]:
+    """Row losses and gradient of the logistic loss, one class against the rest, wide."""
+    s, row = widened(scores), np.arange(len(scores))
+    s[row, targets] *= -1
+    e = np.exp(-np.abs(s))
+    gradient = np.where(s < 0, e, 1) / (1 + e)
+    gradient[row, targets] *= -1
+    return (np.maximum(s, 0) + np.log1p(e)).sum(axis=1), gradient
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 def unit(magnitude: Array, dtype: Any) -> Array:
     """The unit in the last place of `dtype` for a magnitude, at least the smallest normal number."""
@@ -196,6 +207,31 @@ def _numpy_hinge(loss: fl.Hinge) -> Computation:
         gradient[row, targets] = -gradient.sum(axis=1)
         losses = (margins**loss.power).sum(axis=1)
         return (losses / scores.shape[1], gradient / scores.shape[1]) if loss.over == "mean" else (losses, gradient)
+
+    return compute
+
+
+def _numpy_logistic() -> Computation:
+    """As it is usually written, without overflow."""
+
+    def compute(scores: Array, targets: Array) -> tuple[Array, Array]:
+        labels = np.zeros_like(scores)
+        labels[np.arange(len(scores)), targets] = 1
+        losses = np.maximum(scores, 0) - scores * labels + np.log1p(np.exp(-np.abs(scores)))
+        return losses.sum(axis=1), 1 / (1 + np.exp(-scores)) - labels
+
+    return compute
+
+
+def _torch_logistic() -> Computation:
+    torch: Any = import_module("torch")
+
+    def compute(scores: Array, targets: Array) -> tuple[Array, Array]:
+        s, labels = torch.from_numpy(scores).requires_grad_(), torch.zeros(scores.shape, dtype=torch.float64)
+        labels[torch.arange(len(scores)), torch.from_numpy(targets)] = 1
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(s, labels.to(s.dtype), reduction="none").sum(1)
+        (gradient,) = torch.autograd.grad(losses.sum(), s)
+        return losses.detach().numpy(), gradient.numpy()
 
     return compute
 
@@ -271,6 +307,14 @@ def hinge_computations(loss: fl.Hinge, names: Sequence[str]) -> dict[str, Comput
     return {name: build(loss) for name, build in builders.items() if name in names}
 
 
+def logistic_computations(names: Sequence[str]) -> dict[str, Computation]:
+    """Those of `names` that have the logistic loss."""
+    builders = {
+        "fastloss": lambda: _fastloss(fl.Logistic()), "PyTorch": _torch_logistic, "NumPy": _numpy_logistic,
+    }  # fmt: skip
+    return {name: build() for name, build in builders.items() if name in names}
+
+
 # --- the table -----------------------------------------------------------------------------------------------------
 class Worst(NamedTuple):
     """The worst errors of some rows, in units in the last place."""
@@ -311,18 +355,21 @@ def measure(dtype: Any, computations: dict[str, Computation], size: int = SIZE) 
     ordered = {line: table[line] for line in [*dict.fromkeys(lines), "target dominates"]}
     for loss in HINGES:
         line = f"hinge{' squared' if loss.power == 2 else ''}, {loss.over}"
-        ordered[line] = measure_hinge(loss, dtype, hinge_computations(loss, list(computations)), size)
+        truth = functools.partial(exact_hinge, loss)
+        ordered[line] = measure_all(truth, dtype, hinge_computations(loss, list(computations)), size)
+    ordered["logistic"] = measure_all(exact_logistic, dtype, logistic_computations(list(computations)), size)
     return ordered
 
 
-def measure_hinge(loss: fl.Hinge, dtype: Any, computations: dict[str, Computation], size: int) -> dict[str, Worst]:
+def measure_all(truth: Computation, dtype: Any, computations: dict[str, Computation], size: int) -> dict[str, Worst]:
     """Who → the worst errors over all rows."""
     cells = dict.fromkeys(computations, Worst())
     for rows in all_rows():
         scores, targets = rows.draw(dtype, size)
-        losses, gradient = exact_hinge(loss, scores, targets)
+        losses, gradient = truth(scores, targets)
         for name, compute in computations.items():
-            found, found_gradient = compute(scores, targets)
+            with np.errstate(all="ignore"):
+                found, found_gradient = compute(scores, targets)
             worst = loss_ulps(found, losses).max(), gradient_ulps(found_gradient, gradient).max()
             cells[name] = Worst(*(max(a, float(b)) for a, b in zip(cells[name], worst, strict=True)))
     return cells

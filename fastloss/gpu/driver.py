@@ -54,8 +54,10 @@ def raise_errors(gpu: int) -> None:
             f"targets[{row}] is {value}, and the stats of this row do not fit: the target must be a class of one of "
             f"the shards that are merged, of stats of this loss{must}{late}"
         )
-    name = "a probability of targets" if code == scores.BAD_PROBABILITY else "sample_weight"
-    raise ValueError(f"{name}[{row}] is not finite, or negative; it must be finite and not negative{late}")
+    if code == scores.BAD_PROBABILITY:
+        what = "is not finite, or negative (Logistic: or above 1)"
+        raise ValueError(f"a probability of targets[{row}] {what}; it must be finite and not negative{late}")
+    raise ValueError(f"sample_weight[{row}] is not finite, or negative; it must be finite and not negative{late}")
 
 
 def synchronize() -> None:
@@ -175,9 +177,9 @@ def options(loss: Any, plan: rowmath.Plan, c: int, dtype: str, gpu: int) -> Any:
     found = kept.get(key)
     if found is None:
         real = np.dtype(device.REAL[dtype])
-        table = loss.class_weight if plan.weights else loss.pair_margins if plan.pairs else np.zeros(0)
-        numbers = rowmath.numbers_of(loss, c, real.type)
-        found = kept[key] = device.Buffer(np.concatenate([numbers, np.asarray(table).ravel()]).astype(real))
+        table, numbers = rowmath.table_of(loss, c, plan), rowmath.numbers_of(loss, c, real.type)
+        every = numbers if table is None else np.concatenate([numbers, table])
+        found = kept[key] = device.Buffer(every.astype(real))
     return found.pointer
 
 
@@ -210,7 +212,7 @@ def _weigh(
         has_classes and loss.weighs_inside(False),
     )  # fmt: skip
     kernel.launch(
-        blocks, threads, device.SCRATCH * scores.WIDTH * 8, stream, n, c,
+        blocks, threads, device.SCRATCH * scores.WIDTH * 8, stream, n, loss.labels(c),
         targets.pointer if indices else nothing(gpu, "uint8"), _index_kind(targets) if indices else 1,
         loss.ignore_index if ignores else 0, _class_weight(loss, gpu) if has_classes else nothing(gpu, "float64"),
         nothing(gpu, "float64") if weight is None else weight.pointer, weights,
@@ -235,8 +237,8 @@ def scores_call(
     with device.on(s.gpu):
         raise_errors(s.gpu)
         n, c = s.shape
-        loss.check_classes(c)
         y = _targets(targets, s, loss, n, c)
+        loss.check_classes(c, y.ndim == 2)
         if outputs:
             driver.check_outputs(loss, outputs)
         real = device.REAL[s.dtype]
@@ -334,7 +336,7 @@ def _run(
     return result.owner, None if grad is None else grad.owner, extras
 
 
-TRANSFORMS = {"softmax": "p", "log_softmax": "log p", "logsumexp": "lse"}
+TRANSFORMS = {"softmax": "p", "log_softmax": "log p", "logsumexp": "lse", "sigmoid": "sigmoid"}
 
 
 def transform_call(kind: str, given: Any, out: Any) -> Any:

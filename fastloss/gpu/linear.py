@@ -400,9 +400,9 @@ def linear_call(
         if isinstance(wrt, str) or not set(wrt) <= {"W", "b", "X"}:
             raise ValueError(f'wrt is {wrt!r}; it must be a tuple of "W", "b" and "X"')
         checks.one_of(reduction, "reduction", checks.REDUCTIONS)
-        loss.check_classes(c)
         real = features_type(given.dtype)
         y = driver._targets(targets, _typed(given, real), loss, n, c)
+        loss.check_classes(c, y.ndim == 2)
         weight = _weights_of(sample_weight, given, n)
         factor, pulled = driver.upstream_of(upstream, reduction, given, n, real, "row of X")
         chunk_rows = None if chunk_rows is None else checks.integer(chunk_rows, "chunk_rows", low=1)
@@ -505,9 +505,9 @@ class DeviceObjective(LinearObjective):
 
     def _targets(self, c: int) -> View:
         if self._targets_for != c:
-            self.loss.check_classes(c)
             like = _typed(self.features, self.dtype.name)
             self.labels = driver._targets(self._given_targets, like, self.loss, self.features.shape[0], c)
+            self.loss.check_classes(c, self.labels.ndim == 2)
             self._targets_for = c
         return self.labels
 

@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     @property
     def has_index(self) -> bool:
         """Whether targets are class indices."""
-        return self.row.kind in ("softmax", "hinge", "hinge max") and not (self.row.probabilities or self.row.shard)
+        return self.row.has_index
 
     @property
     def writes_rows(self) -> bool:
@@ -164,7 +164,12 @@ def _walks(plan: Plan, row: Any) -> SimpleNamespace:
     def weight(j, c, table_of):
         return load(table_of, table + j) if weights and j < c else zero
 
-    extra, weight = jit(extra), jit(weight)
+    def two_weights(j, c, table_of):
+        if j < c:
+            return load(table_of, table + j), load(table_of, table + c + j)
+        return zero, zero
+
+    extra, weight = jit(extra), jit(two_weights if weights and plan.row.is_apart else weight)
 
     def one_step(state, x, j, c, y, known, options, table_of, q, q_at):
         found = step(x, extra(j, c, y, table_of, q, q_at), weight(j, c, table_of), j == y, known, options)
@@ -180,7 +185,7 @@ def _walks(plan: Plan, row: Any) -> SimpleNamespace:
         if again or closes:
             u, w = extra(j, c, y, table_of, q, q_at), weight(j, c, table_of)
             if again:
-                x = step(x, u, w, False, known, options)[0]
+                x = step(x, u, w, j == y, known, options)[0]
             if closes:
                 x = close(x, u, w, j == y, known, numbers, options)
         return x
@@ -356,7 +361,7 @@ def _finisher(plan: Plan, code: int) -> Any:
         device.add_and_fetch, device.threadfence, device.syncthreads, device.shared,
     )  # fmt: skip
     zero64, nan, threadfence_system = np.float64(0), np.float64(np.nan), device.threadfence_system
-    has_index = plan.has_index
+    has_index, least_labels = plan.has_index, 2 if plan.row.is_apart else 1
     taken, done, bad, no_row = TAKEN, DONE, BAD, NO_ROW
     writes_value, shared_total = WRITES_VALUE, SHARED_TOTAL
 
@@ -396,7 +401,7 @@ def _finisher(plan: Plan, code: int) -> Any:
             if row != no_row:
                 errors[1] = row
                 errors[2] = load_index(targets, row, kind) if has_index else 0
-                errors[3] = c
+                errors[3] = max(c, least_labels)
                 threadfence_system()
                 errors[0] = code
             words[bad] = no_row
@@ -459,6 +464,7 @@ def _parts(plan: Plan) -> SimpleNamespace:
     nowhere, has_index, probabilities, bad_of = real(np.inf), plan.has_index, plan.row.probabilities, BAD
     weighted, pulled, shared_total = WEIGHTED, PULLED, SHARED_TOTAL
     pairs, table, margin = plan.row.pairs, TABLE, MARGIN
+    is_apart, most = plan.row.is_apart, real(1 if plan.row.is_apart else np.inf)
 
     def largest(a, b):
         return (larger(a[0], b[0]),)
@@ -485,13 +491,17 @@ def _parts(plan: Plan) -> SimpleNamespace:
         if w != 0.0:
             if has_index:
                 y = load_index(targets, i, kind)
-                is_bad = y < 0 or y >= c
+                labels = c
+                if is_apart and c == 1:  # labels are 0 and 1: none, and class 0
+                    labels = 2
+                is_bad = y < 0 or y >= labels
+                y -= labels - c
                 if is_bad:
                     least(words, bad_of, i)
             if probabilities:
                 while k < stop:
                     u = load(q, q_at + k)
-                    if not (u >= zero and u - u == zero):
+                    if not (u >= zero and u <= most and u - u == zero):
                         is_bad = True
                         least(words, bad_of, i)
                     k += stride
@@ -699,7 +709,7 @@ def _combiner(plan: Plan) -> Any:
             state[6] + spread,
         )  # fmt: skip
 
-    if kind == "hinge":
+    if kind == "hinge" or plan.row.is_apart:
         chosen = as_is
     elif kind == "hinge max":
         chosen = largest

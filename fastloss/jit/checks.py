@@ -77,23 +77,22 @@ def outside_kernel(dtype: str) -> Any:
 
 
 def unfit_kernel(dtype: str) -> Any:
-    """The position of the first number that is not finite, or negative; −1: there is none."""
+    """The position of the first number that is not in [0, most]; −1: there is none."""
     kind = getattr(types, dtype)
-    infinity = getattr(np, dtype)(np.inf)
 
     @cpu.reducer
-    def count(numbers):
+    def count(numbers, most):
         bad = 0
         for x in numbers:
-            bad += not (x >= 0 and x < infinity)
+            bad += not (x >= 0 and x <= most)
         return bad
 
-    @numba.njit(types.int64(types.Array(kind, 1, "C", readonly=True)), nogil=True, error_model="numpy")
-    def first_unfit(numbers):
+    @numba.njit(types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy")
+    def first_unfit(numbers, most):
         for a in range(0, numbers.size, BLOCK):
-            if count(numbers[a : a + BLOCK]):
+            if count(numbers[a : a + BLOCK], most):
                 for i in range(a, min(a + BLOCK, numbers.size)):
-                    if not (numbers[i] >= 0 and numbers[i] < infinity):
+                    if not (numbers[i] >= 0 and numbers[i] <= most):
                         return i
         return -1
 
@@ -149,11 +148,12 @@ def first_outside(indices: Array, stop: int, ignored: int | None) -> int | None:
     return position
 
 
-def first_unfit(numbers: Array) -> int | None:
+def first_unfit(numbers: Array, most: float) -> int | None:
     """`Backend.first_unfit`; None for arrays that are not served here."""
     if numbers.dtype.name not in ("float64", "float32") or not (numbers.flags.c_contiguous and numbers.flags.aligned):
         return None
-    position: int = cpu.made(unfit_kernel, numbers.dtype.name)(numbers.reshape(-1))
+    finite = min(most, float(np.finfo(numbers.dtype).max))
+    position: int = cpu.made(unfit_kernel, numbers.dtype.name)(numbers.reshape(-1), numbers.dtype.type(finite))
     return position
 
 

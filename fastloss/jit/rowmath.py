@@ -26,6 +26,10 @@ no term cancels another:
   classes but the target ("flat"), only the target can be that class.
 - Hinge: m_j = (s_j + edge) − rest, where s_y − Δ is −edge + rest, exactly. The sum is exact where m_j is small beside
   s_j; `not m_j <= 0` is active, so that NaN is never swallowed.
+- Logistic: with e = exp(−|s|), `away` the weight of the side that s is on and `near` that of the other,
+      ℓ = Σ away |s| + (away + near) log(1 + e)        gradient ± (away − near e) / (1 + e)
+  Where all weights of a class are 1 together (`grows`), walks may take the logarithm of a product of many 1 + e: `open`
+  gives `away` |s| and e, `grow` has the product in twice the precision, `logged` is its logarithm plus a number.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -49,10 +53,10 @@ MARGIN, PER_CLASS, CLASSES, AT_TARGET, ELSEWHERE, Z_LOSS, SOFTCAP, PER_TEMPERATU
 class Plan(NamedTuple):
     """What is compiled for; all of it constant when it is."""
 
-    kind: str  # "softmax", "hinge", "hinge max"; or a transform: "p", "log p", "lse"
+    kind: str  # "softmax", "hinge", "hinge max", "logistic"; or a transform: "p", "log p", "lse", "sigmoid"
     general: bool = False  # softmax: options or an extra output beyond the plain form
     probabilities: bool = False  # u comes with the rows
-    weights: bool = False  # class weights are part of u
+    weights: bool = False  # class weights are part of u; logistic: of targets 0 and of targets 1
     smooths: bool = False  # u of other classes than the target is not 0 (not with probabilities)
     softcap: bool = False
     entropy: bool = False
@@ -74,18 +78,36 @@ class Plan(NamedTuple):
         return self.kind in ("softmax", "hinge", "hinge max") and not self.dense and not self.shard
 
     @property
+    def has_index(self) -> bool:
+        """Whether targets are class indices."""
+        known = self.kind in ("softmax", "hinge", "hinge max", "logistic")
+        return known and not self.probabilities and not self.shard
+
+    @property
     def looks(self) -> bool:
         """Whether the walk starts from the maximum."""
-        return not self.kind.startswith("hinge")
+        return not self.is_apart and not self.kind.startswith("hinge")
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each class is for itself: with one class, labels are 0 and 1."""
+        return self.kind in ("logistic", "sigmoid")
+
+    @property
+    def grows(self) -> bool:
+        """Whether logarithms may be those of products of classes."""
+        return self.kind == "logistic" and not self.weights
 
     @property
     def closes(self) -> bool:
         """Whether the gradient takes a second walk."""
-        return self.kind not in ("hinge", "lse")
+        return self.kind not in ("hinge", "lse") and not self.is_apart
 
     @property
     def terms(self) -> int:
         """How many of the terms are not 0."""
+        if self.is_apart:
+            return 1
         if self.kind == "hinge":
             return 2 if self.power == 1 else 3
         return 6 if self.general else 2 if self.kind in ("log p", "lse") else 1
@@ -104,6 +126,14 @@ def plan_of(loss: Any, probabilities: bool, z: bool = False, entropy: bool = Fal
             entropy=entropy,
             z_loss=loss.z_loss > 0,
             shard=shard,
+        )
+    if loss.kind == "logistic":
+        return Plan(
+            "logistic",
+            probabilities=probabilities,
+            weights=loss.pos_weight is not None or (loss.class_weight is not None and probabilities),
+            smooths=loss.label_smoothing > 0,
+            mean=loss.over == "mean",
         )
     return Plan(
         "hinge max" if loss.over == "max" else "hinge",
@@ -124,6 +154,9 @@ def numbers_of(loss: Any, classes: int, real: Any) -> np.ndarray[Any, Any]:
         found[AT_TARGET] = 1 - loss.label_smoothing + loss.label_smoothing / classes
         found[Z_LOSS], found[PER_TEMPERATURE] = loss.z_loss, 1 / loss.temperature
         found[SOFTCAP] = 1 if loss.softcap is None else loss.softcap
+    elif loss.kind == "logistic":
+        found[AT_TARGET], found[ELSEWHERE] = loss.smoothed
+        found[PER_CLASS] = 1 / classes if loss.over == "mean" else 1
     else:
         found[MARGIN] = 0 if loss.pair_margins is not None else loss.margin
         found[PER_CLASS] = 1 / classes if loss.over == "mean" else 1
@@ -135,6 +168,16 @@ def shard_options(loss: Any, plan: Plan, share: float, weights: np.ndarray[Any, 
     table = numbers_of(loss, len(weights), real)
     table[ELSEWHERE] = table[AT_TARGET] = share
     return np.concatenate([table, weights.astype(real)]) if plan.weights else table
+
+
+def table_of(loss: Any, classes: int, plan: Plan) -> np.ndarray[Any, Any] | None:
+    """The options of a loss that are numbers of classes, or of class pairs row by row; None if it has none."""
+    if plan.pairs:
+        return np.asarray(loss.pair_margins).ravel()
+    if plan.kind == "logistic":
+        found: np.ndarray[Any, Any] | None = loss.column_weights(plan.probabilities, classes)
+        return found
+    return np.asarray(loss.class_weight) if plan.weights else None
 
 
 # --- what helpers are made of, in plain NumPy ----------------------------------------------------------------------
@@ -323,7 +366,7 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
         aim(m, sy, factor, options) → known, a tuple of KNOWN numbers. `m` is 0 where the plan does not look, `sy` where
             it has no target; `factor` multiplies the row's gradient.
         step(x, q, w, is_target, known, options) → kept, and TERMS terms. q: the class's probability, or margin of the
-            pair; w: its weight; each is 0 where the plan has none.
+            pair; w: its weight (logistic: what targets 0 and 1 count there); each is 0 where the plan has none.
         settle(m, sy, own, known, sums, low, factor, options) → loss, z, entropy, entry, and 4 numbers for `close`.
             sums: TERMS numbers; low: what the first lacks, as rounded; own: the margin of the target with itself.
             With `plan.shard`, z is m, entropy the sum of the exponentials but for one maximum, and loss Σ u (−d).
@@ -357,6 +400,10 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
         _general(plan, jit, tools, f, made)
     elif plan.kind == "softmax":
         _softmax(jit, tools, f, made)
+    elif plan.kind == "logistic":
+        _logistic(plan, jit, tools, f, made)
+    elif plan.kind == "sigmoid":
+        _sigmoid(jit, tools, f, made)
     else:
         _transform(plan, jit, tools, f, made)
     return made
@@ -629,6 +676,100 @@ def _hinge_max(
         loss = active if linear else active * active + number_or_zero(two * active * rest)
         g = slope * factor
         return loss, zero, zero, -g, g, top, zero, zero
+
+    def close(kept, q, w, is_target, known, numbers, options):
+        return kept
+
+    made.aim, made.step, made.settle, made.close = jit(aim), jit(step), jit(settle), jit(close)
+
+
+# --- logistic ------------------------------------------------------------------------------------------------------
+# known: what a class's gradient is multiplied by. Terms: the loss. What is kept is the gradient.
+def _logistic(
+    plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
+) -> None:
+    real, choose = tools.real, tools.choose
+    zero, one = real(0), real(1)
+    exp, log, number_or_zero, rounder = f.quick_exp, f.log, f.number_or_zero, f.rounder
+    probabilities, weights, smooths, mean = plan.probabilities, plan.weights, plan.smooths, plan.mean
+    is_plain = not (probabilities or weights or smooths)
+
+    def aim(m, sy, factor, options):
+        return factor * options[PER_CLASS], zero, zero
+
+    def smoothed(t, options):
+        return options[ELSEWHERE] + (options[AT_TARGET] - options[ELSEWHERE]) * t
+
+    smoothed = jit(smoothed)
+
+    def open_plain(x, q, w, is_target, known, options):
+        # The gradient, what is not in the logarithm, and e: s counts as −s at the target.
+        s = choose(is_target, -x, x)
+        e = exp(-choose(s > zero, s, -s), rounder)
+        g = choose(s < zero, e * known[0], known[0]) / (one + e)
+        return choose(is_target, -g, g), choose(s > zero, s, zero), e, one
+
+    def open_general(x, q, w, is_target, known, options):
+        t = q if probabilities else choose(is_target, one, zero)
+        positive, negative = t, one - t
+        if smooths:
+            positive, negative = smoothed(positive, options), smoothed(negative, options)
+        if weights:
+            positive, negative = positive * w[1], negative * w[0]
+        is_positive = x > zero
+        away, near = choose(is_positive, negative, positive), choose(is_positive, positive, negative)
+        size = choose(is_positive, x, -x)
+        e = exp(-size, rounder)
+        g = (away - near * e) * known[0] / (one + e)
+        return choose(is_positive, g, -g), choose(away == zero, zero, away * size), e, away + near
+
+    open_ = jit(open_plain if is_plain else open_general)
+
+    def logarithm(high, low, plus):
+        return log(high, low / high, plus)
+
+    logarithm = jit(logarithm)
+
+    def grow(high, low, e):
+        # Times 1 + e.
+        found = high + high * e
+        return found, (low + ((high - found) + high * e)) + low * e
+
+    def step(x, q, w, is_target, known, options):
+        g, loss, e, weight = open_(x, q, w, is_target, known, options)
+        whole = one + e
+        size, _ = logarithm(whole, (one - whole) + e, zero)
+        return g, loss + weight * size, zero, zero, zero, zero, zero
+
+    def settle(m, sy, own, known, sums, low, factor, options):
+        total, rest = sums[0], number_or_zero(low)
+        loss = total + rest
+        if mean:
+            lost = ((total - loss) + rest) * options[PER_CLASS]
+            loss = loss / options[CLASSES] + number_or_zero(lost)
+        return loss, zero, zero, zero, zero, zero, zero, zero
+
+    def close(kept, q, w, is_target, known, numbers, options):
+        return kept
+
+    made.aim, made.step, made.settle, made.close = jit(aim), jit(step), jit(settle), jit(close)
+    made.open, made.grow, made.logged = open_, jit(grow), logarithm
+
+
+def _sigmoid(jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace) -> None:
+    real, choose = tools.real, tools.choose
+    zero, one = real(0), real(1)
+    exp, rounder = f.quick_exp, f.rounder
+
+    def aim(m, sy, factor, options):
+        return zero, zero, zero
+
+    def step(x, q, w, is_target, known, options):
+        e = exp(-choose(x > zero, x, -x), rounder)
+        return choose(x < zero, e, one) / (one + e), zero, zero, zero, zero, zero, zero
+
+    def settle(m, sy, own, known, sums, low, factor, options):
+        return zero, zero, zero, zero, zero, zero, zero, zero
 
     def close(kept, q, w, is_target, known, numbers, options):
         return kept

@@ -43,11 +43,8 @@ STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of th
 def options_of(loss: Any, classes: int, plan: Plan, real: Any) -> np.ndarray[Any, Any]:
     """All options of a loss as the kernels take them: numbers, then class weights or margins of class pairs."""
     numbers, real = rowmath.numbers_of(loss, classes, real), np.dtype(real)
-    if plan.weights:
-        return np.concatenate([numbers, loss.converted("class_weight", real)])
-    if plan.pairs:
-        return np.concatenate([numbers, loss.converted("pair_margins", real).ravel()])
-    return numbers
+    table = rowmath.table_of(loss, classes, plan)
+    return numbers if table is None else np.concatenate([numbers, table.astype(real)])
 
 
 # --- parts of kernels, in vectors -----------------------------------------------------------------------------------
@@ -488,7 +485,9 @@ def score_rows(
     return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
 
 
-TRANSFORMS = {"softmax": Plan("p"), "log_softmax": Plan("log p"), "logsumexp": Plan("lse")}
+TRANSFORMS = {
+    "softmax": Plan("p"), "log_softmax": Plan("log p"), "logsumexp": Plan("lse"), "sigmoid": Plan("sigmoid")
+}  # fmt: skip
 
 
 def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:

@@ -81,7 +81,10 @@ class Walk:
         self.wants_gradient, self.skips = wants_gradient, skips
         self.row = rowmath.build(plan, lambda function: function, e.tools())
         self.options = tuple(Value(e, e.splat(e.load(e.plus(given.table, k, e.size), e.real))) for k in range(TABLE))
-        self.has_index = plan.kind in ("softmax", "hinge", "hinge max") and not (plan.shard or plan.probabilities)
+        self.has_index = plan.has_index
+        #: Whether the target's score is looked up.
+        self.has_own = plan.has_index and not plan.is_apart
+        self.grows = plan.grows
         self.is_max = plan.kind == "hinge max"
         #: Whether squares are summed: what sums lack is kept to the end.
         self.squares = plan.kind == "hinge" and plan.power == 2
@@ -112,7 +115,7 @@ class Walk:
         e, plan = self.e, self.plan
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
             m = self.of_rows(TOP, g) if plan.looks else self.zero
-            sy = self.of_rows(OWN_SCORE, g) if self.has_index else self.zero
+            sy = self.of_rows(OWN_SCORE, g) if self.has_own else self.zero
             for k, x in enumerate(self.row.aim(m, sy, self.of_rows(FACTOR, g), self.options)):
                 self.keep(KNOWN + k * TILE, g, x)
 
@@ -120,7 +123,7 @@ class Walk:
         """Rows from g on, a row in each lane."""
         e, plan = self.e, self.plan
         m = self.of_rows(TOP, g) if plan.looks else self.zero
-        sy = self.of_rows(OWN_SCORE, g) if self.has_index else self.zero
+        sy = self.of_rows(OWN_SCORE, g) if self.has_own else self.zero
         own = self.zero
         if plan.counts_target:
             own = self.of_rows(OWN_MARGIN, g) if plan.pairs else self.options[rowmath.MARGIN]
@@ -136,6 +139,15 @@ class Walk:
         if self.wants_gradient:
             for which, x in ((ENTRY, entry), *((NUMBERS + k * TILE, x) for k, x in enumerate(numbers))):
                 self.keep(which, g, x)
+
+    def step(self, x: Any, q: Any, w: Any, is_target: Any, known: Any, product: tuple[Any, Any]) -> Any:
+        """`rowmath`'s, or what is left of it once 1 + e has its place in a product."""
+        if not self.grows:
+            return self.row.step(x, q, w, is_target, known, self.options)
+        kept, found, exp, _ = self.row.open(x, q, w, is_target, known, self.options)
+        for place, number in zip(product, self.row.grow(*map(self.e.get, product), exp), strict=True):
+            self.e.set(place, number)
+        return kept, found
 
     # --- tiled ---
     def tiled(self) -> None:
@@ -167,25 +179,32 @@ class Walk:
         left = e.first(e.b.sub(self.given.n, g))
         words = ir.VectorType(WORD, e.lanes)
         found = e.load_some(e.plus(self.given.targets, g, 8), left, words, 8)
+        if self.plan.is_apart:  # of one class, labels are 0 and 1: none, and class 0
+            is_one = e.b.zext(e.b.icmp_signed("==", self.given.c, WORD(1)), WORD)
+            found = e.b.sub(found, e.splat(is_one, words))
         return Value(e, found if e.size == 8 else e.b.trunc(found, e.integers))
 
     def _class(self, k: Any) -> Value:
         e = self.e
         return Value(e, e.splat(e.lane(k)))
 
-    def _weight_of(self, k: Any) -> Value:
-        """The weight of class k."""
+    def _weight_of(self, k: Any) -> Any:
+        """The weight of class k, or both of them."""
         e = self.e
         if not self.plan.weights:
             return self.zero
-        return Value(e, e.splat(e.load(e.plus(self.given.table, e.b.add(k, WORD(TABLE)), e.size), e.real)))
+
+        def load(k: Any) -> Value:
+            return Value(e, e.splat(e.load(e.plus(self.given.table, e.b.add(k, WORD(TABLE)), e.size), e.real)))
+
+        return (load(k), load(e.b.add(k, self.given.c))) if self.plan.is_apart else load(k)
 
     def _tiled_look(self) -> None:
         e, plan = self.e, self.plan
-        if not (plan.looks or self.has_index):
+        if not (plan.looks or self.has_own):
             return
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
-            y = self._targets_from(g) if self.has_index else None
+            y = self._targets_from(g) if self.has_own else None
             top, (own, margin) = e.sums(1, -np.inf)[0], e.sums(2)
             margins = plan.counts_target and plan.pairs
 
@@ -210,18 +229,19 @@ class Walk:
     def _tiled_open(self) -> None:
         e, plan, row = self.e, self.plan, self.row
         exact_sum = row.functions.exact_sum
-        exactly = plan.kind == "hinge"
+        exactly = plan.kind in ("hinge", "logistic")
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
             y = self._targets_from(g) if self.has_index else None
             known = self.known(self.of_rows, g)
             sums = e.sums(1, -np.inf if self.is_max else 0) + e.sums(plan.terms - 1)
             low = e.sums(1)[0]
+            product, product_low = e.sums(1, 1)[0], e.sums(1)[0]
 
             def step(k: Any) -> list[Any]:
                 at = self._at(k, g)
                 is_target = False if y is None else self._class(k) == y
                 x, q = Value(e, e.load(at)), self._more_at(k, g)
-                kept, *terms = row.step(x, q, self._weight_of(k), is_target, known, self.options)
+                kept, *terms = self.step(x, q, self._weight_of(k), is_target, known, (product, product_low))
                 if self.wants_gradient:
                     e.store(e.lift(kept, e.vector), at)
                 return list(terms[: plan.terms])
@@ -246,6 +266,10 @@ class Walk:
                     e.set(sums[t], e.get(sums[t]) + both)
 
             e.each(WORD(0), self.given.c, 2, open_classes)
+            if self.grows:  # of 64 classes at most: no product is too large
+                total, lost = row.logged(e.get(product), e.get(product_low), e.get(sums[0]))
+                e.set(sums[0], total)
+                e.set(low, e.get(low) + lost)
             lost = self.zero if self.is_max else row.functions.number_or_zero(e.get(low))
             self.settle(g, [e.get(total) for total in sums], lost)
 
@@ -335,7 +359,7 @@ class Walk:
 
     def _rowed_look(self) -> None:
         e, plan, given = self.e, self.plan, self.given
-        if not (plan.looks or self.has_index):
+        if not (plan.looks or self.has_own):
             return
         with self._each_live_row() as r:
             source = self._row(given.rows, given.rows_step, r)
@@ -356,7 +380,7 @@ class Walk:
                 for top in tops[1:]:
                     found = self.row.top(found, e.get(top))
                 e.store(found.v, self._slot(0, r))
-            if self.has_index:
+            if self.has_own:
                 y = self._target(r)
                 e.store(self.stored.one(e.plus(source, y, self.stored.size)), self.field(OWN_SCORE, r))
                 if plan.counts_target and plan.pairs:
@@ -381,8 +405,8 @@ class Walk:
             return e.plus(given.table, at, e.size)
         return None
 
-    def _numbers_of_classes(self, more: Any, k: Any, mask: Any) -> tuple[Value, Value]:
-        """Of vector k of a row: its probabilities or margins, and weights."""
+    def _numbers_of_classes(self, more: Any, k: Any, mask: Any) -> tuple[Value, Any]:
+        """Of vector k of a row: its probabilities or margins, and weights, one for each class or two."""
         e = self.e
 
         def load(base: Any) -> Value:
@@ -390,7 +414,10 @@ class Walk:
             return Value(e, e.load(at) if mask is None else e.load_some(at, mask, e.vector, e.size))
 
         q = self.zero if more is None else load(more)
-        return q, load(e.plus(self.given.table, TABLE, e.size)) if self.plan.weights else self.zero
+        if not self.plan.weights:
+            return q, self.zero
+        weights = e.plus(self.given.table, TABLE, e.size)
+        return q, (load(weights), load(e.plus(weights, self.given.c, e.size))) if self.plan.is_apart else load(weights)
 
     def _classes(self, k: Any) -> Value:
         """Which classes the lanes of vector k are."""
@@ -404,7 +431,7 @@ class Walk:
         b, terms = e.b, plan.terms
         source = self._row(given.rows, given.rows_step, r)
         ahead = b.add(source, given.ahead)
-        direct = plan.kind == "hinge"  # what is kept is the gradient
+        direct = plan.kind == "hinge" or plan.is_apart  # what is kept is the gradient
         kept_type = stored if direct else Stored(e, e.name)
         where = (given.grads, given.grads_step) if direct else (given.kept, given.kept_step)
         kept_at = self._row(*where, r)
@@ -415,12 +442,15 @@ class Walk:
         start = -np.inf if self.is_max else 0
         totals, losts = e.sums(1, start) + e.sums(terms - 1), e.sums(terms)
         block, low = e.sums(1, start) + e.sums(terms - 1), e.sums(1)[0]
+        product = e.sums(1, 1)[0], e.sums(1)[0]
 
         def step(k: Any, careful: bool, mask: Any = None) -> list[Any]:
             x = Value(e, stored.load(self._vector(source, k, stored.size), mask))
+            if mask is not None and self.grows:  # 1 + e of these is 1
+                x = e.choose(Value(e, mask), x, e.value(-np.inf))
             q, w = self._numbers_of_classes(more, k, mask)
             is_target = self._classes(k) == lane_y if careful and excludes else False
-            kept, *found = row.step(x, q, w, is_target, known, self.options)
+            kept, *found = self.step(x, q, w, is_target, known, product)
             kept = e.lift(kept, e.vector)
             if self.wants_gradient and mask is None:
                 kept_type.store(kept, self._vector(kept_at, k, kept_type.size))
@@ -442,7 +472,7 @@ class Walk:
                     while len(parts) > 1:
                         parts = [row.top(parts[0], parts[1]), *parts[2:]]
                     e.set(block[0], row.top(e.get(block[0]), parts[0]))
-                elif t == 0 and (self.squares or (plan.kind == "hinge" and e.lanes < 8)):
+                elif t == 0 and (self.squares or (direct and e.lanes < 8)):
                     for x in parts:
                         total, lost = exact_sum(e.get(block[0]), x)
                         e.set(block[0], total)
@@ -450,19 +480,26 @@ class Walk:
                 else:
                     while len(parts) > 1:
                         parts = [*parts[2:], parts[0] + parts[1]]
-                    e.set(block[t], e.get(block[t]) + parts[0])
+                    total, lost = exact_sum(e.get(block[t]), parts[0])
+                    e.set(block[t], total)
+                    if t == 0 and plan.is_apart:  # one score may be all of the loss
+                        e.set(low, e.get(low) + lost)
 
         def end_block() -> None:
             if self.is_max:
                 e.set(totals[0], row.top(e.get(totals[0]), e.get(block[0])))
+            if self.grows:
+                total, lost = row.logged(*map(e.get, product), e.get(block[0]))
+                e.set(block[0], total)
+                e.set(low, e.get(low) + lost)
             for t in range(1 if self.is_max else 0, terms):
                 total, lost = exact_sum(e.get(totals[t]), e.get(block[t]))
                 e.set(totals[t], total)
                 if t == 0:
                     lost = lost + e.get(low)
                 e.set(losts[t], e.get(losts[t]) + lost)
-            for place in [*block, low]:
-                e.set(place, start if place is block[0] else 0)
+            for place in [*block, low, *product]:
+                e.set(place, start if place is block[0] else 1 if place is product[0] else 0)
 
         def ask(k: Any) -> None:
             e.fetch(e.plus(ahead, k, e.lanes * stored.size))
@@ -517,7 +554,7 @@ class Walk:
             lost = self.zero
             if self.is_max:
                 first = self._folded(0, g, row.top)
-            elif plan.kind == "hinge":
+            elif plan.kind in ("hinge", "logistic"):
                 rows = []
                 for i in range(e.lanes):
                     r = e.b.add(g, WORD(i))

@@ -145,7 +145,7 @@ def _validation(objective: LinearObjective, validation: object, n_classes: int) 
         raise ValueError(
             f"validation targets has shape {y.shape} and dtype {y.dtype}; it must be ({len(X)},) class indices"
         )
-    bad = (y < 0) | (y >= n_classes)
+    bad = (y < 0) | (y >= objective.loss.labels(n_classes))
     if objective.loss.ignore_index is not None:
         bad &= y != objective.loss.ignore_index
     if bad.any():
@@ -156,7 +156,11 @@ def _validation(objective: LinearObjective, validation: object, n_classes: int) 
 
 def _accuracy(objective: LinearObjective, W: Array, X: Array, targets: Array) -> float:
     weights, b = objective.fold_in(W)
-    hit = predict(X, weights, b, objective.centre) == (targets.argmax(axis=1) if targets.ndim == 2 else targets)
+    classes = targets.argmax(axis=1) if targets.ndim == 2 else targets
+    if objective.loss.labels(len(W)) > len(W):  # one column, of label 1: that of label 0 would have scores of 0
+        weights, b = np.vstack([0 * weights, weights]), None if b is None else np.array([0, b[0]], b.dtype)
+        classes = targets[:, 0] > 0.5 if targets.ndim == 2 else targets
+    hit = predict(X, weights, b, objective.centre) == classes
     if targets.ndim == 1 and objective.loss.ignore_index is not None:
         hit = hit[targets != objective.loss.ignore_index]
     return float(hit.mean()) if hit.size else math.nan

@@ -130,6 +130,8 @@ class Preconditioner:
             raise DivergenceError("X, shifted and scaled, has NaN, infinity or huge entries", None)
         if objective.loss.kind == "softmax":
             moments /= n_classes
+        elif objective.loss.kind == "logistic":
+            moments /= 4
         diagonal = np.diagonal(moments)
         lift = np.full(columns, JITTER * float(diagonal.mean()))
         if objective.penalty is not None:

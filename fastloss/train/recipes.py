@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastloss import _checks as checks
-from fastloss.losses import Hinge, Loss, Softmax
+from fastloss.losses import Hinge, Logistic, Loss, Softmax
 from fastloss.penalties import L2, Penalty
 
 
@@ -47,14 +47,19 @@ RECIPES = {
     ("cifar10", "hinge"): Recipe(loss=Hinge(), penalty=L2(0.03), step_size=0.0003, epochs=10, batch_size=256),
     ("digits", "softmax"): Recipe(loss=Softmax(), penalty=L2(0.001), step_size=0.1, epochs=30, batch_size=32),
     ("digits", "hinge"): Recipe(loss=Hinge(), penalty=L2(0.001), step_size=0.01, epochs=30, batch_size=32),
+    ("digits", "logistic"): Recipe(loss=Logistic(), penalty=L2(0.001), step_size=0.1, epochs=30, batch_size=32),
 }
+#: For other data: the loss, and the step size times the number of features.
+OTHERS: dict[str, tuple[Loss, float]] = {
+    "softmax": (Softmax(), 6.0), "hinge": (Hinge(), 0.6), "logistic": (Logistic(), 6.0),
+}  # fmt: skip
 
 
 def recipe(dataset: str, loss: str, n_features: int) -> Recipe:
-    """The recipe for a data set by name ("cifar10", "digits", or any other) and loss ("softmax" or "hinge").
+    """The recipe for a data set by name ("cifar10", "digits", or any other) and loss: "softmax", "hinge", "logistic".
 
-    For other data the step size is that of the table's entries, which is near 6 / D for softmax and 0.6 / D for hinge:
-    the curvature of both losses grows with ‖x‖², D on average for standardised features.
+    For other data the step size is that of the table's entries, which is near 6 / D for softmax and logistic and
+    0.6 / D for hinge: the curvature of the losses grows with ‖x‖², D on average for standardised features.
 
     Examples
     --------
@@ -62,11 +67,11 @@ def recipe(dataset: str, loss: str, n_features: int) -> Recipe:
     >>> recipe("digits", "hinge", 64).options["step_size"]
     0.01
     """
-    checks.one_of(loss, "loss", ("softmax", "hinge"))
+    checks.one_of(loss, "loss", tuple(OTHERS))
     known = RECIPES.get((dataset, loss))
     if known is not None:
         return known
     n_features = max(1, checks.integer(n_features, "n_features", low=0))
-    chosen, size = (Softmax(), 6.0) if loss == "softmax" else (Hinge(), 0.6)
+    chosen, size = OTHERS[loss]
     penalty = L2(0.001)
     return Recipe(loss=chosen, penalty=penalty, step_size=size / n_features, epochs=20, batch_size=64, per_feature=True)
