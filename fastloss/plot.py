@@ -295,6 +295,9 @@ def loss_along_ray(
     panel = _panel(ax)
     look = _looks(len(panel.lines) // 2 + 1)[-1]
     lowest = int(np.argmin(ray.values))
+    level = np.flatnonzero(ray.values == ray.values[lowest])  # empty where it is NaN
+    if len(level):
+        lowest = int(level[np.argmin(np.abs(ray.a[level]))])  # of a level stretch, where it is nearest to W
     panel.plot(ray.a, ray.values, color=look["color"], linestyle=look["linestyle"], label=label)
     panel.plot([ray.a[lowest]], [ray.values[lowest]], color=look["color"], marker=look["marker"], linestyle="none")
     if breakpoints is not None:
@@ -359,7 +362,7 @@ def loss_on_plane(plane: Plane, ax: Axes | None = None) -> Axes:
                        mew=0.6 if mark == "*" else 3, label=label, linestyle="none")  # fmt: skip
     panel.set_xlabel("a (multiples of W₁)")
     panel.set_ylabel("b (multiples of W₂)")
-    panel.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    panel.legend(loc="upper right", fontsize=9, framealpha=1).set_zorder(6)  # above what is written on the lines
     return panel
 
 
