@@ -245,7 +245,7 @@ its own, in alternating rounds. Beside them, in the same rounds, stands the floo
 (copies and reads of the same bytes, exponentials, multiply-adds, bare products), as far as a case needs it.
 
 With --suite all that the project holds itself to is run against bars, in about a quarter of an hour. What misses one is
-measured again before it counts. The folder given by --out receives results.json, two pictures and report.html.""",
+measured again before it counts. The folder given by --out receives results.json, three pictures and report.html.""",
         epilog="""examples:
   fastloss bench --quick
   fastloss bench --cases softmax-65536x100 'hinge-*' --json times.json
