@@ -57,6 +57,9 @@ def prose_first(lines: list[str]) -> list[str]:
     found = lines[: heads[0]] if heads else list(lines)
     for start, end in pairwise([*heads, len(lines)]):
         blocks = "\n".join(lines[start:end]).strip().split("\n\n")
+        if lines[start] == "Attributes":  # Sphinx takes what is before a blank for the type of what follows
+            named = re.compile(r"^\w+(?:, \w+)+ : ", re.MULTILINE)
+            blocks = [named.sub(lambda found: found[0].replace(", ", ","), block) for block in blocks]
         sentences = [block for block in blocks if "\n " not in block and block.endswith(".")]
         prose = sentences if lines[start] == "Parameters" else []
         found += "\n\n".join([*prose, *(block for block in blocks if block not in prose), ""]).split("\n")

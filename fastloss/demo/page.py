@@ -44,6 +44,7 @@ DASHES = ("solid", [11, 5], [11, 4, 2, 4])
 DASH_SIGNS = ("──", "– –", "–·–")
 REGIONS = ("#c3d7ea", "#fdf0dd", "#b3b3b3")
 TICK = 50  # milliseconds between steps of a run
+LOST = 1e6  # a loss from which no descent comes back while one watches
 
 INTRO = f"""
 <h1>{TITLE}</h1>
@@ -262,7 +263,7 @@ class Page:
         left = column(plane, _words(LEGEND, width=480), width=500)
         right = column(
             self.loss, row(self.strength, self.step_size, **wide),
-            row(self.run, *self.buttons.values(), **wide),
+            row(self.run, *self.buttons.values(), styles={"flex-wrap": "wrap"}, **wide),
             self.text["note"], self.text["summary"], self.text["points"],
             styles={"flex": "1 1 560px", "min-width": "min(560px, 100%)"},
         )  # fmt: skip
@@ -304,8 +305,11 @@ class Page:
         self.message = ""
         try:
             change()
+            lost = self.state.curve[-1][1] > LOST
         except DivergenceError:
-            self.message = "The loss is no longer finite: choose a smaller learning rate, and reset."
+            lost = True
+        if lost:
+            self.message = "The loss grows without bound: choose a smaller learning rate, and reset."
             self.run.active = False
         if moved:
             self.points.data = self._places()
