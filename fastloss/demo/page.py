@@ -43,7 +43,7 @@ SIZES = (15, 14, 18)  # of which a triangle's is mostly empty
 DASHES = ("solid", [11, 5], [11, 4, 2, 4])
 DASH_SIGNS = ("──", "– –", "–·–")
 REGIONS = ("#c3d7ea", "#fdf0dd", "#b3b3b3")
-TICK = 50  # milliseconds between steps of a run
+TICK = 80  # milliseconds between steps of a run
 LOST = 1e6  # a loss from which no descent comes back while one watches
 
 INTRO = f"""
