@@ -30,7 +30,7 @@ print(*(f"fastloss._kernels.{kind}_{level}" for level in levels for kind in TYPE
 endef
 export list_kernels
 
-.PHONY: help run test test-all bench lint peers clean
+.PHONY: help run test test-all bench docs lint peers clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -50,6 +50,10 @@ test-all: peers lint ## static checks and all tests
 bench: $(VENV)/bench ## time the kernels beside their peers (those installed: see make peers)
 	$(BIN)/fastloss bench $(ARGS)
 
+docs: $(VENV)/docs ## build the documentation site into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: $(VENV)/test ## ruff, mypy, and stubtest on the compiled modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -58,10 +62,10 @@ lint: $(VENV)/test ## ruff, mypy, and stubtest on the compiled modules
 peers: $(VENV)/peers ## install PyTorch, JAX, XGBoost and LightGBM: for tests with them, and for make bench
 
 clean: ## remove the environment and all that was built
-	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The files built, test, bench and peers in the environment stand for what is installed in it. The package is installed
+# The files built, test, bench, peers and docs in the environment stand for what is installed in it. The package is installed
 # in place (editable): changes to Python files count at once, changes to what is named here build the kernels again.
 $(VENV)/built: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
 	$(PIP) install --editable ".[cli]"
@@ -74,6 +78,10 @@ $(VENV)/bench $(VENV)/test: $(VENV)/%: $(VENV)/built
 
 $(VENV)/peers: $(VENV)/test tests/constraints.txt
 	$(PIP) install --constraint tests/constraints.txt "fastloss[peers]"
+	@touch $@
+
+$(VENV)/docs: $(VENV)/peers
+	$(PIP) install "fastloss[docs]"
 	@touch $@
 
 $(BIN)/python:

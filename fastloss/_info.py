@@ -15,8 +15,8 @@ from fastloss import _checks as checks
 from fastloss import backends
 
 PACKAGES = (
-    "numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "numba", "numba-cuda", "torch", "jax",
-    "cupy",
+    "numpy", "scipy", "threadpoolctl", "scikit-learn", "matplotlib", "tqdm", "bokeh", "numba", "numba-cuda", "torch",
+    "jax", "cupy",
 )  # fmt: skip
 VARIABLES = ("FASTLOSS_BACKEND", "FASTLOSS_LEVEL", "FASTLOSS_NUM_THREADS", "FASTLOSS_DATA", "OMP_NUM_THREADS")
 

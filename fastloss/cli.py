@@ -41,6 +41,7 @@ from fastloss.data import (
     standardise,
 )
 from fastloss.data.npz import read_arrays
+from fastloss.demo import server
 from fastloss.lecture import SEARCHES, Lecture, Table, page
 from fastloss.model import LinearModel, replacing
 from fastloss.train import DivergenceError, State, sgd
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="""examples:
   fastloss train                 softmax and hinge classifiers on images; models and pictures go to out/
   fastloss train --help          all that can be chosen
+  fastloss demo                  drag points, and watch losses, gradients and the descent in a browser
   fastloss info                  which kernels this machine runs, and which backends there are
   fastloss bench --quick         a first table of times beside NumPy and what else is installed
   fastloss accelerate script.py  run a script with scikit-learn's logistic regression on these kernels""",
@@ -210,6 +212,27 @@ On CIFAR-10 and 2 cores it takes a few minutes, most of them for the searches; o
     )
     _add_computing(story)
 
+    demo = commands.add_parser(
+        "demo",
+        help="drag points, and watch a linear classifier learn, in a browser",
+        description="""\
+Open a page in the browser: nine points of three classes, which you drag; scores, the loss and gradient of each point,
+decision regions, and gradient descent step by step, for five losses and any strength of the L2 penalty. All of it is
+computed by fastloss as you watch.
+
+The page is for browsers on this machine alone, and needs no internet. Each browser tab has points of its own. Ctrl-C
+ends it.""",
+        epilog="""examples:
+  fastloss demo
+  fastloss demo --port 8000 --no-browser      then open http://127.0.0.1:8000/""",
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--port", type=int, default=server.PORT, metavar="N",
+        help=f"where to listen; 0 takes any that is free (default: {server.PORT})",
+    )  # fmt: skip
+    demo.add_argument("--no-browser", action="store_true", help="do not open a browser; the address is printed")
+
     info = commands.add_parser(
         "info",
         help="show this installation",
@@ -228,7 +251,7 @@ its own, in alternating rounds. Beside them, in the same rounds, stands the floo
 (copies and reads of the same bytes, exponentials, multiply-adds, bare products), as far as a case needs it.
 
 With --suite all that the project holds itself to is run against bars, in about a quarter of an hour. What misses one is
-measured again before it counts. The folder given by --out receives results.json, two pictures and report.html.""",
+measured again before it counts. The folder given by --out receives results.json, three pictures and report.html.""",
         epilog="""examples:
   fastloss bench --quick
   fastloss bench --cases softmax-65536x100 'hinge-*' --json times.json
@@ -693,6 +716,12 @@ def _print_table(table: Table) -> None:
     widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
     for row in (table.header, *table.rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+def _demo(args: argparse.Namespace) -> int:
+    server.serve(args.port, browser=not args.no_browser)
+    return 0
 
 
 # --- gradcheck -----------------------------------------------------------------------------------------------------

@@ -295,6 +295,9 @@ def loss_along_ray(
     panel = _panel(ax)
     look = _looks(len(panel.lines) // 2 + 1)[-1]
     lowest = int(np.argmin(ray.values))
+    level = np.flatnonzero(ray.values == ray.values[lowest])  # empty where it is NaN
+    if len(level):
+        lowest = int(level[np.argmin(np.abs(ray.a[level]))])  # of a level stretch, where it is nearest to W
     panel.plot(ray.a, ray.values, color=look["color"], linestyle=look["linestyle"], label=label)
     panel.plot([ray.a[lowest]], [ray.values[lowest]], color=look["color"], marker=look["marker"], linestyle="none")
     if breakpoints is not None:
@@ -359,7 +362,7 @@ def loss_on_plane(plane: Plane, ax: Axes | None = None) -> Axes:
                        mew=0.6 if mark == "*" else 3, label=label, linestyle="none")  # fmt: skip
     panel.set_xlabel("a (multiples of W₁)")
     panel.set_ylabel("b (multiples of W₂)")
-    panel.legend(loc="upper right", fontsize=9, framealpha=0.9)
+    panel.legend(loc="upper right", fontsize=9, framealpha=1).set_zorder(6)  # above what is written on the lines
     return panel
 
 
@@ -825,6 +828,53 @@ def roofline(
     panel.grid(alpha=0.25, which="both", linewidth=0.5)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(loc="lower right", fontsize=9, frameon=False)
+    return figure
+
+
+def times(jobs: Mapping[str, Mapping[str, float]], ours: str = "fastloss") -> Figure:
+    """How long each library takes for a few jobs: a panel for each job, the fastest at the top.
+
+    Parameters
+    ----------
+    jobs : dict of dicts
+        Job → library → milliseconds.
+    ours : str
+        The library that is drawn dark.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If there is no job, or a job without a time.
+    ImportError
+        Without matplotlib.
+
+    Examples
+    --------
+    >>> from fastloss.plot import times
+    >>> figure = times({"softmax, 65536 × 10": {"fastloss": 0.147, "numpy": 1.02}})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['fastloss', 'numpy']
+    """
+    if not jobs or not all(jobs.values()):
+        raise ValueError("jobs must hold at least one job, and each at least one time")
+    figure = _figure(3.1 * len(jobs) + 0.4, 1.1 + 0.26 * max(map(len, jobs.values())))
+    panels = figure.subplots(1, len(jobs), squeeze=False)[0]
+    for panel, (job, found) in zip(panels, jobs.items(), strict=True):
+        names = sorted(found, key=lambda name: found[name])
+        values = [found[name] for name in names]
+        panel.barh(names, values, color=[COLOURS[0] if name == ours else "0.75" for name in names], height=0.7)
+        for k, value in enumerate(values):
+            panel.text(value, k, f" {value:.3g}", va="center", fontsize=9, weight="bold" if names[k] == ours else None)
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.2 * max(values))
+        panel.set_title(job, fontsize=10)
+        panel.set_xlabel("ms", fontsize=9)
+        panel.tick_params(labelsize=9, left=False)
+        panel.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastloss import bench, cli
+from fastloss import bench, cli, plot
 from fastloss.bench import cases, controls, peers, report, runner, suite, worker
 from fastloss.bench.cases import Case
 from fastloss.bench.suite import Bar, Item
@@ -503,6 +503,21 @@ def test_the_whole_suite_at_tiny_shapes(tmp_path, capsys):
     assert page.outside == []  # self-contained
     assert page.rows == len(sections) + len(found["cases"])
     assert re.search(r"\d+ of \d+ bars met", printed)
+
+
+def test_first_cases_are_drawn_beside_their_peers():
+    def entry(case, **times):
+        return {"case": case, "rows": [{"peer": name.replace("_", "-"), "ms": ms} for name, ms in times.items()]}
+
+    alone = entry("softmax-65536x100", fastloss_cython=1.0)
+    other = entry("hinge-65536x10", fastloss_cython=1.0, jax=2.0)
+    both = entry("softmax-65536x10", jax=3.0, fastloss_cython=0.5, scikit_learn=20.0)
+    assert report.peers([alone, other]) is None
+    (panel,) = report.peers([alone, both, other]).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["fastloss", "jax", "scikit-learn"]
+    assert [bar.get_width() for bar in panel.patches] == [0.5, 3.0, 20.0]
+    with pytest.raises(ValueError, match="at least one"):
+        plot.times({"softmax": {}})
 
 
 def test_a_page_without_pictures_and_with_failures(tmp_path):

@@ -391,7 +391,9 @@ def test_bench_hands_over(monkeypatch):
     assert seen[0].quick is True
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("gradcheck",), ("lecture",), ("predict",), ("info",), ("bench",)])
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in ("train", "gradcheck", "lecture", "demo", "predict", "info", "bench"))]
+)
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

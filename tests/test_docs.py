@@ -67,6 +67,32 @@ def test_all_is_complete():
     assert public == set(fl.__all__)
 
 
+@pytest.mark.parametrize("name", ["index", "tour", "losses", "linear", "threads", "backends", "demo"])
+def test_guides_run(name):
+    """Every block of Python in a guide, one after the other. Those of the adapters run with the adapters' tests."""
+    text = (PACKAGE.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/{name}.md", "exec"), names)
+
+
+def test_every_guide_and_module_is_in_the_site():
+    docs = PACKAGE.parent / "docs"
+    for folder in (docs, docs / "api"):
+        text = (folder / "index.md").read_text(encoding="utf-8")
+        listed = re.findall(r"```{toctree}.*?\n\n(.*?)```", text, re.DOTALL)
+        named = {line for block in listed for line in block.split() if "/" not in line}
+        assert named == {path.stem for path in folder.glob("*.md")} - {"index"}
+    modules = set(re.findall(r"automodule:: (\S+)", "".join(path.read_text() for path in (docs / "api").glob("*.md"))))
+    for module in modules:
+        assert find_spec(module) or not importable(module)
+    for path in (PACKAGE / "adapters").iterdir():
+        if not path.name.startswith("_") and path.suffix in (".py", ""):
+            assert f"fastloss.adapters.{path.stem}" in modules
+
+
 def test_the_guide_to_the_lecture_runs(tmp_path, monkeypatch, capsys):
     """Every block of Python in it, one after the other; its figures of trials are made smaller."""
     guide = (Path(__file__).parents[1] / "docs" / "lecture.md").read_text(encoding="utf-8")

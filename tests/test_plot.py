@@ -1,6 +1,7 @@
 """Pictures: what is drawn, how it is labelled, and that nothing of matplotlib's global state is touched."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +219,12 @@ def test_a_ray_is_drawn_with_its_lowest_point_and_breakpoints():
     assert len({line.get_linestyle() for line in named}) == 2
     with pytest.raises(ValueError, match="ray has no points"):
         plot.loss_along_ray(landscape.slice_1d(small(), W3, a=[]))
+
+
+def test_of_a_level_stretch_the_place_nearest_to_the_weights_is_marked():
+    a = np.linspace(-1, 1, 9)
+    for values, place in ((np.maximum(a, 0.5), 0), (np.maximum(-a, -0.5), 0.5), (np.where(a > 0, np.nan, a), 0.25)):
+        assert plot.loss_along_ray(replace(RAY, a=a, values=values)).lines[1].get_xdata()[0] == place
 
 
 def test_a_plane_marks_its_lowest_point():

@@ -117,6 +117,9 @@ def test_the_page_needs_nothing_else(capsys, tmp_path):
     assert "script" not in page.tags
     assert page.tags.count("h2") == 9
     assert "a &amp; b" in text
+    assert "max(0, s<sub>j</sub> − s<sub>y</sub> + 1)" in text
+    assert ">−1.7<" in text
+    assert re.search(r">\d\.\de-\d\d<", text), "exponents stay as they are"
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
 
 

@@ -1,4 +1,4 @@
-"""What a run of the suite shows: a line for each case on the terminal, two pictures, and one page that holds it all."""
+"""What a run of the suite shows: a line for each case on the terminal, pictures, and one page that holds it all."""
 
 from __future__ import annotations
 
@@ -150,6 +150,25 @@ def classes(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
+#: Cases for a first look.
+_FIRST = {
+    "softmax-65536x10": "softmax,\n65536 × 10",
+    "softmax-65536x100": "softmax,\n65536 × 100",
+    "softmax-16384x1000": "softmax,\n16384 × 1000",
+    "linear-softmax-50000x3072x10": "linear softmax,\n50000 × 3072 × 10",
+}
+
+
+def peers(entries: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Times of a few cases beside those of the peers; None where none of them was measured beside one."""
+    jobs: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        times = {row["peer"].partition("-cython")[0]: row["ms"] for row in entry["rows"] if "ms" in row}
+        if entry["case"] in _FIRST and len(times) > 1:
+            jobs[_FIRST[entry["case"]]] = times
+    return plot.times(jobs) if jobs else None
+
+
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
@@ -157,9 +176,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def write(content: Mapping[str, Any], folder: Path) -> None:
-    """roofline.png and classes.png, where there is something to draw, and report.html, which holds them too."""
+    """peers.png, roofline.png and classes.png, where there is something to draw, and report.html, which holds them."""
     entries = content["cases"]
-    figures = {"roofline.png": roofline(entries), "classes.png": classes(entries)}
+    figures = {"peers.png": peers(entries), "roofline.png": roofline(entries), "classes.png": classes(entries)}
     pictures = {name: _png(figure) for name, figure in figures.items() if figure is not None}
     sections: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LOSSES = ("softmax", "hinge")
 #: The root mean square length of CIFAR-10's images less their mean, for which the lecture's scales of W are meant.
 LENGTH = 3500.0
+WIDE = 640  # pixels
 STEPS = 50  # of gradient descent, for each penalty
 #: What the lecture found, with one draw each.
 SEARCHES = "Random search, and random local search"
@@ -51,6 +52,11 @@ class Picture:
 
     png: bytes
     caption: str
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is too wide to stand beside another."""
+        return int.from_bytes(self.png[16:20], "big") > WIDE  # where the format keeps the width
 
 
 @dataclass
@@ -351,7 +357,7 @@ class Lecture:
             "elastic net": lambda norm: fl.ElasticNet(known),
             "max norm": lambda norm: fl.MaxNorm(float(f"{norm / 2:.2g}")),
         }
-        rows, weights, norm = [], {}, 1.0
+        rows, weights, norm, note = [], {}, 1.0, ""
         for name, choose in choices.items():
             penalty = choose(norm)
             # On all data: the noise of mini-batches is larger than a proximal step, and leaves no weight at 0.
@@ -367,6 +373,8 @@ class Lecture:
             zeros, norms = np.count_nonzero(W == 0) / W.size, np.linalg.norm(W.astype(np.float64), axis=1)
             if penalty is None:
                 norm = float(norms.mean())
+            if penalty is None and zeros:
+                note = " Weights of features that are the same in all rows are never moved from 0."
             rows.append((repr(penalty) if penalty else "none", _percent(accuracy), _percent(test), _percent(zeros),
                          f"{np.linalg.norm(norms):.3g}", f"{np.abs(W).max():.2g}"))  # fmt: skip
         return Section(
@@ -375,7 +383,7 @@ class Lecture:
                 "Many W have almost the same loss; a penalty says which to prefer. L2 (Σ W²) spreads weights out, L1 "
                 "(Σ |W|) makes many of them exactly 0, the elastic net is their sum, and max norm bounds the length of "
                 "each class's weights (here to half of what it is without). Softmax with each, after "
-                f"{STEPS} steps of gradient descent on all data, with step size and momentum from above."
+                f"{STEPS} steps of gradient descent on all data, with step size and momentum from above.{note}"
             ],
             [
                 Table(
