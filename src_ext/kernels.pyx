@@ -78,6 +78,9 @@ cdef extern from "simd.h" nogil:
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
+    const int BENDS
+    const double *fl_bends
+    vec odd_polynomial(const real *, vec) noexcept
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
@@ -466,24 +469,29 @@ cdef struct UnfitPass:
     Py_ssize_t found[SEGMENTS]
 
 
-cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
-    cdef UnfitPass *p = <UnfitPass *> job
-    cdef Py_ssize_t start, last, i, v, stop = min(p.size, (k + 1) * p.segment)
+cdef Py_ssize_t unfit_of(const real *p, Py_ssize_t n) noexcept nogil:
+    """The position of the first of n numbers that is not finite, or negative; or -1."""
+    cdef Py_ssize_t start, last, i, v
     cdef vec seen
-    p.found[k] = -1
-    for start in range(k * p.segment, stop, 1024):  # by blocks, so that the position is found afterwards
-        last, seen = min(stop, start + 1024), vset(0)
+    for start in range(0, n, 1024):  # by blocks, so that the position is found afterwards
+        last, seen = min(n, start + 1024), vset(0)
         for v in range((last - start) // LANES):
-            seen = join_bits(seen, vload(p.numbers + start + v * LANES))
+            seen = join_bits(seen, vload(p + start + v * LANES))
         i = last - (last - start) % LANES
         if i < last:
-            seen = join_bits(seen, vload_part(p.numbers + i, last - i, 0))
+            seen = join_bits(seen, vload_part(p + i, last - i, 0))
         if all_below_2(seen):  # as probabilities are
             continue
         for i in range(start, last):
-            if not 0 <= p.numbers[i] < INFINITY:
-                p.found[k] = i
-                return
+            if not 0 <= p[i] < INFINITY:
+                return i
+    return -1
+
+
+cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef UnfitPass *p = <UnfitPass *> job
+    cdef Py_ssize_t start = k * p.segment, found = unfit_of(p.numbers + start, min(p.segment, p.size - start))
+    p.found[k] = start + found if found >= 0 else -1
 
 
 def first_unfit(numbers, int n_threads):
