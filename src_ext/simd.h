@@ -384,11 +384,12 @@ FL_INLINE packed narrow(vec v) {
 #elif FL_STORED == FL_U8
     return __builtin_convertvector(__builtin_convertvector(v, ivec), packed);
 #else
-    ivec bits = (ivec)v, nan = (ivec)(v != v);
+    ivec bits = (ivec)v;
 #if FL_STORED == FL_BF16
-    ivec rounded = (bits + iset(0x7fff) + ((bits >> 16) & iset(1))) >> 16;
-    return __builtin_convertvector((nan & iset(0x7fc0)) | (~nan & rounded), packed);
+    /* NaN stays NaN: it came of a bfloat16, or of arithmetic, so that the bits that are rounded are 0. */
+    return __builtin_convertvector((bits + iset(0x7fff) + ((bits >> 16) & iset(1))) >> 16, packed);
 #else
+    ivec nan = (ivec)(v != v);
     ivec sign = (bits >> 16) & iset(0x8000), size = bits & iset(0x7fffffff);
     ivec normal = (size - iset(112 << 23) + iset(0xfff) + ((size >> 13) & iset(1))) >> 13;
     ivec small = (ivec)((vec)size + vset(0.5f)) - (ivec)vset(0.5f); /* below 2^-14: the sum rounds */
