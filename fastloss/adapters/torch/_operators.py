@@ -117,8 +117,8 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
     raise RuntimeError(
-        "fastloss has no second derivatives of a linear layer's losses: the gradient cannot be differentiated again (it was "
-        "made with create_graph=True, or within torch.func); for that compute the scores, and use the loss of these"
+        "fastloss has no second derivatives of a linear layer's losses: the gradient cannot be differentiated again "
+        "(it was made with create_graph=True, or within torch.func); for that compute the scores, and use their loss"
     )
 
 

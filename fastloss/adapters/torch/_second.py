@@ -9,7 +9,10 @@ from fastloss.adapters.torch._compute import Options, batched
 
 
 def _row_factors(x: Tensor, y: Tensor, weight: Tensor | None, o: Options) -> Tensor:
-    """Σ_j u_j of each row's target vector u, or of the hinge the row's weight; over what a mean divides by: (N, 1, d1, ...)."""
+    """Σ_j u_j of each row's target vector u, or the weight of a row of the hinge, over what a mean divides by.
+
+    (N, 1, d1, ...)
+    """
     n_classes, rows = x.shape[1], x.numel() // x.shape[1]
     if y.is_floating_point():
         share = y.to(x.dtype) * (1 - o.label_smoothing) + o.label_smoothing / n_classes
