@@ -195,7 +195,12 @@ def scores_call(
         checks.apart(out, "out", inputs, in_place="scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
-    check_range(backend, loss, y, c, workers)
+    # Probabilities are as large as the scores: where nothing of the caller's is written, they are read once.
+    unfit = None
+    if y.ndim == 2 and (out is None or not want_grad) and backend.checks_as_it_reads(y, dtype):
+        unfit = np.full(1, -1)
+    else:
+        check_range(backend, loss, y, c, workers)
 
     weights = fold(loss, y, weight, dtype, reduction, backend, workers)
     multiplier, total = weights.multiplier, weights.total(n)
@@ -209,6 +214,8 @@ def scores_call(
     for name in outputs:
         if name != "row_loss":
             extras[name] = np.empty(n, np.intp if name == "argmax" else dtype)
+    if unfit is not None:
+        extras["unfit"] = unfit
 
     if isinstance(factor, np.ndarray):
         pulled, twice = pull(factor, multiplier, dtype)
@@ -220,6 +227,8 @@ def scores_call(
     else:
         scale = weights.scale(reduction, total) * factor
         value = backend.score_rows(loss, work, y, multiplier, scale, grad, kept, extras, workers)
+    if unfit is not None and extras.pop("unfit")[0] >= 0:
+        checks.raise_unfit(y, int(unfit[0]), "targets", loss.most_of_targets)
 
     if grad is not None and not direct:
         if out is None:

@@ -26,7 +26,7 @@ cdef struct Found:
     vec others  # e of all classes but the pivot
     vec away  # dense: Σ u_j (−d_j); flat: Σ (−d_j)
     vec u_others  # dense: u of all classes but the pivot, and of it
-    vec u_pivot
+    vec u_pivot  # (LANED)
     vec spread  # Σ e_j (−d_j)
 
 
@@ -59,6 +59,11 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 # --- softcap ---------------------------------------------------------------------------------------------------------
 # c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
 # is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
+cdef inline bint is_near_zero(const Options *o, vec size) noexcept nogil:
+    """Whether scores of at most this size, those of a lane, are bent by a polynomial alone."""
+    return not o.bends_far and all_lanes(vlt(mul(size, vset(o.per_softcap)), vset(NEAR_TANH)))
+
+
 cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *slope) noexcept nogil:
     """d of the scores s, what is kept of them, and the slope there. origin: of the maximum, `origin_of_distance`."""
     cdef vec t, short_of_one, far, one = vset(1), x
@@ -66,7 +71,7 @@ cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *sl
     if not o.bends:
         return mul(sub(s, origin), vset(o.per_temperature))
     x = mul(s, vset(o.per_softcap))
-    if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # as nearly always: then it is half the work
+    if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # then it is half the work
         t = tanh_near(x)
         keep[0], slope[0] = t, sub(one, mul(t, t))
         return product_less(t, vset(o.bent_unit), origin)
@@ -101,9 +106,18 @@ cdef inline vec target_part(int layout, bint part, bint careful, const Options *
     cdef vec u
     if not o.probabilities:
         u = class_numbers(layout, part, o.class_weight, k, w)
-        return mul(u, choose(ieq(cls, w.target), vset(o.weighted_target), vset(1))) if careful else u
+        return choose(ieq(cls, w.target), mul(u, vset(o.weighted_target)), u) if careful else u
     u = row_numbers(layout, part, w, k)
     return u if o.class_weight == NULL else mul(u, class_numbers(layout, part, o.class_weight, k, w))
+
+
+cdef inline real target_at(const Options *o, const Walk *w, lane_int k, lane_int target) noexcept nogil:
+    """Class k of a dense u (ROWED); 0 if it is none."""
+    if k < 0:
+        return 0
+    if o.probabilities:
+        return w.more[k] if o.class_weight == NULL else w.more[k] * o.class_weight[k]
+    return o.class_weight[k] * o.weighted_target if k == target else o.class_weight[k]
 
 
 cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec pivot) noexcept nogil:
@@ -111,12 +125,21 @@ cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec 
     return is_careful(layout, w, start) or start == ifirst(pivot) // (16 * LANES) * 16
 
 
-cdef inline void general_step(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
+cdef inline void general_step(int layout, bint part, bint careful, bint dense, bint near, const Options *o, const Walk *w,
                               Py_ssize_t k, ivec cls, ivec pivot, vec origin, Found *f, vec *keep) noexcept nogil:
     """Vector k of the first walk, and what is kept of it."""
     cdef vec d, e, u, slope
     cdef mask left_out
-    d = distance(o, fetch(layout, part, w, k, <real> -INFINITY), origin, keep, &slope)
+    d = fetch(layout, part, w, k, 0 if near else <real> -INFINITY)
+    if near:  # fewer multiplications, which is what a softcap costs
+        u = odd_polynomial(o.bends_near, d)
+        d, slope = sub(u, origin), sub(vset(o.slope_unit), mul(u, u))
+        if part:
+            d = choose(past_end(layout, w, cls), vset(<real> -INFINITY), d)
+    else:
+        d = distance(o, d, origin, keep, &slope)
+        if o.slopes_in_units:
+            slope = mul(slope, vset(o.slope_unit))
     e = vexp(d, vset(0))
     if not o.bends:
         keep[0] = e
@@ -130,7 +153,9 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, c
     if dense:
         u = target_part(layout, part, careful, o, w, k, cls)
         if careful:
-            f.u_others, f.u_pivot = add_unless(left_out, f.u_others, u), add_where(left_out, f.u_pivot, u)
+            f.u_others = add_unless(left_out, f.u_others, u)
+            if layout == LANED:
+                f.u_pivot = add_where(left_out, f.u_pivot, u)
         else:
             f.u_others = add(f.u_others, u)
         f.away = less_product(f.away, u, d)
@@ -147,14 +172,14 @@ cdef inline Found nothing_found() noexcept nogil:
     return f
 
 
-cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps_some, const Options *o, const Walk *w,
+cdef inline Found general_block(int layout, bint careful, bint dense, bint near, bint keeps_some, const Options *o, const Walk *w,
                                 Py_ssize_t start, ivec pivot, vec origin, vec *last) noexcept nogil:
     cdef Found f = nothing_found()
     cdef vec keep = vset(0)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        general_step(layout, False, careful, dense, o, w, k, cls, pivot, origin, &f, &keep)
+        general_step(layout, False, careful, dense, near, o, w, k, cls, pivot, origin, &f, &keep)
         fetch_ahead(layout, keeps_some, w, k)
         if layout == ROWED and dense and o.probabilities:
             prefetch(w.more + w.more_ahead + k * LANES)
@@ -163,7 +188,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint keeps
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        general_step(layout, True, True, dense, o, w, whole, cls, pivot, origin, &f, last)
+        general_step(layout, True, True, dense, near, o, w, whole, cls, pivot, origin, &f, last)
         fetch_ahead(layout, keeps_some, w, whole)
     return f
 
@@ -175,16 +200,21 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
     cdef vec origin = s.c
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
-        if holds_either(layout, w, start, s.pivot):
-            f = general_block(layout, True, dense, keeps_some, o, w, start, s.pivot, origin, last)
+        if holds_either(layout, w, start, s.pivot) and o.slopes_in_units and w.near:
+            f = general_block(layout, True, dense, True, keeps_some, o, w, start, s.pivot, origin, last)
+        elif holds_either(layout, w, start, s.pivot):
+            f = general_block(layout, True, dense, False, keeps_some, o, w, start, s.pivot, origin, last)
+        elif o.slopes_in_units and w.near:
+            f = general_block(layout, False, dense, True, keeps_some, o, w, start, s.pivot, origin, last)
         else:
-            f = general_block(layout, False, dense, keeps_some, o, w, start, s.pivot, origin, last)
+            f = general_block(layout, False, dense, False, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
         if dense:
             add_block(start, f.u_others, &all.u_others, &lost.u_others)
-            all.u_pivot = add(all.u_pivot, f.u_pivot)
+            if layout == LANED:
+                all.u_pivot = add(all.u_pivot, f.u_pivot)
         all.spread = add(all.spread, f.spread)
     # What an infinite sum lost is NaN.
     s.a, s.b = add(all.others, lost.others), choose(veq(lost.away, lost.away), add(all.away, lost.away), all.away)
@@ -198,12 +228,12 @@ cdef inline void open_general(int layout, bint keeps_some, const Options *o, con
         walk_general(layout, False, keeps_some, o, w, s, last)
 
 
-cdef inline void fold_general(const Options *o, const vec *b, const vec *u_others, const vec *u_pivot, const vec *spread,
-                              State *s) noexcept nogil:
+cdef inline void fold_general(const Options *o, const vec *b, const vec *u_others, const vec *spread,
+                              const real *u_pivot, State *s) noexcept nogil:
     """What the lanes of LANES rows hold, one row a lane (ROWED), of what `fold` leaves out."""
     s.b = s.more[0] = s.more[1] = s.more[2] = vset(0)
     if o.dense:
-        s.more[0], s.more[1] = transposed_sum(u_others, 1), transposed_sum(u_pivot, 1)
+        s.more[0], s.more[1] = transposed_sum(u_others, 1), vload(u_pivot)
     if o.dense or o.elsewhere != 0:
         s.b = transposed_sum(b, 1)
     if o.entropy:
@@ -243,6 +273,8 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
         u, pull = add(u, z), add(pull, mul(z, e))
     if grad:
         s.c = mul(factor, vset(o.per_temperature))
+        if o.slopes_in_units:
+            again = mul(again, vset(o.per_slope_unit))
         s.a, s.b = mul(div(mul(s.c, u), total), again), mul(div(mul(s.c, pull), total), slope)
     return loss
 
@@ -360,12 +392,14 @@ cdef inline lane_int class_of(const Walk *w, vec m) noexcept nogil:
     cdef Py_ssize_t k = 0, least = w.classes
     cdef uint64_t found = 0
     for k in range(w.classes // (4 * LANES)):
+        if none_of(mor(mor(veq(fetch(ROWED, False, w, 4 * k, 0), m), veq(fetch(ROWED, False, w, 4 * k + 1, 0), m)),
+                       mor(veq(fetch(ROWED, False, w, 4 * k + 2, 0), m), veq(fetch(ROWED, False, w, 4 * k + 3, 0), m)))):
+            continue
         found = bits_of(veq(fetch(ROWED, False, w, 4 * k, 0), m))
         found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 1, 0), m)) << LANES
         found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 2, 0), m)) << 2 * LANES
         found |= bits_of(veq(fetch(ROWED, False, w, 4 * k + 3, 0), m)) << 3 * LANES
-        if found:
-            return <lane_int> (4 * k * LANES + first_bit(found))
+        return <lane_int> (4 * k * LANES + first_bit(found))
     for k in range(w.vectors - 1, w.classes // (4 * LANES) * 4 - 1, -1):
         found = found << LANES | bits_of(veq(fetch(ROWED, k * LANES + LANES > w.classes, w, k, <real> -INFINITY), m))
     if found:

@@ -78,6 +78,9 @@ cdef extern from "simd.h" nogil:
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
+    const int BENDS
+    const double *fl_bends
+    vec odd_polynomial(const real *, vec) noexcept
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
@@ -467,26 +470,31 @@ cdef struct UnfitPass:
     Py_ssize_t found[SEGMENTS]
 
 
-cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
-    cdef UnfitPass *p = <UnfitPass *> job
-    cdef Py_ssize_t start, last, i, v, stop = min(p.size, (k + 1) * p.segment)
+cdef Py_ssize_t unfit_of(const real *p, Py_ssize_t n, real most) noexcept nogil:
+    """The position of the first of n numbers that is not in [0, most]; or -1."""
+    cdef Py_ssize_t start, last, i, v
     cdef vec seen, x, top
-    p.found[k] = -1
-    for start in range(k * p.segment, stop, 1024):  # by blocks, so that the position is found afterwards
-        last, seen, top = min(stop, start + 1024), vset(0), vset(0)
+    for start in range(0, n, 1024):  # by blocks, so that the position is found afterwards
+        last, seen, top = min(n, start + 1024), vset(0), vset(0)
         for v in range((last - start) // LANES):
-            x = vload(p.numbers + start + v * LANES)
+            x = vload(p + start + v * LANES)
             seen, top = join_bits(seen, x), vmax(top, x)
         i = last - (last - start) % LANES
         if i < last:
-            x = vload_part(p.numbers + i, last - i, 0)
+            x = vload_part(p + i, last - i, 0)
             seen, top = join_bits(seen, x), vmax(top, x)
-        if all_below_2(seen) and all_lanes(vle(top, vset(p.most))):  # as probabilities are
+        if all_below_2(seen) and all_lanes(vle(top, vset(most))):  # as probabilities are
             continue
         for i in range(start, last):
-            if not 0 <= p.numbers[i] <= p.most:
-                p.found[k] = i
-                return
+            if not 0 <= p[i] <= most:
+                return i
+    return -1
+
+
+cdef void unfit_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
+    cdef UnfitPass *p = <UnfitPass *> job
+    cdef Py_ssize_t start = k * p.segment, found = unfit_of(p.numbers + start, min(p.segment, p.size - start), p.most)
+    p.found[k] = start + found if found >= 0 else -1
 
 
 def first_unfit(numbers, double most, int n_threads):

@@ -54,6 +54,10 @@ cdef struct Options:
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
+    real bends_near[11]  # a polynomial that bends small scores, unless bends_far; 1 / T included
+    bint bends_far  # where its coefficients would be no normal numbers
+    bint slopes_in_units  # slopes are times bent_unit^2
+    real slope_unit, per_slope_unit  # that, and 1 / that
     real per_temperature
     # What u is multiplied by, smoothing / C of an index target included; NULL: all 1. Logistic: what targets 0 count in
     # each column, then what targets 1 do.
@@ -69,7 +73,7 @@ cdef struct Options:
     bint shard  # stats of some of the classes are wanted, no loss
     Py_ssize_t stats_step  # numbers from one of a row's stats to the next (FROM_STATS)
 
-cdef inline void fix_form(Options *o, int form) noexcept nogil:
+cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
     o.general = form != PLAIN
     if o.kind == LOGISTIC:
@@ -81,6 +85,7 @@ cdef inline void fix_form(Options *o, int form) noexcept nogil:
         o.bends, o.dense, o.probabilities = form == BENT, form == WEIGHED or form == GIVEN, form == GIVEN
         if form != FLAT:
             o.entropy = o.shard = False
+        o.slopes_in_units = form == BENT and layout == ROWED
         if form == BENT:
             o.elsewhere = 0
     elif form == PAIRED:
@@ -117,12 +122,13 @@ cdef struct Walk:
     ivec target  # of each lane (LANED), or the same in all (ROWED)
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
+    bint near  # whether all scores are `is_near_zero`, in the general form (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, c, c, target
-    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = NULL, 0, 0, 0, more, 0
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = NULL, 0, 0, 0, more, 0, False
     return w
 
 
@@ -131,7 +137,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes = kept, src, dst, NULL, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead = src, 0, 0, more, 0
+    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = src, 0, 0, more, 0, False
     return w
 
 
@@ -206,14 +212,21 @@ cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
             cls = iadd(cls, iset(1))
 
 
-cdef inline vec row_max(const Walk *w) noexcept nogil:
-    """The maximum, of each lane (ROWED)."""
-    cdef vec m = vset(<real> -INFINITY)
+cdef inline vec row_max(const Walk *w, vec *size) noexcept nogil:
+    """The maximum, of each lane; and, unless it is NULL, the largest size of what is not NaN (ROWED)."""
+    cdef vec m = vset(<real> -INFINITY), x, largest = vset(0)
     cdef Py_ssize_t k, whole = w.classes // LANES
     for k in range(whole):
-        m = vmax(m, fetch(ROWED, False, w, k, 0))
+        x = fetch(ROWED, False, w, k, 0)
+        m = vmax(m, x)
+        if size != NULL:
+            largest = vmax(vabs(x), largest)
     if whole < w.vectors:
         m = vmax(m, fetch(ROWED, True, w, whole, <real> -INFINITY))
+        if size != NULL:
+            largest = vmax(vabs(fetch(ROWED, True, w, whole, 0)), largest)
+    if size != NULL:
+        size[0] = largest
     return m
 
 
@@ -956,7 +969,8 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     kind, margin, power, over, general = row_loss
     cdef Matrix m
     # Through double: a Python float is not given to `real`, which Cython takes for float in every module.
-    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature
+    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature, unit
+    cdef int k
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
     memset(o, 0, sizeof(Options))
@@ -968,6 +982,13 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
          o.shard) = general
         o.general, o.z_loss, o.bends = True, <real> z_loss, softcap >= 0
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
+        o.bends_far = not (2.0**-12 <= softcap <= 2.0**15 and 1 <= softcap / temperature <= 2.0**30)
+        unit = 1 if o.bends_far else softcap / temperature
+        o.slope_unit, o.per_slope_unit = <real> (unit * unit), <real> (1 / (unit * unit))
+        unit = 0 if o.bends_far else 1 / temperature
+        for k in range(BENDS):
+            o.bends_near[k] = <real> (unit * fl_bends[k])
+            unit /= softcap * softcap
         o.per_temperature, o.elsewhere, o.at_target = <real> (1 / temperature), <real> elsewhere, <real> at_target
         m = loan.matrix(class_weight, False)
         o.class_weight, o.dense = m.data, m.data != NULL

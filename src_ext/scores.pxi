@@ -30,6 +30,7 @@ cdef struct ScoresPass:
     real *z  # log-sum-exps, and entropies, where they are asked for; contiguous
     real *entropy
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
+    Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
     bint laned
     bint streams  # the gradient goes past the caches
@@ -190,7 +191,7 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     cdef Py_ssize_t k
     cdef bint general = form != PLAIN
     own.kind, own.power = kind, power
-    fix_form(&own, form)
+    fix_form(&own, LANED, form)
     for g in range(groups):
         w = walk_group(o, tile, c, y, g, more)
         look_ahead(o, &w, &m[g], &target[g])
@@ -340,6 +341,14 @@ cdef void load_beside(const ScoresPass *s, Py_ssize_t row, int n, const lane_int
         load_more(rows, c, tile)
 
 
+cdef void check_probabilities(const ScoresPass *s, Py_ssize_t row, int n) noexcept nogil:
+    """Look at those of n rows, before they are computed with: so they are read from memory once."""
+    cdef Py_ssize_t c = s.scores.columns, segment = row // s.segment
+    cdef Py_ssize_t found = unfit_of(s.probabilities.data + row * c, n * c, 1 if s.options.kind == LOGISTIC else <real> REAL_MAX)
+    if found >= 0 and s.unfit[segment] < 0:
+        s.unfit[segment] = row * c + found
+
+
 cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *tile) noexcept nogil:
     """Σ multiplier · ℓ of rows [start, stop), by batches of transposed tiles."""
     cdef Py_ssize_t row, first, next, c = s.scores.columns
@@ -363,6 +372,8 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         tiles = (n + TILE - 1) // TILE
         live = tile_multipliers(s.multiplier, row, n, tiles * TILE, mult)
         convert(&s.targets, row, n, y)
+        if s.unfit != NULL:
+            check_probabilities(s, row, n)
         for i in range(tiles):
             next = row + batch + i * TILE
             fetch_rows(&s.scores, next, min(next + TILE, stop), False)
@@ -429,8 +440,8 @@ cdef inline void settle_group(bint grad, const Options *o, int n, const vec *fir
 
 
 cdef inline void settle_general_group(bint grad, const Options *o, int n, const vec *first, const vec *second,
-                                      const vec *low, vec found[3][32], const real *m, const real *target,
-                                      const real *mult, real factor, real *a, real *b, real *coefficient, real *losses,
+                                      const vec *low, vec found[2][32], const real *u_pivot, const real *m,
+                                      const real *target, const real *mult, real factor, real *a, real *b, real *coefficient, real *losses,
                                       real *extras) noexcept nogil:
     """The same for the general form."""
     cdef State state
@@ -440,7 +451,7 @@ cdef inline void settle_general_group(bint grad, const Options *o, int n, const 
         state.m, state.target = vload(m + g), vload(target + g)
         fold(o, first + g, second + g, low + g, &state)
         if o.kind == SOFTMAX:
-            fold_general(o, second + g, found[0] + g, found[1] + g, found[2] + g, &state)
+            fold_general(o, second + g, found[0] + g, found[1] + g, u_pivot + g, &state)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
@@ -470,10 +481,12 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef real a[32]
     cdef real b[32]
     # The same for the general form.
-    cdef vec found[3][32]
+    cdef vec found[2][32]
     cdef real origin[32]
     cdef real coefficient[32]
     cdef lane_int pivot[32]
+    cdef real u_pivot[32]
+    cdef vec size[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
@@ -493,19 +506,20 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef stored *to
     cdef Py_ssize_t done
     own.kind, own.power = kind, power
-    fix_form(&own, form)
+    fix_form(&own, ROWED, form)
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), c
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = low[i] = end
         if general:
-            found[0][i] = found[1][i] = found[2][i] = end
+            found[0][i] = found[1][i] = end
+            u_pivot[i] = 0
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
     for i in range(n):
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
-            top[i] = row_max(&w)
+            top[i] = row_max(&w, &size[i] if form == BENT else NULL)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     aim_group(o, n, top, m, target)
@@ -515,7 +529,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     for i in range(n):
         first[i] = second[i] = low[i] = end
         if general:
-            found[0][i] = found[1][i] = found[2][i] = end
+            found[0][i] = found[1][i] = end
+            u_pivot[i] = 0
         if mult[i] == 0:
             continue
         if general:
@@ -525,8 +540,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
-            w.more_ahead = ahead * s.probabilities.row_stride
+            w.more_ahead, w.near = ahead * s.probabilities.row_stride, form == BENT and is_near_zero(o, size[i])
             pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
+            u_pivot[i] = target_at(o, &w, pivot[i], y[i]) if o.dense else 0
             state.pivot = iset(pivot[i])
             if o.kind == SOFTMAX:
                 state.c = vset(origin[i])
@@ -536,9 +552,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         if has_low(o):
             low[i] = state.low
         if general:
-            found[0][i], found[1][i], found[2][i] = state.more[0], state.more[1], state.more[2]
+            found[0][i], found[1][i] = state.more[0], state.more[2]
     if general:
-        settle_general_group(grad, o, n, first, second, low, found, m, target, mult, s.scale, a, b, coefficient, losses,
+        settle_general_group(grad, o, n, first, second, low, found, u_pivot, m, target, mult, s.scale, a, b, coefficient, losses,
                              extras)
     else:
         settle_group(grad, o, n, first, second, low, m, target, mult, s.scale, a, b, losses)
@@ -717,6 +733,8 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         if s.multiplier != NULL:
             for i in range(n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
+        if s.unfit != NULL:
+            check_probabilities(s, row, n)
         if s.top != NULL:
             keep_group_tops(s, row, n, mult)
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
@@ -780,7 +798,7 @@ cdef void long_block(void *job, Py_ssize_t k, int thread) noexcept nogil:
         if p.walk == CLOSE:
             memset(dst, 0, c * sizeof(stored))
     elif p.walk == LOOK:
-        p.a[k] = row_max(&w)
+        p.a[k] = row_max(&w, NULL)
     elif p.walk == OPEN and grad:
         open_rows(ROWED, True, o, &w, vset(p.mult[row] * s.scale), &state, &p.last[k])
     elif p.walk == OPEN:
@@ -950,17 +968,22 @@ cdef int read_targets(_Loan loan, targets, Indices *indices, Matrix *probabiliti
 
 
 def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses, int n_threads, z=None, entropy=None,
-               top=None):
+               top=None, unfit=None):
     """Σ multiplier · ℓ over the rows of `scores`; gradients, times scale, into `grad`; row losses into `losses`.
 
     The largest classes into `top`, contiguous, of NumPy's intp; in the general form also log-sum-exps and entropies, into
-    `z` and `entropy`, contiguous.
+    `z` and `entropy`, contiguous. Into `unfit`, of one intp: the position of the first probability that is not finite, or
+    negative, or -1; unless it is None they are looked at as they come.
     """
     if not ARE_SCORES:
         raise TypeError("the kernels of this type take features, not scores")
     cdef _Loan loan = _Loan()
     cdef ScoresPass s
     cdef Matrix m
+    cdef Py_ssize_t found[SEGMENTS]
+    cdef Py_ssize_t *first
+    cdef Py_ssize_t k
+    cdef double total
     s.scores, s.grad = loan.scores(scores, False), loan.scores(grad, True)
     m = loan.matrix(multiplier, False)
     s.multiplier = m.data
@@ -974,9 +997,20 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
         m = loan.matrix(entropy, True)
         s.entropy = m.data
     s.top = NULL if top is None else <Py_ssize_t *> loan.borrow(top, True).buf
+    s.unfit = NULL
     read_options(&s.options, row_loss, loan, s.scores.columns)
     read_targets(loan, targets, &s.targets, &s.probabilities, &s.options)
-    return run_scores(&s, n_threads)
+    if unfit is None:
+        return run_scores(&s, n_threads)
+    first, s.unfit = <Py_ssize_t *> loan.borrow(unfit, True).buf, found
+    for k in range(SEGMENTS):
+        found[k] = -1
+    total = run_scores(&s, n_threads)
+    for k in range(SEGMENTS):
+        if found[k] >= 0:
+            first[0] = found[k]
+            break
+    return total
 
 
 def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double scale, grad, int n_threads):
@@ -993,7 +1027,7 @@ def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double sca
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(grad, True), loan.indices(targets)
     m = loan.matrix(multiplier, False)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = m.data, <real> scale, NULL, 0, NULL, NULL
-    s.top = NULL
+    s.top = s.unfit = NULL
     s.probabilities = loan.matrix(stats, False)
     read_options(&s.options, row_loss, loan, s.scores.columns)
     s.options.kind, s.options.stats_step = FROM_STATS, s.probabilities.row_stride
@@ -1009,7 +1043,7 @@ def transform(kind, scores, out, int n_threads):
     cdef Matrix m
     s.scores, s.grad, s.targets = loan.scores(scores, False), loan.scores(None, False), loan.indices(None)
     s.multiplier, s.scale, s.row_loss, s.row_loss_stride, s.z, s.entropy = NULL, 1, NULL, 0, NULL, NULL
-    s.top = NULL
+    s.top = s.unfit = NULL
     s.probabilities = loan.matrix(None, False)
     read_options(&s.options, ("transform " + kind, 0, 1, "", None), loan, s.scores.columns)
     if s.options.kind == LOG_SUM:

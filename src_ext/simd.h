@@ -386,11 +386,12 @@ FL_INLINE packed narrow(vec v) {
 #elif FL_STORED == FL_U8
     return __builtin_convertvector(__builtin_convertvector(v, ivec), packed);
 #else
-    ivec bits = (ivec)v, nan = (ivec)(v != v);
+    ivec bits = (ivec)v;
 #if FL_STORED == FL_BF16
-    ivec rounded = (bits + iset(0x7fff) + ((bits >> 16) & iset(1))) >> 16;
-    return __builtin_convertvector((nan & iset(0x7fc0)) | (~nan & rounded), packed);
+    /* NaN stays NaN: it came of a bfloat16, or of arithmetic, so that the bits that are rounded are 0. */
+    return __builtin_convertvector((bits + iset(0x7fff) + ((bits >> 16) & iset(1))) >> 16, packed);
 #else
+    ivec nan = (ivec)(v != v);
     ivec sign = (bits >> 16) & iset(0x8000), size = bits & iset(0x7fffffff);
     ivec normal = (size - iset(112 << 23) + iset(0xfff) + ((size >> 13) & iset(1))) >> 13;
     ivec small = (ivec)((vec)size + vset(0.5f)) - (ivec)vset(0.5f); /* below 2^-14: the sum rounds */
@@ -991,6 +992,23 @@ FL_INLINE vec tanh_near(vec x) {
     q = q * z + vset(-0x1.5555555555555p-2);
 #endif
     return q * z * x + x;
+}
+/* tanh(x) / x for |x| < NEAR_TANH, as a polynomial of x^2 that interpolates at Chebyshev points (1.3e-8 in float, 2.6e-18 in
+ * double); and an odd polynomial of such coefficients. */
+#define BENDS (FASTLOSS_BITS == 32 ? 5 : 11)
+static const double fl_bends[BENDS] = {
+#if FASTLOSS_BITS == 32
+    1.0, -0x1.5554a4p-2, 0x1.10e412p-3, -0x1.b20cp-5, 0x1.18ae12p-6,
+#else
+    1.0, -0x1.5555555555528p-2, 0x1.111111110d80bp-3, -0x1.ba1ba1b69e862p-5, 0x1.664f47a21804ap-6, -0x1.226e144e92c9fp-7,
+    0x1.d6cdb982a0186p-9, -0x1.7d468c7fdfcd5p-10, 0x1.31c0fe1baace7p-11, -0x1.c85eda5c362b1p-13, 0x1.db16c18e08ce1p-15,
+#endif
+};
+FL_INLINE vec odd_polynomial(const real *of, vec x) {
+    vec z = x * x, q = vset(of[BENDS - 1]);
+#pragma GCC unroll 10
+    for (int k = BENDS - 2; k >= 0; k--) q = q * z + vset(of[k]);
+    return q * x;
 }
 /* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). Not inline: it is seldom needed, and takes many registers. */
 static __attribute__((noinline)) vec vtanh(vec x, vec *short_of_one) {

@@ -1,6 +1,7 @@
 """Every option and extra output, compiled, for scores and in the linear layer, against the reference in float64."""
 
 import itertools
+import re
 
 import ml_dtypes
 import numpy as np
@@ -248,6 +249,33 @@ def test_probabilities_that_are_unfit_are_found_wherever_they_stand(compiled, dt
     for place in (2099, 2098, 1024, 1023, 16, 15, 1, 0):
         numbers.reshape(-1)[place] = bad
         assert backend.first_unfit(numbers, 2) == place
+
+
+def test_probabilities_that_are_unfit_raise_before_anything_of_the_callers_is_written(compiled, dtype):
+    """Where nothing is, they are looked at as they are computed with; the first is named all the same."""
+    rng = np.random.default_rng(13)
+    for n, c in [(1, 1), (40, 3), (300, 10), (9, 200), (3, 70_000)]:
+        scores, q = rng.standard_normal((n, c)).astype(dtype), rng.random((n, c)).astype(dtype)
+        loss, how = fl.Softmax(), {"sample_weight": rng.integers(0, 2, n), "backend": compiled}
+        pull = {"reduction": "none", "upstream": rng.integers(0, 2, n)}
+        for place in {0, n * c // 2, n * c - 1}:
+            bad = q.copy()
+            bad.reshape(-1)[[place, -1]] = np.nan, -1
+            row, column = divmod(place, c)
+            out = np.full_like(scores, 7)
+            said = re.escape(f"targets[{row}, {column}] is")
+            for call, more in itertools.product(
+                (loss.value, loss.value_and_grad), ({}, pull, {"out": out}, {"outputs": ("lse", "argmax")})
+            ):
+                if call == loss.value and ("out" in more or "upstream" in more):
+                    continue
+                with pytest.raises(ValueError, match=said):
+                    call(scores, bad, **how, **more)
+            assert (out == 7).all()
+            with pytest.raises(ValueError, match=said):
+                loss.value_and_grad(scores, bad, out=scores, **how)
+            assert np.isfinite(scores).all()
+        assert np.isfinite(loss.value(scores, 3 * q, backend=compiled))  # they need not sum to 1
 
 
 # --- the linear layer ---------------------------------------------------------------------------------------------

@@ -556,19 +556,60 @@ def test_gradients_of_each_example_by_vmap():
     close(of_weight(adapter.linear_cross_entropy), of_weight(F.linear_cross_entropy))
 
 
-def test_second_derivatives_and_forward_mode_raise():
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivatives(reduction):
+    """Those of scores, of their target probabilities and of upstream factors; and third ones."""
+    torch.manual_seed(5)
+    weight = torch.rand(5).double()
+    for shape in [(5,), (3, 5), (2, 5, 3)]:
+        scores, rows = torch.randn(shape).double(), shape[:1] * (len(shape) > 1) + shape[2:]
+        target, q = torch.randint(0, 5, rows), torch.rand(shape).double()
+        if len(shape) == 3:
+            target[0, 0] = -100
+        for options, targets in itertools.product(
+            ({}, {"weight": weight, "label_smoothing": 0.3}), ((target, scores), (q, scores, q))
+        ):
+            results = []
+            for loss in (adapter.cross_entropy, F.cross_entropy):
+                y, *leaves = (t.clone().requires_grad_(t.is_floating_point()) for t in (targets[0], scores))
+                leaves += [y] * (len(targets) == 3)
+                value = loss(leaves[0], y, reduction=reduction, **options)
+                upstream = torch.linspace(0.5, 1.5, value.numel()).double().reshape(value.shape).requires_grad_()
+                (first,) = torch.autograd.grad(value, leaves[0], upstream, create_graph=True)
+                second = torch.autograd.grad((first.sin() * q).sum(), [*leaves, upstream], create_graph=True)
+                third = torch.autograd.grad(sum(t.square().sum() for t in second), leaves)
+                results.append([first, *second, *third])
+            for found, wanted in zip(*results, strict=True):
+                close(found, wanted)
+    scores, target = torch.randn(3, 5).double().requires_grad_(), torch.randint(0, 5, (3,))
+    for p in (1, 2):
+        hinge = partial(adapter.multi_margin_loss, p=p, weight=weight, reduction=reduction)
+        assert torch.autograd.gradgradcheck(lambda s, hinge=hinge: hinge(s, target), (scores,))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_second_derivatives_by_transforms():
+    scores, *_, target, _ = (t.detach() for t in problem())
+    hessians = [
+        torch.func.jacrev(torch.func.grad(loss))(scores, target) for loss in (adapter.cross_entropy, F.cross_entropy)
+    ]
+    close(*hessians)
+
+
+def test_second_derivatives_of_layers_and_forward_mode_raise():
     scores, input, linear, _, target, _ = problem()
+    loss = partial(adapter.linear_cross_entropy, input, target=target)
+    (gradient,) = torch.autograd.grad(loss(linear), linear, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives of a linear layer"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(lambda w: torch.func.grad(loss)(w).sum())(linear.detach())
     for loss, leaf in (
         (lambda s: adapter.cross_entropy(s, target), scores),
         (lambda s: adapter.cross_entropy(s.repeat(1000, 1), target.repeat(1000)), scores),
         (lambda w: adapter.linear_cross_entropy(input, w, target), linear),
     ):
-        (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"no second derivatives.*torch\.nn\.functional"):
-            gradient.sum().backward()
         plain = leaf.detach()
-        with pytest.raises(RuntimeError, match="no second derivatives"):
-            torch.func.grad(lambda t, loss=loss: torch.func.grad(loss)(t).sum())(plain)
         with pytest.raises(NotImplementedError, match="jvp"):
             torch.func.jvp(loss, (plain,), (plain,))
         with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):

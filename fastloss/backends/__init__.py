@@ -140,6 +140,11 @@ class Backend:
             bad &= indices != ignored
         return int(bad.argmax()) if bad.any() else -1
 
+    def checks_as_it_reads(self, probabilities: Array, dtype: np.dtype[Any]) -> bool:
+        """Whether `score_rows`, computing in a type, looks at probabilities itself where `extras` has "unfit" (1,): it
+        then puts what `first_unfit` finds there, unless that is −1."""
+        return False
+
     def first_unfit(self, numbers: Array, n_threads: int = 1, most: float = np.inf) -> int:
         """The flat position of the first number that is not finite, or not in [0, most]; −1 if there is none."""
         return checks.first_unfit(numbers, most)

@@ -177,6 +177,10 @@ class CythonBackend(Backend):
         position: int = kernels.first_unfit(numbers.reshape(-1), most, n_threads)
         return position
 
+    def checks_as_it_reads(self, probabilities: Array, dtype: np.dtype[Any]) -> bool:
+        # Converted, a number may be another.
+        return probabilities.dtype == dtype and probabilities.flags.c_contiguous and probabilities.flags.aligned
+
     def weigh(
         self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
         dtype: np.dtype[Any], n_threads: int = 1,
@@ -217,7 +221,8 @@ class CythonBackend(Backend):
         else:
             options = row_options(loss)
         value: float = kernels.score_rows(
-            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy, extras.get("argmax")
+            options, scores, targets, multiplier, scale, grad, row_loss, n_threads, z, entropy, extras.get("argmax"),
+            extras.get("unfit"),
         )
         return value
 

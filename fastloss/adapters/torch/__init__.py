@@ -6,7 +6,8 @@ Signatures, shapes, dtypes, reductions and the denominators of means are PyTorch
 - Targets may be of any integer type. A class outside the scores' is an IndexError that says where it stands.
 - Rows that count nothing (class weight 0, or ignored) are skipped, even with NaN in them.
 - Class weights must be finite; probability targets finite and not negative.
-- There are no second derivatives, and tensors must be on a CPU or an NVIDIA GPU: both raise.
+- Second derivatives, of scores alone, are PyTorch's; there is no forward mode. What there is not raises, as do tensors
+  that are not on a CPU or an NVIDIA GPU.
 - On a GPU nothing waits: a class outside the scores' gives NaN, and a ValueError in the next call or
   `fastloss.synchronize`. Negative class weights within label smoothing, or for probabilities, raise there.
 

@@ -9,6 +9,7 @@ from fastloss.adapters.torch import _compute as compute
 from fastloss.adapters.torch import _cuda as cuda
 from fastloss.adapters.torch._arrays import Tensor, torch
 from fastloss.adapters.torch._compute import Options
+from fastloss.adapters.torch._second import scores_products
 
 transforming = getattr(torch._C, "_are_functorch_transforms_active", None)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
@@ -116,8 +117,8 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _no_second_derivative(ctx: Any, *upstream: Any) -> Any:
     raise RuntimeError(
-        "fastloss has no second derivatives of its losses: the gradient cannot be differentiated again (it was made "
-        "with create_graph=True, or within torch.func); for that use the loss of torch.nn.functional"
+        "fastloss has no second derivatives of a linear layer's losses: the gradient cannot be differentiated again "
+        "(it was made with create_graph=True, or within torch.func); for that compute the scores, and use their loss"
     )
 
 
@@ -141,6 +142,27 @@ def _scores_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1]:
         target_gradient = _target_gradient(upstream, input, target, weight, Options(*options))
     return gradient, target_gradient, *(None,) * (1 + len(ctx.options))
+
+
+def _save_scores_gradient(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _scores_gradient_backward(ctx: Any, along: Tensor) -> tuple[Any, ...]:
+    upstream, input, target, weight = ctx.saved_tensors
+    options = Options(*ctx.options)
+    pulled = scores = of_target = None
+    if ctx.needs_input_grad[0]:
+        pulled = along * scores_gradient(torch.ones_like(upstream), input, target, weight, *options)
+        if options.reduction == "none":
+            pulled = pulled.sum(1 if input.dim() > 1 else 0).reshape(upstream.shape)
+        else:
+            pulled = pulled.sum()
+        pulled = pulled.to(upstream.dtype)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        scores, of_target = scores_products(along, upstream, input, target, weight, options)
+    return pulled, scores, of_target, *(None,) * (1 + len(ctx.options))
 
 
 def _target_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, o: Options) -> Tensor:
@@ -196,8 +218,8 @@ scores_gradient = _Operator(
     f"(Tensor upstream, Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}) -> Tensor",
     compute.scores_gradient,
     lambda upstream, input, *rest: torch.empty_like(input),
-    _save_nothing,
-    _no_second_derivative,
+    _save_scores_gradient,
+    _scores_gradient_backward,
 )
 scores_loss = _Operator(
     f"(Tensor input, Tensor target, Tensor? weight, {compute.SCHEMA}, bool wide) -> Tensor",
