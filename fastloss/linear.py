@@ -26,13 +26,6 @@ def _check_loss(loss: object) -> Loss:
     return loss
 
 
-def _features(value: object) -> Any:
-    """An array, or a `sparse.Csr`."""
-    if sparse.is_sparse(value):
-        return sparse.Csr(value)
-    return checks.matrix(value, "X", "(N, D): a row of D features for each of N examples")
-
-
 def _layer(backend: backends.Backend, X: Any) -> Callable[..., float]:
     """`Backend.linear_rows` for such features."""
     return functools.partial(sparse.linear_rows, backend) if isinstance(X, sparse.Csr) else backend.linear_rows
@@ -58,7 +51,8 @@ class LinearObjective:
     X : array or SciPy sparse array (N, D)
         Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
         (16-bit floats, uint8, float32) or float64. Sparse: CSR with sorted indices and float32 or float64 values is
-        used as it is, anything else is converted to that once; never made dense, but gradients are.
+        used as it is, anything else is converted to that once; never made dense, but gradients are. Gradients over all
+        rows keep a copy of it by columns from the first on: as many numbers and row indices as X has entries.
     targets : array (N,) of integers, or for Softmax probabilities (N, C)
         Copied: later changes to the array do not count.
     penalty : L2, L1, ElasticNet or MaxNorm, optional
@@ -120,7 +114,9 @@ class LinearObjective:
         n_threads: int | None = None,
     ) -> None:
         self.loss = _check_loss(loss)
-        self.X = _features(X)
+        self.X = sparse.features(X)
+        if isinstance(self.X, sparse.Csr):
+            self.X.is_reused = True
         n, d = self.X.shape
         if penalty is not None and not isinstance(penalty, Penalty):
             raise TypeError(f"penalty is {penalty!r}; it must be a penalty, such as fastloss.L2(1e-3), or None")
@@ -352,8 +348,13 @@ class LinearObjective:
         array = self.check_weights(W)
         grad = self._gradient_out(array, out)
         value = self._data(array, rows, grad)
-        if self.penalty is not None:
-            penalty_value, penalty_grad = self.penalty.value_and_grad(self.penalised(array))
+        penalty = self.penalty
+        if penalty is not None and penalty.by == "gradient" and array.dtype == grad.dtype:
+            weights, workers = self.penalised(array), threads.resolve(self.n_threads)
+            backend = self.choose_backend("gradient")
+            value += 0.5 * penalty.decay * backend.shrink(weights, self.penalised(grad), penalty.decay, workers)
+        elif penalty is not None:
+            penalty_value, penalty_grad = penalty.value_and_grad(self.penalised(array))
             value += penalty_value
             self.penalised(grad)[...] += penalty_grad
         return value, grad
@@ -503,7 +504,7 @@ def linear_value_and_grad(
 
         threads.resolve(n_threads)
         return on_gpu.linear_call(loss, X, W, targets, b, wrt, sample_weight, reduction, upstream, chunk_rows)
-    features = _features(X)
+    features = sparse.features(X)
     weights = checks.matrix(W, "W", "(C, D): a row of D weights for each of C classes")
     n, d = features.shape
     if weights.shape[1] != d or len(weights) == 0:

@@ -191,6 +191,20 @@ class Backend:
         """dW (D, C) += those rowsᵀ times scores (n, C), in C order."""
         dW += X[at].T @ scores
 
+    #: Whether `csc_accumulate` is there, for which a copy of X by features is kept.
+    goes_by_features = False
+
+    def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
+        """The same by the transpose of X, for rows that follow those before: `at` is where each feature's entries go on,
+        and moves on. With the first rows, dW is written, whatever it has.
+        """
+        raise NotImplementedError
+
+    def shrink(self, W: Array, grad: Array, q: float, n_threads: int) -> float:
+        """grad += q W; the sum of the squares of W, both (C, D) and of one type."""
+        grad += grad.dtype.type(q) * W
+        return float(np.sum(np.square(W, dtype=np.float64)))
+
     def transposed(self, W: Array, n_threads: int) -> Array:
         """W (C, D) as (D, C) in C order; W itself, seen from the other side, where it is that."""
         return np.ascontiguousarray(W.T)

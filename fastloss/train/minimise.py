@@ -14,6 +14,7 @@ from fastloss import _checks as checks
 from fastloss import blocks, threads
 from fastloss._checks import Array
 from fastloss.linear import LinearObjective
+from fastloss.sparse import Csr
 from fastloss.train.descent import DivergenceError, _initial
 
 Callback = Callable[[Array, float], object]
@@ -107,6 +108,8 @@ class Preconditioner:
     """
 
     def __init__(self, objective: LinearObjective, n_classes: int) -> None:
+        if isinstance(objective.X, Csr):
+            raise ValueError("precondition is True, but X is sparse; its second moments would be dense: leave it out")
         n, d = objective.X.shape
         columns = d + objective.bias
         some = np.arange(0, n, max(1, n // max(SAMPLE, 4 * d)))
@@ -262,7 +265,8 @@ def lbfgs(
         Ends, too, when an iteration brings less than this part of the objective.
     precondition : bool or Preconditioner
         Work in variables in which the objective is about equally curved in all directions: far fewer iterations where
-        features are correlated, as pixels are. Takes D² numbers, D³ / 3 operations, and products as of 4 D rows.
+        features are correlated, as pixels are. Takes D² numbers, D³ / 3 operations, and products as of 4 D rows. Not
+        for sparse X.
     callback : function, optional
         Called with W and the value after each iteration; the run ends if it returns True.
 

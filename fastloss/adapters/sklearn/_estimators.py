@@ -4,7 +4,7 @@ The objective is scikit-learn's, `C Σ wᵢ ℓᵢ + r ‖W‖₁ + (1 − r) / 
 the penalty; solvers get it divided by C Σ wᵢ. Two classes have one row of weights v, and are trained as the two rows
 −v/2 and v/2: ‖v‖² is twice the sum of their squares, and ‖v‖₁ the sum of their absolute values.
 
-With an intercept, features are taken less their mean: W and the minimum stay the same, only the intercept moves, and
+With an intercept, dense features are taken less their mean: W and the minimum stay the same, only the intercept moves, and
 solvers need far fewer iterations where means are large beside deviations.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from scipy.sparse import csr_array, issparse
 from sklearn.utils import check_random_state, compute_class_weight
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
@@ -56,35 +57,37 @@ POWER_STEPS = 10  # to find the largest eigenvalue of the features' second momen
 class _Data(NamedTuple):
     """Checked training data: rows, the position of each row's class, and what rows count (None: 1)."""
 
-    X: Array
+    X: Any  # an array or a CSR matrix
     y: Array
     weight: Array | None
 
     @property
     def total(self) -> float:
-        return float(len(self.X) if self.weight is None else self.weight.sum())
+        return float(len(self.y) if self.weight is None else self.weight.sum())
 
     def pick(self, rows: Array) -> _Data:
         return _Data(self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows])
 
 
-def _sample(data: _Data) -> tuple[Array, Array | None]:
+def _sample(data: _Data) -> tuple[Any, Array | None]:
     """Some rows, evenly spaced, as float64, and what they count; None for all the same (as where none counts)."""
-    some = slice(None, None, max(1, len(data.X) // SAMPLE_ROWS))
+    some = slice(None, None, max(1, len(data.y) // SAMPLE_ROWS))
     weight = None if data.weight is None or not data.weight[some].any() else data.weight[some]
-    return data.X[some].astype(np.float64), weight
+    rows = data.X[some].astype(np.float64)
+    return csr_array(rows) if issparse(rows) else rows, weight
 
 
-def _spread(rows: Array, weight: Array | None, batch_size: int) -> float:
+def _spread(rows: Any, weight: Array | None, batch_size: int) -> float:
     """The largest eigenvalue of the second moments of (x, 1), and what the noise of a batch adds to it."""
-    norms = np.square(rows).sum(axis=1) + 1
-    rows = rows * np.sqrt(1 / len(rows) if weight is None else weight[:, None] / weight.sum())
-    direction, largest = rows[np.square(rows).sum(axis=1).argmax()], 0.0
+    norms = (rows * rows).sum(axis=1) + 1
+    share = np.full(rows.shape[0], 1 / rows.shape[0]) if weight is None else weight / weight.sum()
+    longest = rows[[int((share * (norms - 1)).argmax())]]
+    direction, largest = np.ravel(longest.toarray() if issparse(longest) else longest), 0.0
     for _ in range(POWER_STEPS):
         length = float(np.sqrt(np.square(direction).sum()))
         if length == 0:
             break
-        largest, direction = length, (rows @ (direction / length)) @ rows
+        largest, direction = length, rows.T @ (share * (rows @ (direction / length)))
     return max(1.0, largest) + float(np.average(norms, weights=weight)) / batch_size
 
 
@@ -163,7 +166,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = False
+        tags.input_tags.sparse = True
         return tags
 
     # --- data ------------------------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def _data(self, X: Any, y: Any, sample_weight: Any, classes: Any, reset: bool) -> _Data:
         """Checked data; sets `classes_` where it is new."""
-        X, y = validate_data(self, X, y, dtype=DTYPES, reset=reset)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=DTYPES, reset=reset)
         check_classification_targets(y)
         y = column_or_1d(y, warn=True)
         known = np.unique(y) if classes is None else classes
@@ -227,7 +230,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
     def _objective(self, data: _Data, total: float) -> fl.LinearObjective:
         dtype = checks.compute_dtype(data.X.dtype, "X")
         shift = None
-        if self.fit_intercept:
+        if self.fit_intercept and not issparse(data.X):
             rows, weight = _sample(data)
             shift = np.average(rows, axis=0, weights=weight).astype(dtype)
         return fl.LinearObjective(
@@ -267,8 +270,9 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array (n_samples, n_features)
-            float32, float64, float16 and uint8 are used as they are, anything else as float64. Not sparse.
+        X : array or sparse matrix (n_samples, n_features)
+            float32, float64, float16 and uint8 are used as they are, anything else as float64. CSR of float32 or
+            float64 with sorted indices is used as it is, other sparse formats are converted to it; never made dense.
         y : array (n_samples,)
             Labels of any kind.
         sample_weight : array (n_samples,), optional
@@ -295,7 +299,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
             return self
         more = {}
         if name in ("lbfgs", "smoothing"):
-            more["precondition"] = data.X.shape[1] <= PRECONDITIONED
+            more["precondition"] = not issparse(data.X) and data.X.shape[1] <= PRECONDITIONED
         found = SOLVERS[name](
             objective, W, n_classes=len(self.classes_) if W is None else None, tol=self.tol, max_iter=max_iter,
             callback=self._reporter(name), **more,
@@ -349,7 +353,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         total = data.total
         stopping = None
         if self.early_stopping:
-            held = random.permutation(len(data.X))
+            held = random.permutation(len(data.y))
             count = max(1, round(self.validation_fraction * len(held)))
             if count >= len(held):
                 raise ValueError(
@@ -418,7 +422,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> Array:
         """Scores of the classes, by chunks of rows: (n_samples, n_classes), or (n_samples,) of the second of two."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=DTYPES, reset=False)
+        X = validate_data(self, X, accept_sparse="csr", dtype=DTYPES, reset=False)
         W = np.column_stack([self.coef_, self.intercept_])
         scores = LinearModel(W, ("",) * len(W)).scores(X)
         return scores.ravel() if len(W) == 1 else scores
