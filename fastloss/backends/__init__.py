@@ -195,7 +195,7 @@ class Backend:
     goes_by_features = False
 
     def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
-        """The same by the transpose of X, for rows that follow those before: `at` is where each feature's entries go on,
+        """The same by the transpose of X, for rows that follow those before: `at` is where entries of features go on,
         and moves on. With the first rows, dW is written, whatever it has.
         """
         raise NotImplementedError

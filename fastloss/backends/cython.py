@@ -251,12 +251,11 @@ class CythonBackend(Backend):
     goes_by_features = True
 
     def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
-        is_first, is_last = rows.start == 0, rows.stop == XT.shape[1]
-        bias = np.zeros(dW.shape[1], dW.dtype) if is_first else None
+        below = rows.stop if rows.stop < XT.shape[1] else -1
+        bias = np.zeros(dW.shape[1], dW.dtype) if rows.start == 0 else None
         self._kernels[dW.dtype].csr_scores(
-            XT.values, XT.indices, at, XT.starts[1:], -1 if is_last else rows.stop, None, 0, scores, rows.start, bias, dW,
-            n_threads,
-        )  # fmt: skip
+            XT.values, XT.indices, at, XT.starts[1:], below, None, 0, scores, rows.start, bias, dW, n_threads
+        )
 
     def shrink(self, W: Array, grad: Array, q: float, n_threads: int) -> float:
         if W.dtype != grad.dtype or W.dtype not in (FLOAT32, FLOAT64):

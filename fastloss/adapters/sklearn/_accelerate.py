@@ -218,8 +218,8 @@ def accelerate() -> Iterator[None]:
     """Within the block, scikit-learn's `LogisticRegression` and `LogisticRegressionCV` compute by fastloss.
 
     For `solver="lbfgs"` (the default) and `"newton-cg"`, binary and multinomial, dense or sparse, float32 and float64.
-    The algorithm stays scikit-learn's, so coefficients, iterations and warnings are the same up to rounding; passes over
-    the data are fused, on all threads that fastloss may use. The other solvers run as ever.
+    The algorithm stays scikit-learn's, so coefficients, iterations and warnings are the same up to rounding; passes
+    over the data are fused, on all threads that fastloss may use. The other solvers run as ever.
 
     Afterwards all is as before, whatever happened inside. The block counts for all threads of the process; processes
     that it starts (as `n_jobs=2` does) compute as ever. Blocks may be nested, and run in several threads at a time.

@@ -4,8 +4,8 @@ The objective is scikit-learn's, `C Σ wᵢ ℓᵢ + r ‖W‖₁ + (1 − r) / 
 the penalty; solvers get it divided by C Σ wᵢ. Two classes have one row of weights v, and are trained as the two rows
 −v/2 and v/2: ‖v‖² is twice the sum of their squares, and ‖v‖₁ the sum of their absolute values.
 
-With an intercept, dense features are taken less their mean: W and the minimum stay the same, only the intercept moves, and
-solvers need far fewer iterations where means are large beside deviations.
+With an intercept, dense features are taken less their mean: W and the minimum stay the same, only the intercept moves,
+and solvers need far fewer iterations where means are large beside deviations.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array, issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
-from scipy.sparse import csr_array, issparse
 from sklearn.utils import check_random_state, compute_class_weight
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
