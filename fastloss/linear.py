@@ -315,13 +315,27 @@ class LinearObjective:
         return out
 
     def load_rows(self, rows: Any) -> Array:
-        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D)."""
-        found: Array = self.X[rows].astype(self.dtype)
+        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D), dense
+        where X is sparse."""
+        some = self.X[rows]
+        found: Array = (some.toarray() if sparse.is_sparse(some) else some).astype(self.dtype)
         if self._shift is not None:
             found -= self._shift.astype(self.dtype)
         if self._scale is not None:
             found /= self._scale.astype(self.dtype)
         return found
+
+    def sparse_moments(self, rows: Array, weight: Array) -> tuple[Array, Array]:
+        """Of some rows of sparse X as the loss takes them, with weights that sum to 1: Σ w x xᵀ (D, D) and Σ w x."""
+        some = self.X[rows].astype(np.float64)
+        moments, mean = (some.T @ (some * weight[:, None])).toarray(), some.T @ weight
+        if self._shift is not None:
+            cross = np.multiply.outer(mean, self._shift)
+            moments += np.multiply.outer(self._shift, self._shift) - cross - cross.T
+            mean = mean - self._shift
+        if self._scale is not None:
+            moments, mean = moments / np.multiply.outer(self._scale, self._scale), mean / self._scale
+        return moments, mean
 
     def penalised(self, W: Array) -> Array:
         """The part of W (or of a gradient) that the penalty acts on: all but the bias."""

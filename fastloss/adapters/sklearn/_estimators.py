@@ -47,7 +47,8 @@ SGD_ONLY: dict[str, Any] = {
     "early_stopping": False,  # with it `validation_fraction` and `n_iter_no_change`, which mean nothing without
 }
 #: Features up to which "lbfgs" and "smoothing" are preconditioned: beyond, a factor of their moments takes too long.
-PRECONDITIONED = 4096
+#: Sparse ones must have as many entries as the factor, which is applied twice for each pass over them, or not be many.
+PRECONDITIONED, PRECONDITIONED_SPARSE = 4096, 512
 SAMPLE_ROWS = 1024  # of which the mean of the features and their size are estimated
 #: SGD's step size times the curvature that it meets: about that of the recipes in `fastloss.train.recipes`.
 STEP = 0.2
@@ -89,6 +90,12 @@ def _spread(rows: Any, weight: Array | None, batch_size: int) -> float:
             break
         largest, direction = length, rows.T @ (share * (rows @ (direction / length)))
     return max(1.0, largest) + float(np.average(norms, weights=weight)) / batch_size
+
+
+def _worth_preconditioning(X: Any) -> bool:
+    d = X.shape[1]
+    most = PRECONDITIONED if not issparse(X) or X.nnz >= d * d else PRECONDITIONED_SPARSE
+    return bool(d <= most)
 
 
 def _trains_by_sgd(estimator: Any) -> bool:
@@ -299,7 +306,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
             return self
         more = {}
         if name in ("lbfgs", "smoothing"):
-            more["precondition"] = not issparse(data.X) and data.X.shape[1] <= PRECONDITIONED
+            more["precondition"] = _worth_preconditioning(data.X)
         found = SOLVERS[name](
             objective, W, n_classes=len(self.classes_) if W is None else None, tol=self.tol, max_iter=max_iter,
             callback=self._reporter(name), **more,
