@@ -230,6 +230,16 @@ class LinearObjective:
             backend=self.backend, n_threads=self.n_threads,
         )  # fmt: skip
 
+    @property
+    def transforms(self) -> bool:
+        """Whether the features are taken with a shift or a scale."""
+        return self._shift is not None or self._scale is not None
+
+    @property
+    def row_scale(self) -> float:
+        """What a row's loss, times its multiplier, counts in the objective."""
+        return self.weights.scale(self.reduction, self._total)
+
     def choose_backend(self, verb: str) -> backends.Backend:
         """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""
         return backends.choose(self.backend, verb, self.loss, self.dtype, self._needs)
@@ -324,6 +334,17 @@ class LinearObjective:
         if self._scale is not None:
             found /= self._scale.astype(self.dtype)
         return found
+
+    def sparse_squares(self) -> Array:
+        """The mean square of each feature of sparse X as the loss takes it (D,), every row weighing as it does."""
+        weight = self.weights.multiplier
+        weight = np.ones(len(self.X)) if weight is None or not weight.any() else weight.astype(np.float64)
+        weight = np.repeat(weight / weight.sum(), np.diff(self.X.starts))
+        values, d = self.X.values.astype(np.float64), self.X.shape[1]
+        squares = np.bincount(self.X.indices, weight * values * values, d)
+        if self._shift is not None:
+            squares += self._shift * (self._shift - 2 * np.bincount(self.X.indices, weight * values, d))
+        return squares if self._scale is None else squares / self._scale**2
 
     def sparse_moments(self, rows: Array, weight: Array) -> tuple[Array, Array]:
         """Of some rows of sparse X as the loss takes them, with weights that sum to 1: Σ w x xᵀ (D, D) and Σ w x."""

@@ -265,3 +265,79 @@ def transpose(matrix, transposed, double factor, bint back, int n_threads):
         share(transpose_segment, &p, segments,
               useful_threads(n_threads, p.matrix.columns, p.segment, <double> p.matrix.columns * p.matrix.rows,
                              THREAD_WORK))
+
+
+# --- Crammer and Singer's hinge in the dual ---------------------------------------------------------------------------
+# min ½ ‖W‖² + Σ_i C_i max_m (Δ [m ≠ y] + w_m·x_i − w_y·x_i): with W = Σ_i x_i α_iᵀ, the α of one row are chosen at their
+# best for the others', in closed form, and W follows (Keerthi et al., 2008). With A = ‖x_i‖², G_m the score plus the
+# margin, and u = C_i at the target, 0 elsewhere: α_m = u_m − max(0, D_m − β) / A, D_m = G_m − A (α_m − u_m), where β is such
+# that the α sum to 0, as in a projection onto a simplex.
+
+cdef inline bint best_alphas(real *G, real *alpha, Py_ssize_t n, Py_ssize_t y, double bound, double square,
+                             double margin, double *D) noexcept nogil:
+    """Scores G (n,) of a row ← the changes of its alpha; whether there are any."""
+    cdef Py_ssize_t m, count = 0, last = -1
+    cdef double total, beta = -INFINITY, new, largest = 0
+    for m in range(n):
+        D[m] = G[m] + (0 if m == y else margin) - square * (alpha[m] - (bound if m == y else 0))
+    while True:  # those above β are ever fewer, until they stay
+        total, count = 0, 0
+        for m in range(n):
+            if D[m] > beta:
+                total += D[m]
+                count += 1
+        if count == 0 or not total - total == 0:  # NaN or infinity
+            return False
+        if count == last:
+            break
+        beta, last = (total - square * bound) / count, count
+    for m in range(n):
+        new = (bound if m == y else 0) - (D[m] - beta if D[m] > beta else 0) / square
+        G[m] = <real> (new - alpha[m])
+        largest = max(largest, <double> (G[m] if G[m] > 0 else -G[m]))
+    if largest <= 1e-12 * bound:
+        return False
+    for m in range(n):
+        alpha[m] += G[m]
+    return True
+
+
+cdef inline void dual_epoch_typed(const csr_int *indices, CsrPass *p, const int64_t *y, real *alpha, const real *bounds,
+                                  const real *squares, double margin, double *D) noexcept nogil:
+    cdef const csr_int *starts = <const csr_int *> p.starts
+    cdef Py_ssize_t i, row
+    for i in range(p.rows.size):
+        row = csr_row_at(p, i)
+        if bounds[row] > 0 and squares[row] > 0:
+            csr_row(indices, p, starts[row], starts[row + 1], p.scores, False)
+            if best_alphas(p.scores, alpha + row * p.classes, p.classes, y[row], bounds[row], squares[row], margin, D):
+                csr_row(indices, p, starts[row], starts[row + 1], p.scores, True)
+
+
+def dual_epoch(values, indices, starts, rows, targets, bounds, squares, double margin, W, alpha):
+    """Each of some rows of a CSR matrix in turn: alpha (N, C) at its best, W (D, C) with it; in place. The int64 `targets`,
+    `bounds` C_i and `squares` ‖x_i‖² are for all rows."""
+    if not STORED_IS_REAL:
+        raise TypeError("sparse features are float32 or float64")
+    cdef _Loan loan = _Loan()
+    cdef CsrPass p
+    cdef Matrix weights = loan.matrix(W, True), a = loan.matrix(alpha, True)
+    cdef const real *limits = loan.matrix(bounds, False).data
+    cdef const real *lengths = loan.matrix(squares, False).data
+    cdef const int64_t *y = <const int64_t *> loan.indices(targets).data
+    cdef real *room
+    cdef double *D
+    csr_borrow(loan, &p, values, indices, starts, starts, rows, 0, alpha, True)
+    p.W, p.dW, p.W_step, p.below = weights.data, weights.data, weights.row_stride, -1
+    room, D = <real *> malloc(2 * a.columns * sizeof(real) + 1), <double *> malloc(a.columns * sizeof(double) + 1)
+    if room == NULL or D == NULL:
+        free(room)
+        free(D)
+        raise MemoryError()
+    memset(room, 0, a.columns * sizeof(real))
+    p.bias, p.scores = room, room + a.columns
+    with nogil:
+        if p.kind == c"i": dual_epoch_typed(<const int32_t *> p.indices, &p, y, a.data, limits, lengths, margin, D)
+        else: dual_epoch_typed(<const int64_t *> p.indices, &p, y, a.data, limits, lengths, margin, D)
+        free(room)
+        free(D)

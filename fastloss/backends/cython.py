@@ -248,6 +248,13 @@ class CythonBackend(Backend):
         kernels, bounds = self._kernels[dW.dtype], X.shares(n_threads)
         kernels.csr_accumulate(X.values, X.indices, X.starts, *_rows_at(at), scores, dW, bounds, n_threads)
 
+    def dual_epoch(
+        self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
+    ) -> None:
+        self._kernels[W.dtype].dual_epoch(
+            X.values, X.indices, X.starts, rows, targets, bounds, squares, margin, W, alpha
+        )
+
     goes_by_features = True
 
     def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:

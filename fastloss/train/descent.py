@@ -126,7 +126,7 @@ def _initial(objective: LinearObjective, W: object, n_classes: int | None) -> Ar
         n_classes = targets.shape[1]
     elif n_classes is None:
         known = targets if loss.ignore_index is None else targets[targets != loss.ignore_index]
-        n_classes = int(known.max(initial=-1)) + 1
+        n_classes = int(known.max()) + 1 if known.size else 0  # not max(initial=-1): labels may be unsigned
         if n_classes < 1:
             raise ValueError("n_classes is None, and the objective has no targets to find it from; give n_classes")
     return np.zeros((n_classes, objective.X.shape[1] + objective.bias), objective.dtype)

@@ -156,7 +156,7 @@ class _Smooth(LinearObjective):
                 curved = backend.hvp_rows(self.loss, x @ W.T, self.targets[part], multiplier, direction)
                 for j in range(c):
                     found[j, :, k] += (x * curved[:, j, None]).T @ x
-        found *= self.weights.scale(self.reduction, self._total)
+        found *= self.row_scale
         if self.penalty is not None:
             for k in range(c):
                 diagonal = np.einsum("ii->i", found[k, :, k])
