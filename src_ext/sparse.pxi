@@ -305,8 +305,15 @@ cdef inline bint best_alphas(real *G, real *alpha, Py_ssize_t n, Py_ssize_t y, d
 cdef inline void dual_epoch_typed(const csr_int *indices, CsrPass *p, const int64_t *y, real *alpha, const real *bounds,
                                   const real *squares, double margin, double *D) noexcept nogil:
     cdef const csr_int *starts = <const csr_int *> p.starts
-    cdef Py_ssize_t i, row
+    cdef Py_ssize_t i, k, row, line = 64 // sizeof(real), step = min(p.classes, 4 * line)
+    cdef const real *w
     for i in range(p.rows.size):
+        if i + 1 < p.rows.size:  # ask for what the next row needs: its weights come from a far cache
+            row = csr_row_at(p, i + 1)
+            for k in range(starts[row], starts[row + 1]):
+                w = p.W + <Py_ssize_t> indices[k] * p.W_step
+                prefetch(w)
+                if step > line: prefetch(w + step - 1)
         row = csr_row_at(p, i)
         if bounds[row] > 0 and squares[row] > 0:
             csr_row(indices, p, starts[row], starts[row + 1], p.scores, False)

@@ -159,6 +159,8 @@ def test_large_means_cost_no_digits_and_few_iterations():
         (HingeClassifier(over="all"), "over is 'all'"),
         (HingeClassifier(power=1, solver="lbfgs"), "cannot train"),
         (HingeClassifier(power=2, solver="smoothing"), "cannot train"),
+        (HingeClassifier(power=1, over="max", solver="dual"), "fit_intercept=True"),
+        (HingeClassifier(power=1, over="max", fit_intercept=False, solver="dual"), "this X is dense"),
     ],
     ids=repr,
 )
@@ -230,6 +232,16 @@ def test_sparse_features_are_the_same_features(model, change, n_classes):
         found, wanted = (scores - scores.mean(axis=1, keepdims=True) for scores in (found, wanted))
     np.testing.assert_allclose(found, wanted, atol=5e-3)
     assert (sparse.predict(change(X)) == sparse.predict(X)).all()
+
+
+def test_crammer_singer_in_the_dual():
+    X, y = data(3)
+    how = {"over": "max", "power": 1, "fit_intercept": False, "C": 0.01}
+    sparse = HingeClassifier(**how, tol=1e-6).fit(scipy.sparse.csr_array(X), y)
+    smooth = HingeClassifier(**how, tol=1e-6).fit(X, y)
+    np.testing.assert_allclose(sparse.coef_, smooth.coef_, atol=5e-3)
+    again = HingeClassifier(**how, tol=1e-6, solver="dual", random_state=3).fit(scipy.sparse.csr_array(X), y)
+    np.testing.assert_allclose(again.coef_, sparse.coef_, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])

@@ -194,8 +194,8 @@ class Backend:
     def dual_epoch(
         self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
     ) -> None:
-        """Crammer and Singer's hinge in the dual: each of some rows in turn takes its best alpha (N, C) for those of the
-        others, and W = Xᵀ alpha (D, C) follows. For each row a class (int64), C_i, and the square of its length.
+        """Crammer and Singer's hinge in the dual: each of some rows in turn takes its best alpha (N, C) for those of
+        the others, and W = Xᵀ alpha (D, C) follows. For each row a class (int64), C_i, and the square of its length.
         """
         for i in rows[(bounds[rows] > 0) & (squares[rows] > 0)]:
             part = slice(X.starts[i], X.starts[i + 1])

@@ -19,8 +19,8 @@ def why_no_dual(objective: LinearObjective) -> str | None:
     loss, penalty = objective.loss, objective.penalty
     if not isinstance(loss, Hinge) or loss.over != "max" or loss.power != 1:
         return f"the loss is {loss!r}; it must be Hinge(over='max', power=1)"
-    if loss.pair_margins is not None or loss.count_target or loss.margin <= 0:
-        return f"the loss is {loss!r}; it must have one margin above 0, and not count the target"
+    if loss.pair_margins is not None or loss.margin <= 0:
+        return f"the loss is {loss!r}; it must have one margin, above 0"
     if not isinstance(penalty, L2) or penalty.strength == 0:
         return f"the penalty is {penalty!r}; it must be L2, of a strength above 0"
     if objective.bias:
@@ -42,9 +42,9 @@ def dual(
 ) -> Solution:
     """Minimise Crammer and Singer's hinge with an L2 penalty by coordinate ascent in the dual, on sparse features.
 
-    The dual has a number for each row and class (N C in all are kept). Those of a row are chosen at their best in closed
-    form, given those of all others, and W follows at once; an iteration does that for each row, in an order drawn anew,
-    on one thread. The gap between the objective and the dual's value tells how far the minimum can be at most.
+    The dual has a number for each row and class (N C in all are kept). Those of a row are chosen at their best in
+    closed form, given those of all others, and W follows at once; an iteration does that for each row, in an order
+    drawn anew, on one thread. The gap between the objective and the dual's value tells how far the minimum can be.
 
     Parameters
     ----------
@@ -83,7 +83,8 @@ def dual(
     if reason is not None:
         raise ValueError(f"objective is not for dual: {reason}")
     seed = checks.integer(seed, "seed", low=0)
-    X, dtype, c, loss = objective.X, objective.dtype, len(first), objective.loss
+    X, dtype, c = objective.X, objective.dtype, len(first)
+    margin = float(objective.loss.margin)  # type: ignore[attr-defined]
     backend, strength = objective.choose_backend("gradient"), objective.penalty.strength  # type: ignore[union-attr]
     multiplier = objective.weights.multiplier
     # The objective is 2 λ times ½ ‖W‖² + Σ_i C_i ℓ_i.
@@ -92,31 +93,32 @@ def dual(
     squares = np.zeros(len(X))
     np.add.at(squares, np.repeat(np.arange(len(X)), np.diff(X.starts)), np.square(X.values, dtype=np.float64))
     targets = np.where(bounds > 0, objective.targets, 0).astype(np.int64)
-    constant = 2 * strength * float(bounds[squares == 0].sum()) * loss.margin  # of rows that no W can help
+    constant = 2 * strength * float(bounds[squares == 0].sum()) * margin  # of rows that no W can help
     bounds, squares = bounds.astype(dtype), squares.astype(dtype)
     alpha, weights = np.zeros((len(X), c), dtype), np.zeros((X.shape[1], c), dtype)
     rows, at_target = np.flatnonzero((bounds > 0) & (squares > 0)), (np.arange(len(X)), targets)
-    best, best_W, n_iter, converged, message = np.inf, np.zeros_like(first), 0, False, "max_iter is reached"
-    value = objective.value(best_W)
-    check_finite(value)
+    best, best_W, n_iter, converged, message = np.inf, weights, 0, False, "max_iter is reached"
     while True:
+        square = float(np.einsum("dc,dc->", weights, weights, dtype=np.float64))
+        value = objective.data_value(weights.T) + strength * square
+        if n_iter == 0:
+            check_finite(value)
+        elif callback is not None and callback(np.ascontiguousarray(weights.T), value):
+            message = "the callback ended it"
         if value < best:
-            best, best_W = value, weights.T.copy()
-        square = float(np.square(weights, dtype=np.float64).sum())
-        lower = 2 * strength * (loss.margin * float(alpha[at_target].sum(dtype=np.float64)) - 0.5 * square) + constant
+            best, best_W = value, weights.copy()
+        if message.startswith("the callback"):
+            break
+        lower = 2 * strength * (margin * float(alpha[at_target].sum(dtype=np.float64)) - 0.5 * square) + constant
         if best - lower <= tol * abs(best):
             converged, message = True, f"the minimum is at most {max(0.0, best - lower):.1e} lower"
             break
         if n_iter == max_iter:
             break
         order = np.random.default_rng([seed, n_iter]).permutation(rows)
-        backend.dual_epoch(X, order, targets, bounds, squares, loss.margin, weights, alpha)
+        backend.dual_epoch(X, order, targets, bounds, squares, margin, weights, alpha)
         n_iter += 1
         if n_iter % REFRESH == 0:
             weights[...] = 0
             backend.csr_accumulate(X, slice(0, len(X)), alpha, weights, 1)
-        value = objective.value(weights.T)
-        if callback is not None and callback(weights.T.copy(), value):
-            message = "the callback ended it"
-            break
-    return Solution(best_W, best, n_iter, 2 * n_iter + 1, converged, message)
+    return Solution(np.ascontiguousarray(best_W.T), best, n_iter, 2 * n_iter + 1, converged, message)

@@ -55,9 +55,9 @@ def proximal_gradient(
     """Minimise an objective by accelerated proximal gradient steps (FISTA), with backtracking and restarts.
 
     The step size follows the curvature that is met, up and down, and is each weight's own: over the mean square of its
-    feature, so that rare words take long steps and frequent ones short. Where the last step and the momentum point in opposite
-    directions, momentum is given up and gathered anew: without that the method oscillates where the objective is
-    strongly convex. L1 sets weights to exactly 0.
+    feature, so that rare words take long steps and frequent ones short. Where the last step and the momentum point in
+    opposite directions, momentum is given up and gathered anew: without that the method oscillates where the objective
+    is strongly convex. L1 sets weights to exactly 0.
 
     Parameters
     ----------

@@ -31,12 +31,13 @@ from fastloss.model import LinearModel
 #: What is taken as it is; the first is what anything else is converted to.
 DTYPES = [np.float64, np.float32, np.float16, np.uint8]
 #: Iterations (epochs of SGD) where max_iter is None.
-MAX_ITER = {"lbfgs": 1000, "newton-cg": 100, "fista": 2000, "smoothing": 2000, "sgd": 20}
+MAX_ITER = {"dual": 1000, "lbfgs": 1000, "newton-cg": 100, "fista": 2000, "smoothing": 2000, "sgd": 20}
 SOLVERS = {
     "lbfgs": train.lbfgs,
     "newton-cg": train.newton_cg,
     "fista": train.proximal_gradient,
     "smoothing": train.smoothing,
+    "dual": train.dual,
 }
 #: Parameters of SGD alone, and what they are when they are not given.
 SGD_ONLY: dict[str, Any] = {
@@ -137,6 +138,14 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         """The solvers that can train the loss with the penalty asked for, the best first."""
         raise NotImplementedError
 
+    def _solver_for(self, name: str, X: Any) -> str:
+        """The solver for such features: the one asked for, or the best that takes them."""
+        if name != "dual" or issparse(X):
+            return name
+        if self.solver != "auto":
+            raise ValueError('solver is "dual", which takes sparse X; this X is dense: use "auto" or "smoothing"')
+        return self._solvers()[1]
+
     def _check_parameters(self) -> str:
         """Raise for what is not allowed; the name of the solver."""
         if not self._is_free():
@@ -153,7 +162,8 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         name = possible[0] if self.solver == "auto" else self.solver
         if name not in possible:
             raise ValueError(
-                f"solver is {name!r}, which cannot train {self._loss()!r} with l1_ratio={self.l1_ratio}; "
+                f"solver is {name!r}, which cannot train {self._loss()!r} with l1_ratio={self.l1_ratio}, "
+                f"fit_intercept={self.fit_intercept}; "
                 f'use "auto", or one of {", ".join(map(repr, possible))}'
             )
         if name != "sgd":
@@ -297,6 +307,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         name = self._check_parameters()
         before = getattr(self, "classes_", None)
         data = self._data(X, y, sample_weight, None, reset=True)
+        name = self._solver_for(name, data.X)
         objective = self._objective(data, data.total)
         same = before is not None and np.array_equal(before, self.classes_)
         W = self._start(objective) if self.warm_start and same else None
@@ -304,9 +315,11 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         if name == "sgd":
             self._fit_sgd(data, W, max_iter)
             return self
-        more = {}
+        more: dict[str, Any] = {}
         if name in ("lbfgs", "smoothing"):
             more["precondition"] = _worth_preconditioning(data.X)
+        elif name == "dual":
+            more["seed"] = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         found = SOLVERS[name](
             objective, W, n_classes=len(self.classes_) if W is None else None, tol=self.tol, max_iter=max_iter,
             callback=self._reporter(name), **more,
@@ -471,7 +484,7 @@ PARAMETERS = """C : float
     warm_start : bool
         Begin where the last fit ended.
     random_state : int, RandomState or None
-        For the order of rows in SGD, and the rows it holds out.
+        For the order of rows in SGD and in the dual, and the rows that SGD holds out.
     verbose : int
         1 for a line at the end, 2 for one at each iteration.
     batch_size : int
@@ -603,11 +616,13 @@ class SoftmaxClassifier(_LinearClassifier):
 
 
 @_document(
-    solvers='"lbfgs", "newton-cg", "fista", "smoothing"',
+    solvers='"lbfgs", "newton-cg", "fista", "smoothing", "dual"',
     auto='"lbfgs" where the objective has a gradient (power=2 over the sum or mean, l1_ratio=0), "fista" where only '
-    'the penalty has none, "smoothing" where only the loss has none, else "sgd"',
+    'the penalty has none, "smoothing" where only the loss has none ("dual" for sparse X, power=1 over the maximum and '
+    'no intercept), else "sgd"',
     tol='Solvers end when no entry of the gradient of the objective, divided by C Σ w, is larger; "smoothing" when '
-    "a sharper loss lowers the objective by no more than this part of it.",
+    'a sharper loss lowers the objective by no more than this part of it; "dual" when the minimum is lower by no more '
+    "than that.",
 )
 class HingeClassifier(_LinearClassifier):
     """A linear support vector machine with one of the multiclass hinge losses.
@@ -696,4 +711,8 @@ class HingeClassifier(_LinearClassifier):
         smooth = self._loss() and self.power == 2 and self.over not in self._kinks
         if smooth:
             return ("lbfgs", "newton-cg", "fista", "sgd") if self.l1_ratio == 0 else ("fista", "sgd")
-        return ("smoothing", "sgd") if self.l1_ratio == 0 else ("sgd",)
+        if self.l1_ratio > 0:
+            return ("sgd",)
+        in_dual = self.over == "max" and self.power == 1 and not (self.fit_intercept or self.warm_start)
+        in_dual = in_dual and not self._is_free()
+        return ("dual", "smoothing", "sgd") if in_dual else ("smoothing", "sgd")
