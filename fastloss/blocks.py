@@ -279,6 +279,11 @@ class Rows:
     def skips(self) -> bool:
         return self._places is not None
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether they are all of X's, in its order."""
+        return self._rows is None
+
     @cached_property
     def direct(self) -> bool:
         """Whether features can be used where they are."""

@@ -26,13 +26,6 @@ def _check_loss(loss: object) -> Loss:
     return loss
 
 
-def _features(value: object) -> Any:
-    """An array, or a `sparse.Csr`."""
-    if sparse.is_sparse(value):
-        return sparse.Csr(value)
-    return checks.matrix(value, "X", "(N, D): a row of D features for each of N examples")
-
-
 def _layer(backend: backends.Backend, X: Any) -> Callable[..., float]:
     """`Backend.linear_rows` for such features."""
     return functools.partial(sparse.linear_rows, backend) if isinstance(X, sparse.Csr) else backend.linear_rows
@@ -58,7 +51,8 @@ class LinearObjective:
     X : array or SciPy sparse array (N, D)
         Features, of any real type; used as they are, never copied or converted as a whole. Computed in float32
         (16-bit floats, uint8, float32) or float64. Sparse: CSR with sorted indices and float32 or float64 values is
-        used as it is, anything else is converted to that once; never made dense, but gradients are.
+        used as it is, anything else is converted to that once; never made dense, but gradients are. Gradients over all
+        rows keep a copy of it by columns from the first on: as many numbers and row indices as X has entries.
     targets : array (N,) of integers, or (N, C): for Softmax probabilities, for Logistic labels
         Copied: later changes to the array do not count.
     penalty : L2, L1, ElasticNet or MaxNorm, optional
@@ -120,7 +114,9 @@ class LinearObjective:
         n_threads: int | None = None,
     ) -> None:
         self.loss = _check_loss(loss)
-        self.X = _features(X)
+        self.X = sparse.features(X)
+        if isinstance(self.X, sparse.Csr):
+            self.X.is_reused = True
         n, d = self.X.shape
         if penalty is not None and not isinstance(penalty, Penalty):
             raise TypeError(f"penalty is {penalty!r}; it must be a penalty, such as fastloss.L2(1e-3), or None")
@@ -234,6 +230,16 @@ class LinearObjective:
             backend=self.backend, n_threads=self.n_threads,
         )  # fmt: skip
 
+    @property
+    def transforms(self) -> bool:
+        """Whether the features are taken with a shift or a scale."""
+        return self._shift is not None or self._scale is not None
+
+    @property
+    def row_scale(self) -> float:
+        """What a row's loss, times its multiplier, counts in the objective."""
+        return self.weights.scale(self.reduction, self._total)
+
     def choose_backend(self, verb: str) -> backends.Backend:
         """The backend that serves a call of this objective: verb is "gradient" (value and gradient) or "hvp"."""
         return backends.choose(self.backend, verb, self.loss, self.dtype, self._needs)
@@ -319,13 +325,38 @@ class LinearObjective:
         return out
 
     def load_rows(self, rows: Any) -> Array:
-        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D)."""
-        found: Array = self.X[rows].astype(self.dtype)
+        """Rows of X by a slice or indices as the loss takes them, `(X − shift) / scale`: a new array (N, D), dense
+        where X is sparse."""
+        some = self.X[rows]
+        found: Array = (some.toarray() if sparse.is_sparse(some) else some).astype(self.dtype)
         if self._shift is not None:
             found -= self._shift.astype(self.dtype)
         if self._scale is not None:
             found /= self._scale.astype(self.dtype)
         return found
+
+    def sparse_squares(self) -> Array:
+        """The mean square of each feature of sparse X as the loss takes it (D,), every row weighing as it does."""
+        weight = self.weights.multiplier
+        weight = np.ones(len(self.X)) if weight is None or not weight.any() else weight.astype(np.float64)
+        weight = np.repeat(weight / weight.sum(), np.diff(self.X.starts))
+        values, d = self.X.values.astype(np.float64), self.X.shape[1]
+        squares = np.bincount(self.X.indices, weight * values * values, d)
+        if self._shift is not None:
+            squares += self._shift * (self._shift - 2 * np.bincount(self.X.indices, weight * values, d))
+        return squares if self._scale is None else squares / self._scale**2
+
+    def sparse_moments(self, rows: Array, weight: Array) -> tuple[Array, Array]:
+        """Of some rows of sparse X as the loss takes them, with weights that sum to 1: Σ w x xᵀ (D, D) and Σ w x."""
+        some = self.X[rows].astype(np.float64)
+        moments, mean = (some.T @ (some * weight[:, None])).toarray(), some.T @ weight
+        if self._shift is not None:
+            cross = np.multiply.outer(mean, self._shift)
+            moments += np.multiply.outer(self._shift, self._shift) - cross - cross.T
+            mean = mean - self._shift
+        if self._scale is not None:
+            moments, mean = moments / np.multiply.outer(self._scale, self._scale), mean / self._scale
+        return moments, mean
 
     def penalised(self, W: Array) -> Array:
         """The part of W (or of a gradient) that the penalty acts on: all but the bias."""
@@ -352,8 +383,13 @@ class LinearObjective:
         array = self.check_weights(W)
         grad = self._gradient_out(array, out)
         value = self._data(array, rows, grad)
-        if self.penalty is not None:
-            penalty_value, penalty_grad = self.penalty.value_and_grad(self.penalised(array))
+        penalty = self.penalty
+        if penalty is not None and penalty.by == "gradient" and array.dtype == grad.dtype:
+            weights, workers = self.penalised(array), threads.resolve(self.n_threads)
+            backend = self.choose_backend("gradient")
+            value += 0.5 * penalty.decay * backend.shrink(weights, self.penalised(grad), penalty.decay, workers)
+        elif penalty is not None:
+            penalty_value, penalty_grad = penalty.value_and_grad(self.penalised(array))
             value += penalty_value
             self.penalised(grad)[...] += penalty_grad
         return value, grad
@@ -503,7 +539,7 @@ def linear_value_and_grad(
 
         threads.resolve(n_threads)
         return on_gpu.linear_call(loss, X, W, targets, b, wrt, sample_weight, reduction, upstream, chunk_rows)
-    features = _features(X)
+    features = sparse.features(X)
     weights = checks.matrix(W, "W", "(C, D): a row of D weights for each of C classes")
     n, d = features.shape
     if weights.shape[1] != d or len(weights) == 0:

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastloss import _checks as checks
-from fastloss import blocks, threads
+from fastloss import backends, blocks, sparse, threads
 from fastloss._checks import Array
 from fastloss.data.dataset import DataError
 from fastloss.data.npz import read_arrays
 from fastloss.data.standard import row_chunks, standardise
+from fastloss.losses import Softmax
 
 FORMAT = "fastloss.LinearModel 1"
 
@@ -41,6 +42,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def _score_sparse(X: sparse.Csr, W: Array, b: Array | None, store: Array) -> None:
+    """The same for sparse X."""
+    backend = backends.choose(None, "gradient", Softmax(), W.dtype, ())
+    sparse.scores(backend, X, W, b, store, threads.resolve(None))
+
+
 def _score(X: Array, W: Array, b: Array | None, prepare: Callable[[Array], Array], store: Array) -> None:
     """Scores of X by chunks of rows into `store` (N, C), or their argmax (N,); the same bits for any threads."""
 
@@ -55,11 +62,14 @@ def _score(X: Array, W: Array, b: Array | None, prepare: Callable[[Array], Array
         workers.run(some_rows, chunks)
 
 
-def predict(X: Array, W: Array, b: Array | None, centre: Array | None = None) -> Array:
+def predict(X: Array | sparse.Csr, W: Array, b: Array | None, centre: Array | None = None) -> Array:
     """The class of highest score `(X − centre) Wᵀ + b` for each row, the lowest at a tie: array (N,); X is converted by
-    chunks.
+    chunks. Sparse X has no centre.
     """
     found = np.empty(len(X), np.intp)
+    if isinstance(X, sparse.Csr):
+        _score_sparse(X, W, b, found)
+        return found
 
     def prepare(rows: Array) -> Array:
         rows = rows.astype(W.dtype, copy=False)
@@ -142,11 +152,17 @@ class LinearModel:
             object.__setattr__(self, name, value)
 
     def _score(self, X: object, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        features = checks.matrix(X, "X", "(N, D)")
+        features = sparse.features(X)
         d = self.W.shape[1] - 1
         if features.shape[1] != d:
             raise ValueError(f"X has shape {features.shape}; it must be (N, {d}): the model has {d} features")
         store: Array = np.empty((len(features), *shape), dtype)
+        if isinstance(features, sparse.Csr):
+            W = self.W[:, :-1].astype(np.float64)
+            W = W if self.scale is None else W / self.scale
+            b = self.W[:, -1] if self.shift is None else self.W[:, -1] - (W * self.shift).sum(axis=1)
+            _score_sparse(features, W.astype(self.W.dtype), b.astype(self.W.dtype), store)
+            return store
 
         def prepare(rows: Array) -> Array:
             if self.shift is None and self.scale is None:
@@ -157,7 +173,10 @@ class LinearModel:
         return store
 
     def scores(self, X: object) -> Array:
-        """Class scores (N, C) of features X (N, D), of any real type; they are converted by chunks of rows."""
+        """Class scores (N, C) of features X (N, D), of any real type; they are converted by chunks of rows.
+
+        Sparse X (SciPy's) is used as it is: shift and scale are folded into W.
+        """
         return self._score(X, (len(self.W),), self.W.dtype)
 
     def predict(self, X: object) -> Array:

@@ -20,11 +20,21 @@ CHUNK_BYTES = 4 << 20  # of the scores of a chunk
 SUMS = 64  # of dW's partial sums at most,
 NUMBERS = 32  # and of X, for each number of a partial sum, at least: else adding them up costs more than finding them
 THREAD_PRODUCTS = 1 << 18  # multiplications for each thread, at least
+SUM_ROWS = 64
 
 
 def is_sparse(value: object) -> bool:
     """Whether this is one of SciPy's sparse arrays or matrices."""
     return hasattr(value, "tocsr") and hasattr(value, "nnz")
+
+
+def features(value: object, name: str = "X") -> Any:
+    """An array (N, D), or a `Csr`."""
+    if isinstance(value, Csr):
+        return value
+    if is_sparse(value):
+        return Csr(value, name)
+    return checks.matrix(value, name, "(N, D): a row of D features for each of N examples")
 
 
 class Csr:
@@ -42,14 +52,16 @@ class Csr:
     """
 
     ndim = 2
+    #: Whether gradients over all rows will be asked for again, so that a copy by features is worth making.
+    is_reused = False
 
-    def __init__(self, matrix: Any) -> None:
+    def __init__(self, matrix: Any, name: str = "X") -> None:
         csr = matrix.tocsr()
         if len(csr.shape) != 2:
-            raise ValueError(f"X has shape {csr.shape}; it must be two-dimensional, (N, D)")
+            raise ValueError(f"{name} has shape {csr.shape}; it must be two-dimensional, (N, D)")
         self.shape: tuple[int, int] = csr.shape
-        self.dtype = checks.compute_dtype(csr.data.dtype, "X")
-        _check(csr)
+        self.dtype = checks.compute_dtype(csr.data.dtype, name)
+        _check(csr, name)
         if not csr.has_sorted_indices:
             csr = csr.sorted_indices()
         kind = np.result_type(csr.indices.dtype, csr.indptr.dtype)
@@ -60,6 +72,27 @@ class Csr:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def astype(self, dtype: np.dtype[Any]) -> Csr:
+        """The same matrix with values of another type; itself where it has that."""
+        if dtype == self.dtype:
+            return self
+        other: Csr = object.__new__(Csr)
+        other.__dict__.update(self.__dict__, dtype=dtype, values=self.values.astype(dtype))
+        return other
+
+    @cached_property
+    def transposed(self) -> Csr:
+        """The transpose (D, N): the entries of each feature, by rows."""
+        from scipy.sparse import csr_array
+
+        by_feature = csr_array((self.values, self.indices, self.starts), shape=self.shape).tocsc()
+        other: Csr = object.__new__(Csr)
+        other.shape, other.dtype = (self.shape[1], self.shape[0]), self.dtype
+        other.values = np.ascontiguousarray(by_feature.data, self.dtype)
+        other.indices = np.ascontiguousarray(by_feature.indices, self.indices.dtype)
+        other.starts = np.ascontiguousarray(by_feature.indptr, self.indices.dtype)
+        return other
 
     @cached_property
     def _entries_before(self) -> Array:
@@ -80,19 +113,19 @@ class Csr:
         return csr_array((self.values, self.indices, self.starts), shape=self.shape)[at]
 
 
-def _check(csr: Any) -> None:
+def _check(csr: Any, name: str) -> None:
     """Raise if a CSR matrix points outside of itself: SciPy and the kernels would read there."""
     (n, d), starts, indices, count = csr.shape, csr.indptr, csr.indices, len(csr.data)
     if len(starts) != n + 1 or starts[0] != 0 or starts[-1] > count or len(indices) != count:
         raise ValueError(
-            f"X is not a CSR matrix of {n} rows: its indptr has {len(starts)} numbers, from {starts[0]} to "
+            f"{name} is not a CSR matrix of {n} rows: its indptr has {len(starts)} numbers, from {starts[0]} to "
             f"{starts[-1]}, and it has {len(indices)} indices and {count} numbers"
         )
     if (starts[1:] < starts[:-1]).any():
-        raise ValueError("X is not a CSR matrix: its indptr decreases")
+        raise ValueError(f"{name} is not a CSR matrix: its indptr decreases")
     outside = (indices < 0) | (indices >= d)
     if outside.any():
-        raise ValueError(f"X has an entry of feature {indices[int(outside.argmax())]}, but {d} features")
+        raise ValueError(f"{name} has an entry of feature {indices[int(outside.argmax())]}, but {d} features")
 
 
 def useful_threads(n_threads: int, X: Csr, n: int, c: int) -> int:
@@ -101,26 +134,65 @@ def useful_threads(n_threads: int, X: Csr, n: int, c: int) -> int:
     return max(1, min(n_threads, products // THREAD_PRODUCTS))
 
 
-class _Sums:
+class _ByFeatures:
+    """dW (D, C), a feature at a time, from the transpose of X: each of its sums stays in registers."""
+
+    def __init__(self, backend: Backend, X: Csr, n: int, c: int, dtype: np.dtype[Any]) -> None:
+        self._backend, self._XT = backend, X.transposed
+        self._at = self._XT.starts[:-1].copy()
+        self.rows = max(1, n)
+        # Each chunk looks at all features: it is to have as many entries.
+        self.least = -(-X.shape[1] * n // max(1, len(X.values)))
+        self.total = np.zeros((X.shape[1], c), dtype) if n == 0 else np.empty((X.shape[1], c), dtype)
+
+    def add(self, rows: slice, scores: Array, ends: bool, n_threads: int) -> None:
+        self._backend.csc_accumulate(self._XT, self._at, rows, scores, self.total, n_threads)
+
+
+class _ByRows:
     """dW (D, C), added up in parts of some rows each, so that large sums lose little of what is added to them."""
 
-    def __init__(self, X: Csr, n: int, c: int, dtype: np.dtype[Any]) -> None:
+    least = 1
+
+    def __init__(self, backend: Backend, X: Csr, n: int, c: int, dtype: np.dtype[Any]) -> None:
+        self._backend, self._X = backend, X
         entries = len(X.values) * n // max(1, len(X))
         parts = max(1, min(SUMS, entries // (NUMBERS * max(1, X.shape[1]))))
         self.rows = -(-n // parts)
         self.part = np.zeros((X.shape[1], c), dtype)
         self.total = self.part if parts == 1 else np.zeros_like(self.part)
 
-    def close(self) -> None:
-        """A part is complete."""
-        if self.total is not self.part:
+    def add(self, at: Any, scores: Array, ends: bool, n_threads: int) -> None:
+        """What some rows add; `ends` says that a part is complete."""
+        self._backend.csr_accumulate(self._X, at, scores, self.part, n_threads)
+        if ends and self.total is not self.part:
             self.total += self.part
             self.part[...] = 0
 
 
-def _chunks(n: int, c: int, itemsize: int, chunk_rows: int | None, most: int) -> list[tuple[slice, bool]]:
+def _sums(backend: Backend, X: Csr, used: blocks.Rows, c: int, dtype: np.dtype[Any]) -> _ByFeatures | _ByRows:
+    """By features for all rows, where that is a job that comes again."""
+    by_features = X.is_reused and used.takes_all and backend.goes_by_features
+    return (_ByFeatures if by_features else _ByRows)(backend, X, len(used), c, dtype)
+
+
+def _sum_rows(scores: Array) -> Array:
+    """Σ over rows in float64, of sums of SUM_ROWS at most in their own type, which take no conversion each."""
+    n, c = scores.shape
+    total = np.zeros(c)
+    for start in range(0, n, SUM_ROWS * SUM_ROWS):
+        some = scores[start : start + SUM_ROWS * SUM_ROWS]
+        whole = len(some) // SUM_ROWS * SUM_ROWS
+        sums = some[:whole].reshape(-1, SUM_ROWS * c).sum(axis=0).reshape(SUM_ROWS, c)
+        total += sums.sum(axis=0, dtype=np.float64) + some[whole:].sum(axis=0, dtype=np.float64)
+    return total
+
+
+def _chunks(
+    n: int, c: int, itemsize: int, chunk_rows: int | None, most: int, least: int = 1
+) -> list[tuple[slice, bool]]:
     """range(n) in chunks, and whether one is the last of `most` rows (the last chunks of a partial sum are shorter)."""
-    size = max(1, min(chunk_rows or n, CHUNK_BYTES // max(1, c * itemsize), most))
+    size = max(1, min(chunk_rows or n, max(least, CHUNK_BYTES // max(1, c * itemsize)), most))
     found = []
     for start in range(0, n, most):
         stop = min(n, start + most)
@@ -142,9 +214,10 @@ def linear_rows(
         row_loss[...] = 0
     weights = backend.transposed(W, n_threads)
     bias = np.zeros(c, dtype) if b is None else np.ascontiguousarray(b)
-    sums = None if dW is None else _Sums(X, n, c, dtype)
+    sums = None if dW is None else _sums(backend, X, used, c, dtype)
     total_db = np.zeros(c)
-    parts = _chunks(n, c, dtype.itemsize, chunk_rows, max(1, n if sums is None else sums.rows))
+    least, most = (1, n) if sums is None else (sums.least, sums.rows)
+    parts = _chunks(n, c, dtype.itemsize, chunk_rows, max(1, most), least)
     buffer = np.empty((max((part.stop - part.start for part, _ in parts), default=0), c), dtype)
     for part, ends in parts:
         at, scores, place = used.at(part), buffer[: part.stop - part.start], used.place(part)
@@ -156,16 +229,25 @@ def linear_rows(
         if row_loss is not None and used.skips:
             row_loss[place] = losses
         if sums is not None:
-            backend.csr_accumulate(X, at, scores, sums.part, threads)
-            if ends:
-                sums.close()
+            sums.add(at, scores, ends, threads)
         if db is not None:
-            total_db += scores.sum(axis=0, dtype=np.float64)
+            total_db += _sum_rows(scores)
     if sums is not None and dW is not None:
         backend.transpose_back(sums.total, dW, scale, n_threads)
     if db is not None:
         db[...] = total_db * scale
     return value
+
+
+def scores(backend: Backend, X: Csr, W: Array, b: Array | None, store: Array, n_threads: int) -> None:
+    """Scores of X into `store` (N, C), or their argmax (N,), in the type of W (C, D)."""
+    X, c = X.astype(W.dtype), len(W)
+    weights = backend.transposed(W, n_threads)
+    bias = np.zeros(c, W.dtype) if b is None else np.ascontiguousarray(b, W.dtype)
+    for part, _ in _chunks(len(X), c, W.itemsize, None, max(1, len(X))):
+        found = np.empty((part.stop - part.start, c), W.dtype)
+        backend.csr_scores(X, part, weights, bias, found, useful_threads(n_threads, X, len(found), c))
+        store[part] = found if store.ndim == 2 else found.argmax(axis=1)
 
 
 def hvp(
@@ -175,22 +257,21 @@ def hvp(
     """`blocks.hvp` for sparse X."""
     c, dtype = len(W), W.dtype
     used = blocks.Rows(X, rows, None, targets, multiplier, dtype)
-    n, sums, Hb = len(used), _Sums(X, len(used), c, dtype), np.zeros(c)
+    n, Hb = len(used), np.zeros(c)
+    sums = _sums(backend, X, used, c, dtype)
     layers = [
         (backend.transposed(some, n_threads), np.zeros(c, dtype) if a is None else np.ascontiguousarray(a))
         for some, a in ((W, b), (V, v))
     ]
-    for part, ends in _chunks(n, 2 * c, dtype.itemsize, chunk_rows, max(1, sums.rows)):
+    for part, ends in _chunks(n, 2 * c, dtype.itemsize, chunk_rows, max(1, sums.rows), sums.least):
         at = used.at(part)
         scores, direction = (np.empty((part.stop - part.start, c), dtype) for _ in layers)
         threads = useful_threads(n_threads, X, len(scores), c)
         for (weights, bias), out in zip(layers, (scores, direction), strict=True):
             backend.csr_scores(X, at, weights, bias, out, threads)
         scores[...] = backend.hvp_rows(loss, scores, used.targets(part), used.multiplier(part), direction)
-        backend.csr_accumulate(X, at, scores, sums.part, threads)
-        if ends:
-            sums.close()
-        Hb += scores.sum(axis=0, dtype=np.float64)
+        sums.add(at, scores, ends, threads)
+        Hb += _sum_rows(scores)
     return sums.total.T.astype(np.float64), Hb
 
 

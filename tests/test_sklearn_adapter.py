@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 import pytest
 import scipy.sparse
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits, load_iris, make_classification
 from sklearn.exceptions import ConvergenceWarning
@@ -52,27 +53,18 @@ CHECKED = [
     SoftmaxClassifier(l1_ratio=0.5),
     HingeClassifier(),
     HingeClassifier(over="max"),
+    HingeClassifier(over="mean"),
+    HingeClassifier(power=1),
+    HingeClassifier(power=1, over="max"),
+    HingeClassifier(power=1, over="mean"),
+    SoftmaxClassifier(solver="sgd"),
+    HingeClassifier(solver="sgd"),
 ]
 
 
 @pytest.mark.filterwarnings("default::sklearn.exceptions.SkipTestWarning")
 @parametrize_with_checks(CHECKED)
 def test_estimator_checks(estimator, check):
-    check(estimator)
-
-
-INEXACT = {
-    "check_sample_weight_equivalence_on_dense_data": "steps of SGD pick rows, and the end of a stage of smoothing "
-    "depends on rounding: both come near the minimum, not to the same digits"
-}
-
-
-@pytest.mark.filterwarnings("default::sklearn.exceptions.SkipTestWarning")
-@parametrize_with_checks(
-    [SoftmaxClassifier(solver="sgd", batch_size=16), HingeClassifier(power=1)],
-    expected_failed_checks=lambda estimator: INEXACT,
-)
-def test_estimator_checks_of_inexact_solvers(estimator, check):
     check(estimator)
 
 
@@ -167,6 +159,8 @@ def test_large_means_cost_no_digits_and_few_iterations():
         (HingeClassifier(over="all"), "over is 'all'"),
         (HingeClassifier(power=1, solver="lbfgs"), "cannot train"),
         (HingeClassifier(power=2, solver="smoothing"), "cannot train"),
+        (HingeClassifier(power=1, over="max", solver="dual"), "fit_intercept=True"),
+        (HingeClassifier(power=1, over="max", fit_intercept=False, solver="dual"), "this X is dense"),
     ],
     ids=repr,
 )
@@ -179,8 +173,6 @@ def test_data_that_does_not_fit():
     X, y = data()
     with pytest.raises(ValueError, match="there is only 1 class"):
         SoftmaxClassifier().fit(X, np.zeros(len(X)))
-    with pytest.raises(TypeError, match=r"Sparse data was passed.*dense data is required"):
-        SoftmaxClassifier().fit(scipy.sparse.csr_array(X), y)
     with pytest.raises(ValueError, match="at least one"):
         SoftmaxClassifier().fit(X, y, np.zeros(len(X)))
     with pytest.raises(ValueError, match=r"sample_weight\[0\] is -1"):
@@ -214,6 +206,58 @@ def test_verbose(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("lbfgs: iteration 1, objective ")
     assert re.fullmatch(r"lbfgs: \d+ iterations, objective .*", lines[-1])
+
+
+# --- sparse features -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("change", [scipy.sparse.csr_array, scipy.sparse.csc_matrix, scipy.sparse.coo_array])
+@pytest.mark.parametrize(
+    "model",
+    [
+        SoftmaxClassifier(tol=1e-8), SoftmaxClassifier(solver="newton-cg", tol=1e-8),
+        SoftmaxClassifier(l1_ratio=0.5, tol=1e-8, max_iter=5000), SoftmaxClassifier(tol=1e-8, class_weight="balanced"),
+        HingeClassifier(tol=1e-8), HingeClassifier(power=1, tol=1e-6), HingeClassifier(over="max", tol=1e-6),
+        SoftmaxClassifier(solver="sgd", batch_size=32, step_size=0.01, fit_intercept=False, random_state=0),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_sparse_features_are_the_same_features(model, change, n_classes):
+    X, y = data(n_classes)
+    X[np.random.default_rng(0).random(X.shape) < 0.7] = 0
+    dense = clone(model).fit(X, y)
+    sparse = clone(model).fit(change(X), y)
+    np.testing.assert_allclose(sparse.coef_, dense.coef_, atol=1e-3)
+    found, wanted = sparse.decision_function(change(X)), dense.decision_function(X)
+    if n_classes > 2:  # the softmax leaves open what all classes have in common
+        found, wanted = (scores - scores.mean(axis=1, keepdims=True) for scores in (found, wanted))
+    np.testing.assert_allclose(found, wanted, atol=5e-3)
+    assert (sparse.predict(change(X)) == sparse.predict(X)).all()
+
+
+def test_crammer_singer_in_the_dual():
+    X, y = data(3)
+    how = {"over": "max", "power": 1, "fit_intercept": False, "C": 0.01}
+    sparse = HingeClassifier(**how, tol=1e-6).fit(scipy.sparse.csr_array(X), y)
+    smooth = HingeClassifier(**how, tol=1e-6).fit(X, y)
+    np.testing.assert_allclose(sparse.coef_, smooth.coef_, atol=5e-3)
+    again = HingeClassifier(**how, tol=1e-6, solver="dual", random_state=3).fit(scipy.sparse.csr_array(X), y)
+    np.testing.assert_allclose(again.coef_, sparse.coef_, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+def test_sparse_types_and_streams(dtype):
+    X, y = load_digits(return_X_y=True)
+    X, classes = scipy.sparse.csr_array(X.astype(dtype)), np.arange(10)
+    stream = SoftmaxClassifier(solver="sgd", random_state=0)
+    for part in np.array_split(np.random.default_rng(0).permutation(len(y)), 10):
+        stream.partial_fit(X[part], y[part], classes=classes)
+    assert stream.score(X, y) > 0.85
+    stopped = SoftmaxClassifier(solver="sgd", early_stopping=True, random_state=0, max_iter=30, step_size=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        stopped.fit(X, y)
+    assert stopped.score(X, y) > 0.9
+    assert stopped.coef_.dtype == stopped.predict_proba(X).dtype == (np.float64 if dtype == np.float64 else np.float32)
 
 
 # --- SGD -------------------------------------------------------------------------------------------------------------
@@ -321,10 +365,11 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("n_classes", [2, 4])
 @pytest.mark.parametrize("solver", ["lbfgs", "newton-cg"])
 @pytest.mark.parametrize("intercept", [True, False])
-def test_accelerated_logistic_regression(watched, dtype, n_classes, solver, intercept):
+@pytest.mark.parametrize("change", [np.asarray, scipy.sparse.csr_array, scipy.sparse.csr_matrix])
+def test_accelerated_logistic_regression(watched, dtype, n_classes, solver, intercept, change):
     X, y = data(n_classes, n=300, dtype=dtype)
     weight = np.random.default_rng(0).random(len(y))
-    X -= X.mean(axis=0)
+    X = change(X - X.mean(axis=0))
     tol = 1e-8 if dtype == np.float64 else 1e-5
     options = {"solver": solver, "C": 0.5, "fit_intercept": intercept, "tol": tol, "max_iter": 500}
     plain = LogisticRegression(**options).fit(X, y, weight)
@@ -380,19 +425,20 @@ def test_all_is_as_before_whatever_happened():
 
 
 @pytest.mark.parametrize(
-    ("change", "solver", "match"),
+    ("weight", "solver", "match"),
     [
-        (scipy.sparse.csr_array, "lbfgs", "X is sparse"),
-        (np.asarray, "newton-cholesky", "newton-cholesky takes whole Hessian matrices"),
+        (-0.1, "lbfgs", "negative"),
+        (1.0, "newton-cholesky", "newton-cholesky takes whole Hessian matrices"),
     ],
 )
-def test_what_is_not_accelerated_says_why_once(change, solver, match):
+def test_what_is_not_accelerated_says_why_once(weight, solver, match):
     X, y = data(3)
-    plain = LogisticRegression(solver=solver).fit(change(X), y)
+    weights = np.where(np.arange(len(y)) == 3, weight, 1.0)
+    plain = LogisticRegression(solver=solver).fit(X, y, weights)
     with accelerate():
         with pytest.warns(AccelerationWarning, match=match):
-            first = LogisticRegression(solver=solver).fit(change(X), y)
-        LogisticRegression(solver=solver).fit(change(X), y)  # in silence: warnings are errors here
+            first = LogisticRegression(solver=solver).fit(X, y, weights)
+        LogisticRegression(solver=solver).fit(X, y, weights)  # in silence: warnings are errors here
     assert (first.coef_ == plain.coef_).all()
 
 
@@ -401,13 +447,6 @@ def test_a_version_that_is_not_known(monkeypatch):
     before = names()
     with pytest.warns(AccelerationWarning, match=r"its version is 2\.0\.dev0"), accelerate():
         assert names() == before
-
-
-def test_negative_weights_are_scikit_learns():
-    X, y = data(3)
-    weight = np.where(np.arange(len(y)) == 3, -0.1, 1.0)
-    with accelerate(), pytest.warns(AccelerationWarning, match="negative"):
-        LogisticRegression().fit(X, y, weight)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -5,8 +5,10 @@ import pytest
 import scipy.sparse as sp
 
 import fastloss as fl
-from fastloss import landscape
-from fastloss.train import sgd
+from fastloss import backends, landscape, sparse
+from fastloss.data import load_libsvm
+from fastloss.model import LinearModel
+from fastloss.train import dual, lbfgs, sgd, smoothing
 from tests.conftest import BACKENDS, same_bits
 
 LOSSES = {
@@ -146,6 +148,118 @@ def test_training():
     found = sgd(fl.LinearObjective(fl.Softmax(), X, y), n_classes=3, epochs=2, step_size=0.1, seed=0)
     dense = sgd(fl.LinearObjective(fl.Softmax(), X.toarray(), y), n_classes=3, epochs=2, step_size=0.1, seed=0)
     close(found.W, dense.W, "f")
+
+
+@pytest.mark.parametrize("dtype", ["f", "d"])
+def test_gradients_by_features_in_chunks(dtype, monkeypatch):
+    """Several chunks of rows, each of which finds its entries behind those of the last."""
+    X, y, W, rng = problem((300, 40, 5), dtype, density=0.2)
+    plain = fl.LinearObjective(fl.Softmax(), X, y)
+    wanted, wanted_grad = plain.value_and_grad(W)
+    V = rng.standard_normal(W.shape).astype(dtype)
+    monkeypatch.setattr(sparse, "CHUNK_BYTES", 20 * 5 * W.itemsize)
+    for change in (np.int32, np.int64):
+        features = sp.csr_array(X)
+        features.indices, features.indptr = features.indices.astype(change), features.indptr.astype(change)
+        for rows in (None, 7):
+            objective = fl.LinearObjective(fl.Softmax(), features, y, chunk_rows=rows)
+            value, grad = objective.value_and_grad(W)
+            close(value, wanted, dtype)
+            close(grad, wanted_grad, dtype)
+            close(objective.hessp(W, V), plain.hessp(W, V), dtype, 10)
+            assert same_bits(objective.value_and_grad(W)[1], grad)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+def test_quadratic_penalty_in_one_pass(name):
+    backend, rng = backends.get(name), np.random.default_rng(0)
+    for shape in [(20, 3001), (1, 1), (10, 2049), (7, 0), (2, 300)]:
+        for dtype in "fd":
+            for order in "CF":
+                W, G = (np.asarray(rng.standard_normal(shape), dtype, order=order) for _ in range(2))
+                W, G = (array[:, : shape[1] - 1] if shape[1] > 1 else array for array in (W, G))
+                wanted = G + 0.3 * W.astype(float)
+                square, other = backend.shrink(W, G, 0.3, 2), G.copy(order)
+                np.testing.assert_allclose(G, wanted, rtol=0, atol=1e-6 if dtype == "f" else 1e-14)
+                np.testing.assert_allclose(square, np.square(W, dtype=float).sum(), rtol=1e-6)
+                assert backend.shrink(W, other, 0.3, 1) == square
+
+
+def test_sparse_validation_and_predictions(tmp_path):
+    X, y, W, rng = problem((200, 30, 3), "f", empty=False)
+    objective = fl.LinearObjective(fl.Softmax(), X, y, shift=rng.random(30), scale=rng.uniform(1, 2, 30))
+    options = {"epochs": 2, "step_size": 0.1, "checkpoint": tmp_path / "run.npz"}
+    for validation in (X.tocsc(), X.toarray()):
+        history = sgd(objective, validation=(validation.astype("d"), y), **options).history
+        assert (history["accuracy"] == history["validation_accuracy"]).all()
+    resumed = sgd(objective, validation=(X.toarray().astype("d"), y), **options, resume=tmp_path / "run.npz")
+    assert (resumed.history["accuracy"] == history["accuracy"]).all()
+    for dtype in "fd":
+        model = LinearModel(W.astype(dtype), ("a", "b", "c"), shift=rng.random(30), scale=rng.uniform(1, 2, 30))
+        close(model.scores(X), model.scores(X.toarray()), "f", 3)
+        assert model.accuracy(X, model.predict(X.toarray())) > 0.99
+    with pytest.raises(ValueError, match="the model has 30 features"):
+        model.predict(X[:, :7])
+    dense = fl.LinearObjective(fl.Softmax(), X.toarray(), y, shift=rng.random(30))
+    with pytest.raises(ValueError, match="validation X is sparse, but the objective's X is dense"):
+        sgd(dense, validation=(X, y))
+
+
+def test_preconditioner_of_sparse_rows():
+    X, y, _, rng = problem((400, 20, 4), "d")
+    how = {"penalty": fl.L2(0.01), "shift": rng.random(20), "scale": rng.uniform(1, 2, 20)}
+    how["sample_weight"] = rng.random(400)
+    found, dense = (
+        lbfgs(fl.LinearObjective(fl.Softmax(), features, y, **how), precondition=True, tol=1e-8)
+        for features in (X, X.toarray())
+    )
+    assert abs(found.n_iter - dense.n_iter) <= 2
+    close(found.W, dense.W, "d", 1e6)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+@pytest.mark.parametrize("dtype", ["f", "d"])
+def test_dual(name, dtype):
+    X, y, _, rng = problem((120, 15, 4), dtype)
+    weight = rng.uniform(0, 2, 120)
+    weight[::5] = 0
+    for how in ({}, {"sample_weight": weight}, {"reduction": "sum", "penalty": fl.L2(3.0)}):
+        how = {"penalty": fl.L2(0.02), "bias": False, **how}
+        for loss in (fl.Hinge(over="max"), fl.Hinge(over="max", margin=0.5)):
+            found = dual(fl.LinearObjective(loss, X, y, backend=name, **how), tol=1e-5)
+            assert found.converged
+            exact = smoothing(fl.LinearObjective(loss, X.toarray().astype(float), y, **how), tol=1e-8, max_iter=5000)
+            assert abs(found.value - exact.value) <= 3e-5 * exact.value
+    again = dual(fl.LinearObjective(loss, X, y, backend=name, n_threads=1, **how), tol=1e-5)
+    assert same_bits(again.W, found.W)
+
+
+def test_dual_errors():
+    X, y, _, _ = problem((20, 5, 3), "d")
+    loss, l2 = fl.Hinge(over="max"), fl.L2(0.1)
+    for features, its, penalty, options, match in (
+        (X, fl.Hinge(), l2, {"bias": False}, "it must be Hinge"),
+        (X, fl.Hinge(over="max", margin=-1.0), l2, {"bias": False}, "it must have one margin, above 0"),
+        (X, loss, fl.L1(0.1), {"bias": False}, "it must be L2"),
+        (X, loss, l2, {}, "it must be bias=False"),
+        (X, loss, l2, {"bias": False, "shift": np.ones(5)}, "it must be sparse, as it is"),
+        (X.toarray(), loss, l2, {"bias": False}, "X is dense"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dual(fl.LinearObjective(its, features, y, penalty=penalty, **options))
+    objective = fl.LinearObjective(loss, X, y.astype(np.uint8), penalty=l2, bias=False)
+    assert dual(objective, max_iter=0).message == "max_iter is reached"
+    assert dual(objective, callback=lambda W, value: True).n_iter == 1
+
+
+def test_libsvm_files_as_sparse_features(tmp_path):
+    (tmp_path / "a").write_text("1 1:0.5 3:2\n2 2:1\n")
+    (tmp_path / "a.t").write_text("2 1:1\n")
+    found, dense = load_libsvm(tmp_path / "a", sparse=True), load_libsvm(tmp_path / "a")
+    for one, other in ((found.X_train, dense.X_train), (found.X_test, dense.X_test)):
+        assert one.format == "csr"
+        assert one.dtype == np.float32
+        assert (one.toarray() == other).all()
 
 
 def test_no_rows():

@@ -201,6 +201,39 @@ class Backend:
         """dW (D, C) += those rowsᵀ times scores (n, C), in C order."""
         dW += X[at].T @ scores
 
+    def dual_epoch(
+        self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
+    ) -> None:
+        """Crammer and Singer's hinge in the dual: each of some rows in turn takes its best alpha (N, C) for those of
+        the others, and W = Xᵀ alpha (D, C) follows. For each row a class (int64), C_i, and the square of its length.
+        """
+        for i in rows[(bounds[rows] > 0) & (squares[rows] > 0)]:
+            part = slice(X.starts[i], X.starts[i + 1])
+            features, values = X.indices[part], X.values[part]
+            most = np.zeros(len(alpha[i]))
+            most[targets[i]] = bounds[i]
+            D = values.astype(np.float64) @ W[features] + margin * (most == 0) - squares[i] * (alpha[i] - most)
+            sums = np.cumsum(np.sort(D)[::-1]) - squares[i] * bounds[i]
+            beta = (sums / np.arange(1, len(D) + 1)).max()
+            new = most - np.maximum(D - beta, 0) / squares[i]
+            change = (new - alpha[i]).astype(alpha.dtype)
+            alpha[i] += change
+            np.add.at(W, features, np.multiply.outer(values, change))
+
+    #: Whether `csc_accumulate` is there, for which a copy of X by features is kept.
+    goes_by_features = False
+
+    def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
+        """The same by the transpose of X, for rows that follow those before: `at` is where entries of features go on,
+        and moves on. With the first rows, dW is written, whatever it has.
+        """
+        raise NotImplementedError
+
+    def shrink(self, W: Array, grad: Array, q: float, n_threads: int) -> float:
+        """grad += q W; the sum of the squares of W, both (C, D) and of one type."""
+        grad += grad.dtype.type(q) * W
+        return float(np.sum(np.square(W, dtype=np.float64)))
+
     def transposed(self, W: Array, n_threads: int) -> Array:
         """W (C, D) as (D, C) in C order; W itself, seen from the other side, where it is that."""
         return np.ascontiguousarray(W.T)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastloss import blocks
-from fastloss._checks import FLOAT32, Array, compute_dtype
+from fastloss._checks import FLOAT32, FLOAT64, Array, compute_dtype
 from fastloss.backends import Backend, BackendError, NotInstalled, Stats, reference
 
 if TYPE_CHECKING:
@@ -254,11 +254,35 @@ class CythonBackend(Backend):
         return value
 
     def csr_scores(self, X: Csr, at: Any, W: Array, b: Array, scores: Array, n_threads: int) -> None:
-        self._kernels[W.dtype].csr_scores(X.values, X.indices, X.starts, *_rows_at(at), W, b, scores, n_threads)
+        self._kernels[W.dtype].csr_scores(
+            X.values, X.indices, X.starts, X.starts[1:], -1, *_rows_at(at), W, 0, b, scores, n_threads
+        )
 
     def csr_accumulate(self, X: Csr, at: Any, scores: Array, dW: Array, n_threads: int) -> None:
         kernels, bounds = self._kernels[dW.dtype], X.shares(n_threads)
         kernels.csr_accumulate(X.values, X.indices, X.starts, *_rows_at(at), scores, dW, bounds, n_threads)
+
+    def dual_epoch(
+        self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
+    ) -> None:
+        self._kernels[W.dtype].dual_epoch(
+            X.values, X.indices, X.starts, rows, targets, bounds, squares, margin, W, alpha
+        )
+
+    goes_by_features = True
+
+    def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
+        below = rows.stop if rows.stop < XT.shape[1] else -1
+        bias = np.zeros(dW.shape[1], dW.dtype) if rows.start == 0 else None
+        self._kernels[dW.dtype].csr_scores(
+            XT.values, XT.indices, at, XT.starts[1:], below, None, 0, scores, rows.start, bias, dW, n_threads
+        )
+
+    def shrink(self, W: Array, grad: Array, q: float, n_threads: int) -> float:
+        if W.dtype != grad.dtype or W.dtype not in (FLOAT32, FLOAT64):
+            return super().shrink(W, grad, q, n_threads)
+        total: float = self._kernels[W.dtype].shrink(W, grad, q, n_threads)
+        return total
 
     def transposed(self, W: Array, n_threads: int) -> Array:
         if W.T.flags.c_contiguous:

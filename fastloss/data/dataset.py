@@ -18,7 +18,8 @@ class Dataset:
     Attributes
     ----------
     X_train, X_test : array (N, D)
-        Features as they are stored. X_test and y_test may be None.
+        Features as they are stored; of `load_libsvm(…, sparse=True)` SciPy's sparse arrays. X_test and y_test may be
+        None.
     y_train, y_test : array (N,) of int64
         Class indices in `[0, C)`.
     class_names : tuple of str

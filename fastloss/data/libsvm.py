@@ -17,9 +17,10 @@ LARGEST = 1 << 32
 
 
 def load_libsvm(
-    path: str | os.PathLike[str], test: str | os.PathLike[str] | None = None, n_features: int | None = None
-) -> Dataset:
-    """Labelled data from files in libsvm's format, as dense features.
+    path: str | os.PathLike[str], test: str | os.PathLike[str] | None = None, n_features: int | None = None, *,
+    sparse: bool = False,
+) -> Dataset:  # fmt: skip
+    """Labelled data from files in libsvm's format.
 
     Parameters
     ----------
@@ -30,6 +31,8 @@ def load_libsvm(
         Test data; by default the file of the same name with `.t` added, if it is there, as libsvm's collection has it.
     n_features : int, optional
         D; by default the largest index in either file.
+    sparse : bool
+        Whether features are SciPy's `csr_array`, never dense.
 
     Returns
     -------
@@ -39,7 +42,8 @@ def load_libsvm(
     Raises
     ------
     DataError
-        If a file is missing or no such text, if labels are not integers, or if features would take more than 4 GB.
+        If a file is missing or no such text, if labels are not integers, or if dense features would take more than
+        4 GB.
     ImportError
         Without scikit-learn, whose reader is used.
 
@@ -60,23 +64,28 @@ def load_libsvm(
     if test is None and os.path.isfile(beside):
         test = beside
     parts = [_read(name)] + ([] if test is None else [_read(os.fspath(test))])
+    from scipy.sparse import csr_array
+
     d = max(X.shape[1] for X, _ in parts)
     if n_features is not None:
         wanted = checks.integer(n_features, "n_features", low=0)
         if d > wanted:
             raise DataError(f"{name} has features up to {d}; expected at most n_features, {wanted}")
         d = wanted
+    checks.flag(sparse, "sparse")
     size = 4 * d * sum(X.shape[0] for X, _ in parts)
-    if size > LARGEST:
-        raise DataError(f"{name} has {d} features, dense {size / 2**30:.1f} GB; expected at most {LARGEST >> 30} GB")
+    if size > LARGEST and not sparse:
+        raise DataError(
+            f"{name} has {d} features, dense {size / 2**30:.1f} GB; expected at most {LARGEST >> 30} GB: "
+            "use sparse=True"
+        )
     labels = np.unique(np.concatenate([y for _, y in parts]))
-    dense = []
+    found = []
     for X, y in parts:
-        full = np.zeros((X.shape[0], d), np.float32)
-        full[:, : X.shape[1]] = X.toarray()
-        dense.append((full, np.searchsorted(labels, y).astype(np.int64)))
-    X_test, y_test = dense[1] if len(dense) > 1 else (None, None)
-    return Dataset(*dense[0], X_test, y_test, tuple(str(label) for label in labels), None, Path(name).stem)
+        X.resize(X.shape[0], d)
+        found.append((csr_array(X) if sparse else X.toarray(), np.searchsorted(labels, y).astype(np.int64)))
+    X_test, y_test = found[1] if len(found) > 1 else (None, None)
+    return Dataset(*found[0], X_test, y_test, tuple(str(label) for label in labels), None, Path(name).stem)
 
 
 def _read(name: str) -> tuple[Any, Array]:

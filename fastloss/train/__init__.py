@@ -2,6 +2,7 @@
 objective's minimum."""
 
 from fastloss.train.descent import DivergenceError, Result, State, gradient_descent, sgd
+from fastloss.train.dual import dual
 from fastloss.train.minimise import Solution, lbfgs, newton_cg
 from fastloss.train.proximal import proximal_gradient
 from fastloss.train.search import Trial, random_local_search, random_search
@@ -15,6 +16,7 @@ __all__ = [
     "State",
     "Sweep",
     "Trial",
+    "dual",
     "gradient_descent",
     "lbfgs",
     "newton_cg",

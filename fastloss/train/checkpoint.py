@@ -24,6 +24,7 @@ from fastloss.data.dataset import DataError
 from fastloss.data.npz import read_arrays
 from fastloss.linear import LinearObjective
 from fastloss.model import replacing
+from fastloss.sparse import Csr
 
 FORMAT = "fastloss.checkpoint 1"
 
@@ -55,6 +56,8 @@ def _text(value: object) -> str:
     """An option as a checkpoint keeps it: arrays by shape, type and a checksum, functions not at all."""
     if isinstance(value, np.ndarray):
         return f"array {value.shape} {value.dtype} {zlib.crc32(value.tobytes()):08x}"
+    if isinstance(value, Csr):
+        return f"sparse {value.shape} {_text((value.values, value.indices, value.starts))}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_text, value))})"
     return "a function" if callable(value) else repr(value)

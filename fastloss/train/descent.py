@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastloss import _checks as checks
+from fastloss import sparse
 from fastloss._checks import Array
 from fastloss.linear import LinearObjective, on_host
 from fastloss.model import predict
@@ -125,19 +126,21 @@ def _initial(objective: LinearObjective, W: object, n_classes: int | None) -> Ar
         n_classes = targets.shape[1]
     elif n_classes is None:
         known = targets if loss.ignore_index is None else targets[targets != loss.ignore_index]
-        n_classes = int(known.max(initial=-1)) + 1
+        n_classes = int(known.max()) + 1 if known.size else 0  # not max(initial=-1): labels may be unsigned
         if n_classes < 1:
             raise ValueError("n_classes is None, and the objective has no targets to find it from; give n_classes")
     return np.zeros((n_classes, objective.X.shape[1] + objective.bias), objective.dtype)
 
 
-def _validation(objective: LinearObjective, validation: object, n_classes: int) -> tuple[Array, Array] | None:
+def _validation(objective: LinearObjective, validation: object, n_classes: int) -> tuple[Any, Array] | None:
     """Validation data, checked."""
     if validation is None:
         return None
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         raise TypeError(f"validation is {type(validation).__name__}; it must be a pair (X, targets)")
-    X = checks.matrix(validation[0], "validation X", "(N, D)")
+    X = sparse.features(validation[0], "validation X")
+    if isinstance(X, sparse.Csr) and objective.centre is not None:
+        raise ValueError("validation X is sparse, but the objective's X is dense with a shift; give it dense")
     y = checks.as_array(validation[1], "validation targets")
     if X.shape[1] != objective.X.shape[1]:
         raise ValueError(f"validation X has shape {X.shape}; it must have the {objective.X.shape[1]} features of X")
@@ -154,7 +157,7 @@ def _validation(objective: LinearObjective, validation: object, n_classes: int) 
     return X, y
 
 
-def _accuracy(objective: LinearObjective, W: Array, X: Array, targets: Array) -> float:
+def _accuracy(objective: LinearObjective, W: Array, X: Any, targets: Array) -> float:
     weights, b = objective.fold_in(W)
     classes = targets.argmax(axis=1) if targets.ndim == 2 else targets
     if objective.loss.labels(len(W)) > len(W):  # one column, of label 1: that of label 0 would have scores of 0
@@ -436,7 +439,7 @@ def sgd(
     seed : int
         At least 0; gives the order of the rows.
     validation : pair (X, targets), optional
-        Data to report accuracy on, with the features as the objective takes them.
+        Data to report accuracy on, with the features as the objective takes them, dense or sparse.
     evaluate_every : int
         The history gets a record at the start, every so many epochs, and at the end; each takes a pass over the data
         for loss and gradient, and one for accuracy.

@@ -14,6 +14,7 @@ from fastloss import _checks as checks
 from fastloss import blocks, threads
 from fastloss._checks import Array
 from fastloss.linear import LinearObjective
+from fastloss.sparse import Csr
 from fastloss.train.descent import DivergenceError, _initial
 
 Callback = Callable[[Array, float], object]
@@ -114,18 +115,14 @@ class Preconditioner:
         weight = np.ones(len(some)) if multiplier is None else multiplier[some].astype(np.float64)
         if not weight.any():
             weight[...] = 1
-        root = np.sqrt(weight / weight.sum())
+        weight /= weight.sum()
         moments = np.zeros((columns, columns))
-
-        def add(rows: slice, features: slice, block: Array) -> None:
-            moments[rows, features] += block
-
-        with blocks.Workers(threads.resolve(objective.n_threads)) as workers:
-            for part in blocks.cut(len(some), CHUNK):
-                x = np.ones((part.stop - part.start, columns), objective.dtype)
-                x[:, :d] = objective.load_rows(some[part])
-                x *= root[part, None].astype(objective.dtype)
-                blocks.multiply(workers, x.T, x, add)
+        if isinstance(objective.X, Csr):
+            moments[:d, :d], mean = objective.sparse_moments(some, weight)
+            if objective.bias:
+                moments[:d, d], moments[d, :d], moments[d, d] = mean, mean, 1
+        else:
+            self._add_dense(objective, some, np.sqrt(weight), moments)
         if not np.isfinite(moments).all():
             raise DivergenceError("X, shifted and scaled, has NaN, infinity or huge entries", None)
         if objective.loss.kind == "softmax":
@@ -140,6 +137,20 @@ class Preconditioner:
         self._linalg = load_scipy("linalg")
         with blocks.one_blas_thread():
             self._factor = self._linalg.cholesky(moments, lower=True, overwrite_a=True).astype(objective.dtype)
+
+    @staticmethod
+    def _add_dense(objective: LinearObjective, some: Array, root: Array, moments: Array) -> None:
+        """Add the moments of some rows, times roots of their weights."""
+
+        def add(rows: slice, features: slice, block: Array) -> None:
+            moments[rows, features] += block
+
+        with blocks.Workers(threads.resolve(objective.n_threads)) as workers:
+            for part in blocks.cut(len(some), CHUNK):
+                x = np.ones((part.stop - part.start, len(moments)), objective.dtype)
+                x[:, : objective.X.shape[1]] = objective.load_rows(some[part])
+                x *= root[part, None].astype(objective.dtype)
+                blocks.multiply(workers, x.T, x, add)
 
     def _solve(self, right: Array, transposed: bool) -> Array:
         found = self._linalg.solve_triangular(
@@ -264,7 +275,8 @@ def lbfgs(
         Ends, too, when an iteration brings less than this part of the objective.
     precondition : bool or Preconditioner
         Work in variables in which the objective is about equally curved in all directions: far fewer iterations where
-        features are correlated, as pixels are. Takes D² numbers, D³ / 3 operations, and products as of 4 D rows.
+        features are correlated, as pixels are. Takes D² numbers, D³ / 3 operations, and products as of 4 D rows; of
+        sparse X too, which stays sparse.
     callback : function, optional
         Called with W and the value after each iteration; the run ends if it returns True.
 

@@ -27,14 +27,24 @@ from fastloss.train.minimise import Callback, Preconditioner, Solution, lbfgs, s
 WIDEST, NARROWER = 0.5, 4.0  # μ as a part of the margin at first, and what it is divided by from stage to stage
 SMALL = 1e-6  # as a part of the margin: an objective that is 0 but for rounding
 STAGE, WINDOW = 0.3, 10  # a stage ends when so many iterations together bring less than this part of `tol`
+POLISHING, POLISHED, SINGULAR = 20, 1e-9, 1e-12  # Newton steps at most, the last one, and singular values that count
+CHUNK = 2048  # rows at a time for a Hessian
 MEMORY = 30  # of L-BFGS: what is nearly a kink takes many directions to be known
 
 
+#: What is not the loss's own, and so the other backend's.
+AS_IT_IS = (
+    "csr_scores", "csr_accumulate", "csc_accumulate", "goes_by_features", "transposed", "transpose_back", "shrink",
+)  # fmt: skip
+
+
 class _SmoothRows(Backend):
-    """A backend whose hinge is smooth: `linear_rows` alone, on top of another's."""
+    """A backend whose hinge is smooth: the linear layer and Hessian products alone, on top of another's."""
 
     def __init__(self, backend: Backend, loss: Hinge, width: float) -> None:
         self._backend, self._width = backend, width
+        for name in AS_IT_IS:
+            setattr(self, name, getattr(backend, name))
         if loss.over == "max":
             self._softmax = Softmax(temperature=width)
         else:
@@ -70,14 +80,17 @@ class _SmoothRows(Backend):
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
     ) -> float:  # fmt: skip
-        """Of a block of scores, which is scratch: the maximum's smooth form, or its square."""
-        n = np.arange(len(scores))
-        if loss.pair_margins is None:
-            scores[n, targets] -= scores.dtype.type(loss.margin)
-        else:
-            own = scores[n, targets]
-            scores += loss.pair_margins[targets].astype(scores.dtype)
-            scores[n, targets] = own
+        """Of a block of scores, which is scratch: the smooth form, and of the maximum its square too."""
+        if loss.over != "max":
+            upper, lower = self._squares
+            less = np.empty_like(scores) if grad is not None else None
+            data = (targets, multiplier, scale / (2 * self._width))
+            value = -self._backend.score_rows(lower, scores, *data, less, None, extras, n_threads)
+            value += self._backend.score_rows(upper, scores, *data, grad, None, extras, n_threads)
+            if grad is not None:
+                grad -= less
+            return value / (2 * self._width)
+        self._add_margins(loss, scores, targets)
         losses = np.empty(len(scores), scores.dtype)
         scale *= self._width
         self._backend.score_rows(
@@ -91,6 +104,34 @@ class _SmoothRows(Backend):
         return float(np.sum(losses if multiplier is None else losses * multiplier, dtype=np.float64))
 
 
+    @staticmethod
+    def _add_margins(loss: Hinge, scores: Array, targets: Array) -> None:
+        """Scores whose softmax is the smooth maximum of the margins, in place."""
+        n = np.arange(len(scores))
+        if loss.pair_margins is None:
+            scores[n, targets] -= scores.dtype.type(loss.margin)
+        else:
+            own = scores[n, targets]
+            scores += loss.pair_margins[targets].astype(scores.dtype)
+            scores[n, targets] = own
+
+    def hvp_rows(self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, direction: Array) -> Array:
+        hvp = self._backend.hvp_rows
+        if loss.over != "max":
+            upper, lower = (hvp(square, scores, targets, multiplier, direction) for square in self._squares)
+            return (upper - lower) / (2 * self._width)
+        scores = scores.copy()
+        self._add_margins(loss, scores, targets)
+        product = hvp(self._softmax, scores, targets, multiplier, direction) * self._width
+        if loss.power == 2:
+            gradient, losses = np.empty_like(scores), np.empty(len(scores), scores.dtype)
+            self._backend.score_rows(self._softmax, scores, targets, None, self._width, gradient, losses, {}, 1)
+            along = 2 * gradient * (gradient * direction).sum(axis=1, keepdims=True)
+            product *= 2 * self._width * losses[:, None]
+            product += along if multiplier is None else along * multiplier[:, None]
+        return product
+
+
 class _Smooth(LinearObjective):
     """A hinge objective whose loss has no kink; all else is the objective's."""
 
@@ -99,7 +140,49 @@ class _Smooth(LinearObjective):
         self._width = width
 
     def choose_backend(self, verb: str) -> Backend:
-        return _SmoothRows(super().choose_backend(verb), self.loss, self._width)  # type: ignore[arg-type]
+        # The smooth loss has a Hessian, whatever verb is asked for.
+        return _SmoothRows(super().choose_backend("gradient"), self.loss, self._width)  # type: ignore[arg-type]
+
+    def hessian(self, W: Array) -> Array:
+        """The whole Hessian at W (float64), (C · columns, C · columns)."""
+        (c, columns), backend = W.shape, self.choose_backend("hvp")
+        found = np.zeros((c, columns, c, columns))
+        for part in blocks.cut(len(self.X), CHUNK):
+            x = np.ones((part.stop - part.start, columns))
+            x[:, : self.X.shape[1]] = self.load_rows(part)
+            multiplier = None if self.weights.multiplier is None else self.weights.multiplier[part].astype(np.float64)
+            for k, unit in enumerate(np.eye(c)):
+                direction = np.broadcast_to(unit, (len(x), c))
+                curved = backend.hvp_rows(self.loss, x @ W.T, self.targets[part], multiplier, direction)
+                for j in range(c):
+                    found[j, :, k] += (x * curved[:, j, None]).T @ x
+        found *= self.row_scale
+        if self.penalty is not None:
+            for k in range(c):
+                diagonal = np.einsum("ii->i", found[k, :, k])
+                self.penalised(diagonal)[...] += self.penalty.decay
+        return found.reshape(W.size, W.size)
+
+    def polish(self, W: Array, passes: int) -> Array | None:
+        """The minimum near W to all digits, by Newton's method with whole Hessian matrices; None where those would
+        take longer than some passes over the data, or do not lead there.
+        """
+        steps = min(POLISHING, 4 * passes // W.size)
+        if steps < POLISHING // 2:
+            return None
+        W = W.astype(np.float64)
+        value, grad = self.value_and_grad(W)
+        for _ in range(steps):
+            step = np.linalg.lstsq(self.hessian(W), -grad.ravel(), rcond=SINGULAR)[0].reshape(W.shape)
+            if np.abs(step).max() <= POLISHED * max(1.0, np.abs(W).max()):
+                return (W + step).astype(self.dtype)
+            for _ in range(POLISHING):
+                new_value, new_grad = self.value_and_grad(W + step)
+                if new_value < value or np.abs(new_grad).max() < np.abs(grad).max():
+                    break
+                step /= 2
+            W, value, grad = W + step, new_value, new_grad
+        return None
 
 
 def smoothing(
@@ -115,7 +198,7 @@ def smoothing(
     """Minimise a hinge objective that has kinks: L-BFGS on smooth losses, each from where the last one ended.
 
     The width μ of what is rounded off falls from stage to stage by a factor of 4, until a stage lowers the objective by
-    no more than a part `tol` of it.
+    no more than a part `tol` of it. Where W has few numbers, Newton's method ends the last stage.
 
     Parameters
     ----------
@@ -178,6 +261,7 @@ def smoothing(
         return bool(ended) or slow
 
     best, width, W = np.inf, WIDEST * margin, best_W
+    best_width = width
     # Where margins near the kink have few digits left beside μ, there is nothing more to be found.
     narrowest = margin * max(float(np.finfo(objective.dtype).eps) ** 0.6, 1e-7)
     small = SMALL * margin**loss.power
@@ -193,7 +277,7 @@ def smoothing(
         n_evaluations += 1
         gain = best - value
         if value < best:
-            best, best_W = value, W
+            best, best_W, best_width = value, W, width
 
         converged, message = False, ""
         if ended:
@@ -204,6 +288,11 @@ def smoothing(
             converged, message = True, f"a stage of width {width:.1e} lowered the objective by less than tol of it"
         elif width <= narrowest:
             message = f"the narrowest stage, of width {width:.1e}, still lowered the objective by {gain:.1e}"
+        if converged:
+            # With few weights, what rounding does on the way is to leave no trace in the result.
+            polished = _Smooth(objective, best_width).polish(best_W, n_evaluations)
+            if polished is not None and (value := objective.value(polished)) <= best + tol * max(best, small):
+                best, best_W = value, polished
         if message:
             return Solution(best_W, best, n_iter, n_evaluations, converged, message)
         width /= NARROWER

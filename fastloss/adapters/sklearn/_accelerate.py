@@ -22,6 +22,7 @@ import sklearn
 import fastloss as fl
 from fastloss import blocks
 from fastloss._checks import FLOAT32, FLOAT64, Array
+from fastloss.sparse import is_sparse
 from fastloss.train.minimise import load_scipy
 
 #: Minor versions of scikit-learn whose internals are those described above.
@@ -69,14 +70,14 @@ def _why_not(base_loss: Any, X: Any, y: Any, sample_weight: Any) -> str | None:
     if type(base_loss) not in (HalfBinomialLoss, HalfMultinomialLoss):
         return f"the loss is {type(base_loss).__name__}"
     for name, array in {"X": X, "y": y, "sample_weight": sample_weight}.items():
-        if not isinstance(array, np.ndarray) and not (array is None and name == "sample_weight"):
-            what = "sparse" if hasattr(array, "tocsr") else f"of type {type(array).__name__}"
-            return f"{name} is {what}; fastloss takes NumPy arrays here"
+        passes = (name == "X" and is_sparse(array)) or (name == "sample_weight" and array is None)
+        if not isinstance(array, np.ndarray) and not passes:
+            return f"{name} is of type {type(array).__name__}; fastloss takes NumPy arrays here, and sparse X"
     if X.dtype not in (FLOAT32, FLOAT64):
         return f"X has dtype {X.dtype}"
     if sample_weight is not None and not (np.isfinite(sample_weight).all() and (sample_weight >= 0).all()):
         return "sample_weight has negative entries, or some that are not finite"
-    if len(X) == 0 or (sample_weight is not None and not sample_weight.any()):
+    if X.shape[0] == 0 or (sample_weight is not None and not sample_weight.any()):
         return "there is no row of weight above 0"
     return None
 
@@ -216,9 +217,9 @@ def _make_newton(newton_cg: Callable[..., Any]) -> Callable[..., Any]:
 def accelerate() -> Iterator[None]:
     """Within the block, scikit-learn's `LogisticRegression` and `LogisticRegressionCV` compute by fastloss.
 
-    For `solver="lbfgs"` (the default) and `"newton-cg"`, binary and multinomial, dense float32 and float64. The
-    algorithm stays scikit-learn's, so coefficients, iterations and warnings are the same up to rounding; passes over
-    the data are fused, on all threads that fastloss may use. The other solvers run as ever.
+    For `solver="lbfgs"` (the default) and `"newton-cg"`, binary and multinomial, dense or sparse, float32 and float64.
+    The algorithm stays scikit-learn's, so coefficients, iterations and warnings are the same up to rounding; passes
+    over the data are fused, on all threads that fastloss may use. The other solvers run as ever.
 
     Afterwards all is as before, whatever happened inside. The block counts for all threads of the process; processes
     that it starts (as `n_jobs=2` does) compute as ever. Blocks may be nested, and run in several threads at a time.
@@ -226,8 +227,8 @@ def accelerate() -> Iterator[None]:
     Warns
     -----
     AccelerationWarning
-        Once for each reason why scikit-learn computes something itself: its version, sparse data, arrays that are not
-        NumPy's, negative sample weights, `solver="newton-cholesky"`.
+        Once for each reason why scikit-learn computes something itself: its version, arrays that are neither NumPy's
+        nor sparse, negative sample weights, `solver="newton-cholesky"`.
 
     Examples
     --------

@@ -4,8 +4,8 @@ The objective is scikit-learn's, `C Σ wᵢ ℓᵢ + r ‖W‖₁ + (1 − r) / 
 the penalty; solvers get it divided by C Σ wᵢ. Two classes have one row of weights v, and are trained as the two rows
 −v/2 and v/2: ‖v‖² is twice the sum of their squares, and ‖v‖₁ the sum of their absolute values.
 
-With an intercept, features are taken less their mean: W and the minimum stay the same, only the intercept moves, and
-solvers need far fewer iterations where means are large beside deviations.
+With an intercept, dense features are taken less their mean: W and the minimum stay the same, only the intercept moves,
+and solvers need far fewer iterations where means are large beside deviations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array, issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state, compute_class_weight
@@ -30,12 +31,13 @@ from fastloss.model import LinearModel
 #: What is taken as it is; the first is what anything else is converted to.
 DTYPES = [np.float64, np.float32, np.float16, np.uint8]
 #: Iterations (epochs of SGD) where max_iter is None.
-MAX_ITER = {"lbfgs": 1000, "newton-cg": 100, "fista": 2000, "smoothing": 2000, "sgd": 20}
+MAX_ITER = {"dual": 1000, "lbfgs": 1000, "newton-cg": 100, "fista": 2000, "smoothing": 2000, "sgd": 20}
 SOLVERS = {
     "lbfgs": train.lbfgs,
     "newton-cg": train.newton_cg,
     "fista": train.proximal_gradient,
     "smoothing": train.smoothing,
+    "dual": train.dual,
 }
 #: Parameters of SGD alone, and what they are when they are not given.
 SGD_ONLY: dict[str, Any] = {
@@ -46,7 +48,8 @@ SGD_ONLY: dict[str, Any] = {
     "early_stopping": False,  # with it `validation_fraction` and `n_iter_no_change`, which mean nothing without
 }
 #: Features up to which "lbfgs" and "smoothing" are preconditioned: beyond, a factor of their moments takes too long.
-PRECONDITIONED = 4096
+#: Sparse ones must have as many entries as the factor, which is applied twice for each pass over them, or not be many.
+PRECONDITIONED, PRECONDITIONED_SPARSE = 4096, 512
 SAMPLE_ROWS = 1024  # of which the mean of the features and their size are estimated
 #: SGD's step size times the curvature that it meets: about that of the recipes in `fastloss.train.recipes`.
 STEP = 0.2
@@ -56,36 +59,44 @@ POWER_STEPS = 10  # to find the largest eigenvalue of the features' second momen
 class _Data(NamedTuple):
     """Checked training data: rows, the position of each row's class, and what rows count (None: 1)."""
 
-    X: Array
+    X: Any  # an array or a CSR matrix
     y: Array
     weight: Array | None
 
     @property
     def total(self) -> float:
-        return float(len(self.X) if self.weight is None else self.weight.sum())
+        return float(len(self.y) if self.weight is None else self.weight.sum())
 
     def pick(self, rows: Array) -> _Data:
         return _Data(self.X[rows], self.y[rows], None if self.weight is None else self.weight[rows])
 
 
-def _sample(data: _Data) -> tuple[Array, Array | None]:
+def _sample(data: _Data) -> tuple[Any, Array | None]:
     """Some rows, evenly spaced, as float64, and what they count; None for all the same (as where none counts)."""
-    some = slice(None, None, max(1, len(data.X) // SAMPLE_ROWS))
+    some = slice(None, None, max(1, len(data.y) // SAMPLE_ROWS))
     weight = None if data.weight is None or not data.weight[some].any() else data.weight[some]
-    return data.X[some].astype(np.float64), weight
+    rows = data.X[some].astype(np.float64)
+    return csr_array(rows) if issparse(rows) else rows, weight
 
 
-def _spread(rows: Array, weight: Array | None, batch_size: int) -> float:
+def _spread(rows: Any, weight: Array | None, batch_size: int) -> float:
     """The largest eigenvalue of the second moments of (x, 1), and what the noise of a batch adds to it."""
-    norms = np.square(rows).sum(axis=1) + 1
-    rows = rows * np.sqrt(1 / len(rows) if weight is None else weight[:, None] / weight.sum())
-    direction, largest = rows[np.square(rows).sum(axis=1).argmax()], 0.0
+    norms = (rows * rows).sum(axis=1) + 1
+    share = np.full(rows.shape[0], 1 / rows.shape[0]) if weight is None else weight / weight.sum()
+    longest = rows[[int((share * (norms - 1)).argmax())]]
+    direction, largest = np.ravel(longest.toarray() if issparse(longest) else longest), 0.0
     for _ in range(POWER_STEPS):
         length = float(np.sqrt(np.square(direction).sum()))
         if length == 0:
             break
-        largest, direction = length, (rows @ (direction / length)) @ rows
+        largest, direction = length, rows.T @ (share * (rows @ (direction / length)))
     return max(1.0, largest) + float(np.average(norms, weights=weight)) / batch_size
+
+
+def _worth_preconditioning(X: Any) -> bool:
+    d = X.shape[1]
+    most = PRECONDITIONED if not issparse(X) or X.nnz >= d * d else PRECONDITIONED_SPARSE
+    return bool(d <= most)
 
 
 def _trains_by_sgd(estimator: Any) -> bool:
@@ -127,6 +138,14 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         """The solvers that can train the loss with the penalty asked for, the best first."""
         raise NotImplementedError
 
+    def _solver_for(self, name: str, X: Any) -> str:
+        """The solver for such features: the one asked for, or the best that takes them."""
+        if name != "dual" or issparse(X):
+            return name
+        if self.solver != "auto":
+            raise ValueError('solver is "dual", which takes sparse X; this X is dense: use "auto" or "smoothing"')
+        return self._solvers()[1]
+
     def _check_parameters(self) -> str:
         """Raise for what is not allowed; the name of the solver."""
         if not self._is_free():
@@ -143,7 +162,8 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         name = possible[0] if self.solver == "auto" else self.solver
         if name not in possible:
             raise ValueError(
-                f"solver is {name!r}, which cannot train {self._loss()!r} with l1_ratio={self.l1_ratio}; "
+                f"solver is {name!r}, which cannot train {self._loss()!r} with l1_ratio={self.l1_ratio}, "
+                f"fit_intercept={self.fit_intercept}; "
                 f'use "auto", or one of {", ".join(map(repr, possible))}'
             )
         if name != "sgd":
@@ -163,7 +183,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = False
+        tags.input_tags.sparse = True
         return tags
 
     # --- data ------------------------------------------------------------------------------------------------------
@@ -193,7 +213,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def _data(self, X: Any, y: Any, sample_weight: Any, classes: Any, reset: bool) -> _Data:
         """Checked data; sets `classes_` where it is new."""
-        X, y = validate_data(self, X, y, dtype=DTYPES, reset=reset)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=DTYPES, reset=reset)
         check_classification_targets(y)
         y = column_or_1d(y, warn=True)
         known = np.unique(y) if classes is None else classes
@@ -227,7 +247,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
     def _objective(self, data: _Data, total: float) -> fl.LinearObjective:
         dtype = checks.compute_dtype(data.X.dtype, "X")
         shift = None
-        if self.fit_intercept:
+        if self.fit_intercept and not issparse(data.X):
             rows, weight = _sample(data)
             shift = np.average(rows, axis=0, weights=weight).astype(dtype)
         return fl.LinearObjective(
@@ -267,8 +287,9 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array (n_samples, n_features)
-            float32, float64, float16 and uint8 are used as they are, anything else as float64. Not sparse.
+        X : array or sparse matrix (n_samples, n_features)
+            float32, float64, float16 and uint8 are used as they are, anything else as float64. CSR of float32 or
+            float64 with sorted indices is used as it is, other sparse formats are converted to it; never made dense.
         y : array (n_samples,)
             Labels of any kind.
         sample_weight : array (n_samples,), optional
@@ -286,6 +307,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         name = self._check_parameters()
         before = getattr(self, "classes_", None)
         data = self._data(X, y, sample_weight, None, reset=True)
+        name = self._solver_for(name, data.X)
         objective = self._objective(data, data.total)
         same = before is not None and np.array_equal(before, self.classes_)
         W = self._start(objective) if self.warm_start and same else None
@@ -293,9 +315,11 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         if name == "sgd":
             self._fit_sgd(data, W, max_iter)
             return self
-        more = {}
+        more: dict[str, Any] = {}
         if name in ("lbfgs", "smoothing"):
-            more["precondition"] = data.X.shape[1] <= PRECONDITIONED
+            more["precondition"] = _worth_preconditioning(data.X)
+        elif name == "dual":
+            more["seed"] = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         found = SOLVERS[name](
             objective, W, n_classes=len(self.classes_) if W is None else None, tol=self.tol, max_iter=max_iter,
             callback=self._reporter(name), **more,
@@ -349,7 +373,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
         total = data.total
         stopping = None
         if self.early_stopping:
-            held = random.permutation(len(data.X))
+            held = random.permutation(len(data.y))
             count = max(1, round(self.validation_fraction * len(held)))
             if count >= len(held):
                 raise ValueError(
@@ -418,7 +442,7 @@ class _LinearClassifier(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> Array:
         """Scores of the classes, by chunks of rows: (n_samples, n_classes), or (n_samples,) of the second of two."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=DTYPES, reset=False)
+        X = validate_data(self, X, accept_sparse="csr", dtype=DTYPES, reset=False)
         W = np.column_stack([self.coef_, self.intercept_])
         scores = LinearModel(W, ("",) * len(W)).scores(X)
         return scores.ravel() if len(W) == 1 else scores
@@ -460,7 +484,7 @@ PARAMETERS = """C : float
     warm_start : bool
         Begin where the last fit ended.
     random_state : int, RandomState or None
-        For the order of rows in SGD, and the rows it holds out.
+        For the order of rows in SGD and in the dual, and the rows that SGD holds out.
     verbose : int
         1 for a line at the end, 2 for one at each iteration.
     batch_size : int
@@ -592,11 +616,13 @@ class SoftmaxClassifier(_LinearClassifier):
 
 
 @_document(
-    solvers='"lbfgs", "newton-cg", "fista", "smoothing"',
+    solvers='"lbfgs", "newton-cg", "fista", "smoothing", "dual"',
     auto='"lbfgs" where the objective has a gradient (power=2 over the sum or mean, l1_ratio=0), "fista" where only '
-    'the penalty has none, "smoothing" where only the loss has none, else "sgd"',
+    'the penalty has none, "smoothing" where only the loss has none ("dual" for sparse X, power=1 over the maximum and '
+    'no intercept), else "sgd"',
     tol='Solvers end when no entry of the gradient of the objective, divided by C Σ w, is larger; "smoothing" when '
-    "a sharper loss lowers the objective by no more than this part of it.",
+    'a sharper loss lowers the objective by no more than this part of it; "dual" when the minimum is lower by no more '
+    "than that.",
 )
 class HingeClassifier(_LinearClassifier):
     """A linear support vector machine with one of the multiclass hinge losses.
@@ -685,4 +711,8 @@ class HingeClassifier(_LinearClassifier):
         smooth = self._loss() and self.power == 2 and self.over not in self._kinks
         if smooth:
             return ("lbfgs", "newton-cg", "fista", "sgd") if self.l1_ratio == 0 else ("fista", "sgd")
-        return ("smoothing", "sgd") if self.l1_ratio == 0 else ("sgd",)
+        if self.l1_ratio > 0:
+            return ("sgd",)
+        in_dual = self.over == "max" and self.power == 1 and not (self.fit_intercept or self.warm_start)
+        in_dual = in_dual and not self._is_free()
+        return ("dual", "smoothing", "sgd") if in_dual else ("smoothing", "sgd")

@@ -1,0 +1,124 @@
+"""Crammer and Singer's support vector machine on sparse features, in the dual: one row's variables at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastloss import _checks as checks
+from fastloss.linear import LinearObjective
+from fastloss.losses import Hinge
+from fastloss.penalties import L2
+from fastloss.sparse import Csr
+from fastloss.train.minimise import Callback, Solution, check_finite, start
+
+REFRESH = 64  # epochs after which W is made anew of the dual variables, so that rounding does not gather in it
+
+
+def why_no_dual(objective: LinearObjective) -> str | None:
+    """Why `dual` cannot minimise an objective; None if it can."""
+    loss, penalty = objective.loss, objective.penalty
+    if not isinstance(loss, Hinge) or loss.over != "max" or loss.power != 1:
+        return f"the loss is {loss!r}; it must be Hinge(over='max', power=1)"
+    if loss.pair_margins is not None or loss.margin <= 0:
+        return f"the loss is {loss!r}; it must have one margin, above 0"
+    if not isinstance(penalty, L2) or penalty.strength == 0:
+        return f"the penalty is {penalty!r}; it must be L2, of a strength above 0"
+    if objective.bias:
+        return "there is a bias, which the dual's variables would have to balance; it must be bias=False"
+    if not isinstance(objective.X, Csr) or objective.transforms:
+        return "X is dense, or has a shift or a scale; it must be sparse, as it is"
+    return None
+
+
+def dual(
+    objective: LinearObjective,
+    W: object = None,
+    *,
+    n_classes: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 1000,
+    seed: int = 0,
+    callback: Callback | None = None,
+) -> Solution:
+    """Minimise Crammer and Singer's hinge with an L2 penalty by coordinate ascent in the dual, on sparse features.
+
+    The dual has a number for each row and class (N C in all are kept). Those of a row are chosen at their best in
+    closed form, given those of all others, and W follows at once; an iteration does that for each row, in an order
+    drawn anew, on one thread. The gap between the objective and the dual's value tells how far the minimum can be.
+
+    Parameters
+    ----------
+    objective : LinearObjective
+        Of Hinge(over="max", power=1) with L2 and without bias; X sparse, without shift and scale.
+    W : array (C, D), optional
+        Gives the number of classes alone: the dual starts where all its variables are 0.
+    tol : float
+        Ends when the gap is at most this part of the objective.
+    max_iter : int
+        Iterations at most.
+    seed : int
+        For the order of rows.
+    callback : function, optional
+        Called with W and the value after each iteration; the run ends if it returns True.
+
+    The other parameters, the result and what is raised are those of `lbfgs`; ValueError for other objectives. W is the
+    best that was found.
+
+    References
+    ----------
+    Keerthi, Sundararajan, Chang, Hsieh, Lin, "A sequential dual method for large scale multi-class linear SVMs", 2008;
+    Michelot, "A finite algorithm for finding the projection of a point onto the canonical simplex", 1986.
+
+    Examples
+    --------
+    >>> import numpy as np, scipy.sparse, fastloss as fl
+    >>> from fastloss.train import dual
+    >>> X, y = scipy.sparse.eye_array(3, format="csr"), np.arange(3)
+    >>> found = dual(fl.LinearObjective(fl.Hinge(over="max"), X, y, penalty=fl.L2(0.1), bias=False), tol=1e-6)
+    >>> found.converged, round(found.value, 4)
+    (True, 0.2)
+    """
+    first = start(objective, W, n_classes, tol, max_iter, callback)
+    reason = why_no_dual(objective)
+    if reason is not None:
+        raise ValueError(f"objective is not for dual: {reason}")
+    seed = checks.integer(seed, "seed", low=0)
+    X, dtype, c = objective.X, objective.dtype, len(first)
+    margin = float(objective.loss.margin)  # type: ignore[attr-defined]
+    backend, strength = objective.choose_backend("gradient"), objective.penalty.strength  # type: ignore[union-attr]
+    multiplier = objective.weights.multiplier
+    # The objective is 2 λ times ½ ‖W‖² + Σ_i C_i ℓ_i.
+    bounds = np.ones(len(X)) if multiplier is None else multiplier.astype(np.float64)
+    bounds *= objective.row_scale / (2 * strength)
+    squares = np.zeros(len(X))
+    np.add.at(squares, np.repeat(np.arange(len(X)), np.diff(X.starts)), np.square(X.values, dtype=np.float64))
+    targets = np.where(bounds > 0, objective.targets, 0).astype(np.int64)
+    constant = 2 * strength * float(bounds[squares == 0].sum()) * margin  # of rows that no W can help
+    bounds, squares = bounds.astype(dtype), squares.astype(dtype)
+    alpha, weights = np.zeros((len(X), c), dtype), np.zeros((X.shape[1], c), dtype)
+    rows, at_target = np.flatnonzero((bounds > 0) & (squares > 0)), (np.arange(len(X)), targets)
+    best, best_W, n_iter, converged, message = np.inf, weights, 0, False, "max_iter is reached"
+    while True:
+        square = float(np.einsum("dc,dc->", weights, weights, dtype=np.float64))
+        value = objective.data_value(weights.T) + strength * square
+        if n_iter == 0:
+            check_finite(value)
+        elif callback is not None and callback(np.ascontiguousarray(weights.T), value):
+            message = "the callback ended it"
+        if value < best:
+            best, best_W = value, weights.copy()
+        if message.startswith("the callback"):
+            break
+        lower = 2 * strength * (margin * float(alpha[at_target].sum(dtype=np.float64)) - 0.5 * square) + constant
+        if best - lower <= tol * abs(best):
+            converged, message = True, f"the minimum is at most {max(0.0, best - lower):.1e} lower"
+            break
+        if n_iter == max_iter:
+            break
+        order = np.random.default_rng([seed, n_iter]).permutation(rows)
+        backend.dual_epoch(X, order, targets, bounds, squares, margin, weights, alpha)
+        n_iter += 1
+        if n_iter % REFRESH == 0:
+            weights[...] = 0
+            backend.csr_accumulate(X, slice(0, len(X)), alpha, weights, 1)
+    return Solution(np.ascontiguousarray(best_W.T), best, n_iter, 2 * n_iter + 1, converged, message)
