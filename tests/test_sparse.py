@@ -38,7 +38,7 @@ def close(found, wanted, dtype, factor=1):
 
 @pytest.mark.parametrize("dtype", ["f", "d"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_objective(name, shape, dtype):
     X, y, W, rng = problem(shape, dtype)
     n, d, c = shape
@@ -67,7 +67,7 @@ def test_objective(name, shape, dtype):
                 close(ours.values(stack), its.values(stack.astype(float)), dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_layer(name):
     X, y, W, rng = problem((40, 9, 5), "f")
     weight, upstream = rng.uniform(0, 2, 40), rng.standard_normal(40)
@@ -84,6 +84,42 @@ def test_layer(name):
         close(found, wanted, "f")
         for key in ("W", "b"):
             close(grads[key], wanted_grads[key], "f")
+
+
+@pytest.mark.parametrize(("dtype", "index"), [("f", np.int32), ("d", np.int64), ("f", np.int64), ("d", np.int32)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_products(name, dtype, index):
+    """Scores and sums of all rows, some, and picked ones; rows of many numbers; all numbers of classes of a vector."""
+    backend, rng, eps = backends.get(name), np.random.default_rng(0), np.finfo(dtype).eps
+    shapes = [(50, 30, 33), (0, 4, 3), (5, 0, 3), (2000, 3, 17), (130, 700, 64), (3, 1500, 129)]
+    for n, d, c in shapes + [(9, 7, c) for c in range(1, 18)]:
+        its = rng.standard_normal((n, d)) * (rng.random((n, d)) < (1 if n == 3 else 0.3))
+        X = sparse.Csr(sp.csr_array(its.astype(dtype)))
+        X.indices, X.starts = X.indices.astype(index), X.starts.astype(index)
+        W, b = rng.standard_normal((d, c)).astype(dtype), rng.standard_normal(c).astype(dtype)
+        scale = 20 * eps * (1 + np.abs(its).sum(axis=1).max(initial=0) + np.abs(its).sum(axis=0).max(initial=0))
+        for at in (slice(0, n), slice(n // 3, n), rng.integers(0, max(1, n), 2 * n)):
+            some, found = its[at].astype(dtype).astype("d"), []
+            for threads in (1, 3):
+                scores, dW = np.full((len(some), c), np.nan, dtype), W.copy()
+                backend.csr_scores(X, at, W, b, scores, threads)
+                np.testing.assert_allclose(scores, some @ W + b, rtol=0, atol=scale)
+                scores[...] = np.sin(scores)
+                backend.csr_accumulate(X, at, scores, dW, threads)
+                np.testing.assert_allclose(dW, W + some.T @ scores, rtol=0, atol=2 * scale)
+                found.append((scores, dW))
+            assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+        for chunk in (n, 7) if backend.goes_by_features and n else ():
+            found = []
+            for threads in (1, 3):
+                place, dW = X.transposed.starts[:-1].copy(), np.full((d, c), np.nan, dtype)
+                scores = np.cos(rng.permutation(n * c)).reshape(n, c).astype(dtype) if threads == 1 else scores
+                for start in range(0, n, chunk):
+                    rows = slice(start, min(n, start + chunk))
+                    backend.csc_accumulate(X.transposed, place, rows, scores[rows].copy(), dW, threads)
+                np.testing.assert_allclose(dW, its.astype(dtype).T.astype("d") @ scores, rtol=0, atol=scale)
+                found.append(dW)
+            assert same_bits(*found)
 
 
 def test_hessian_products():
@@ -170,7 +206,7 @@ def test_gradients_by_features_in_chunks(dtype, monkeypatch):
             assert same_bits(objective.value_and_grad(W)[1], grad)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_quadratic_penalty_in_one_pass(name):
     backend, rng = backends.get(name), np.random.default_rng(0)
     for shape in [(20, 3001), (1, 1), (10, 2049), (7, 0), (2, 300)]:
@@ -217,7 +253,7 @@ def test_preconditioner_of_sparse_rows():
     close(found.W, dense.W, "d", 1e6)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "numba"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", ["f", "d"])
 def test_dual(name, dtype):
     X, y, _, rng = problem((120, 15, 4), dtype)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastloss import blocks
 from fastloss._checks import Array, compute_dtype
 from fastloss.backends import NotInstalled, Stats, reference
+
+if TYPE_CHECKING:
+    from fastloss.sparse import Csr
 
 
 def load(variant: str) -> NumbaBackend:
@@ -31,6 +34,7 @@ class NumbaBackend(reference.ReferenceBackend):
         self._checks = import_module("fastloss.jit.checks")
         self._features = import_module("fastloss.jit.features")
         self._scores = import_module("fastloss.jit.scores")
+        self._sparse = import_module("fastloss.jit.sparse")
 
     def __str__(self) -> str:
         return f"compiled as it is used by Numba {self._version}"
@@ -118,3 +122,14 @@ class NumbaBackend(reference.ReferenceBackend):
             loss, X, rows, centre, W, b, targets, multiplier, scale, dW, db, row_loss, n_threads
         )
         return value
+
+    def csr_scores(self, X: Csr, at: Any, W: Array, b: Array, scores: Array, n_threads: int) -> None:
+        self._sparse.csr_scores(X, at, W, b, scores, n_threads)
+
+    def csr_accumulate(self, X: Csr, at: Any, scores: Array, dW: Array, n_threads: int) -> None:
+        self._sparse.csr_accumulate(X, at, scores, dW, n_threads)
+
+    goes_by_features = True
+
+    def csc_accumulate(self, XT: Csr, at: Array, rows: slice, scores: Array, dW: Array, n_threads: int) -> None:
+        self._sparse.csc_accumulate(XT, at, rows, scores, dW, n_threads)

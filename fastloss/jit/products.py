@@ -58,11 +58,6 @@ class _Emitter(Emitter):
         address = self.plus(row, offset, self.stored.size)
         return self.stored.load(address, None if left is None else self.first(left))
 
-    def multiply_add(self, a: Any, b: Any, total: Any) -> None:
-        """total += a · b, rounded once where the processor can."""
-        function = self.intrinsic("fmuladd", self.vector, [self.vector] * 3)
-        self.b.store(self.b.call(function, [a, b, self.b.load(total)]), total)
-
     def fold(self, rows: list[Any]) -> Any:
         """The sums over the lanes of 4 vectors, in a vector of 4."""
         half, quarter = self.lanes // 2, self.lanes // 4

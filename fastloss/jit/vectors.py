@@ -317,6 +317,11 @@ class Emitter:
     def set(self, place: Any, x: Any) -> None:
         self.b.store(self.lift(x, self.vector), place)
 
+    def multiply_add(self, a: Any, b: Any, total: Any) -> None:
+        """total += a · b, rounded once where the processor can."""
+        function = self.intrinsic("fmuladd", self.vector, [self.vector] * 3)
+        self.b.store(self.b.call(function, [a, b, self.b.load(total)]), total)
+
     # --- lanes of several vectors at once ---
     def transposed(self, vectors: list[Any], join: Callable[[Any, Any], Any]) -> Any:
         """A vector of what each of them is, its lanes joined. Items may be tuples, which are joined as one."""
