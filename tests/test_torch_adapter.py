@@ -954,6 +954,16 @@ def test_modules_may_be_traced(name):
     close(found, wanted)
 
 
+def test_scripts_are_turned_away():
+    modules = [adapter.CrossEntropyLoss(), adapter.MultiMarginLoss()]
+    modules += [adapter.LinearCrossEntropyLoss(3, 4), adapter.LinearMultiMarginLoss(3, 4)]
+    functions = [getattr(adapter, name) for name in adapter.__all__ if name[0].islower() and name != "empty_cache"]
+    assert len(functions) == 4
+    for given in (*modules, *functions, torch.nn.Sequential(adapter.CrossEntropyLoss())):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.script: use torch\.compile or torch\.jit\.trace"):
+            torch.jit.script(given)
+
+
 def test_modules_tell_their_options():
     text = repr(adapter.LinearCrossEntropyLoss(3, 4, out_features=(2,), ignore_index=1, label_smoothing=0.1))
     for option in ("in_features=3", "num_classes=4", "bias=False", "out_features=(2,)", "reduction=mean",
