@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fastloss as fl
+from fastloss.backends import reference
 from tests.conftest import BACKENDS, same_bits
 
 LOSSES = {
@@ -61,38 +62,59 @@ def whole(loss, scores, targets, **call):
     return loss.value_and_grad(scores.astype(np.float64), targets, backend="reference", **call)
 
 
-def assert_same(found, wanted, dtype=np.float64):
+def rounding(loss, scores):
+    """By how many eps exponentials of a rounded s − m may be off, together: the largest of all rows.
+
+    A kernel's exponentials are of d = s − m in the compute type (contract item 1; only the plain form of a whole loss
+    never rounds d). d is rounded by at most |d| eps / 2, and exp(d + δ) = exp(d) (1 + δ): that is the relative error of
+    one exponential, up to 43.7 eps in float32, where exp(−87.3) is the smallest normal number. Σ exp(d) without the
+    maximum's own term, which is all of the loss of a row whose target has the maximum (log1p gives it on undamped), is
+    thus off by Σ |d| exp(d) / Σ exp(d) · eps / 2. In a split, d is made in steps, s to a shard's maximum to a larger
+    one, all of one sign: their errors add up to no more. Targets' scores and the maps of m are float64, class weights
+    and upstream factors multiply by 1 + eps / 2: they are within the few eps that a bound has besides.
+    What is compared with is computed in float64: of float64 scores it rounds as much on its own.
+    """
+    mapped, _ = reference.map_scores(loss, scores.astype(np.float64))
+    d = np.sort(mapped - mapped.max(axis=1, keepdims=True))[:, :-1]
+    wide = scores.dtype == np.float64
+    d = np.maximum(d, np.log(np.finfo(np.float64 if wide else np.float32).smallest_normal))  # below, they may be 0
+    mean = (-d * np.exp(d)).sum(axis=1) / np.exp(d).sum(axis=1)
+    return float(mean.max()) * (1.0 if wide else 0.5)
+
+
+def assert_same(found, wanted, dtype=np.float64, rounded=0.0):
+    """rounded: see `rounding`"""
     (value, grad), (wanted_value, wanted_grad) = found, wanted
     assert grad.dtype == dtype
     info, computed = np.finfo(dtype), np.finfo(np.float64 if dtype == np.float64 else np.float32)
     # Below, exponentials may be 0 (contract item 6): before they are multiplied by their rows' weights, up to 12 here.
     tiny = 2 * 12 * float(computed.smallest_normal)
-    np.testing.assert_allclose(value, wanted_value, rtol=16 * float(computed.eps), atol=tiny)
+    np.testing.assert_allclose(value, wanted_value, rtol=(16 + rounded) * float(computed.eps), atol=tiny)
     largest = np.nan_to_num(np.abs(wanted_grad)).max(axis=1, keepdims=True)
     units = np.maximum(0, np.abs(grad - wanted_grad) - tiny) / (
         float(info.eps) * np.maximum(largest, float(info.smallest_normal))
     )
     np.testing.assert_array_equal(np.isnan(grad), np.isnan(wanted_grad))
-    assert np.nan_to_num(np.abs(units)).max(initial=0) <= 64  # exponentials of a rounded s − m
+    assert np.nan_to_num(np.abs(units)).max(initial=0) <= max(64, 40 + rounded)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     cuts=st.lists(st.integers(0, 10), max_size=6),
     scale=st.sampled_from([0.1, 3.0, 100.0]),
     dtype=st.sampled_from([np.float64, np.float32, np.float16]),
 )
+@example(seed=3011, cuts=[5], scale=100.0, dtype=np.float32)  # one row's loss is 4 exp(−67.3), 32 eps off
 def test_any_split_gives_the_unsplit_result(name, loss, call, seed, cuts, scale, dtype):
     rng = np.random.default_rng(seed)
     scores = rng.normal(scale=scale, size=(12, 10)).astype(dtype)
     targets = rng.integers(0, 10, 12)
-    assert_same(
-        split(loss, scores, targets, cuts, rng, backend=name, **call), whole(loss, scores, targets, **call), dtype
-    )
+    found = split(loss, scores, targets, cuts, rng, backend=name, **call)
+    assert_same(found, whole(loss, scores, targets, **call), dtype, rounding(loss, scores))
 
 
 AWKWARD = np.array(

@@ -254,6 +254,49 @@ def test_means_over_nothing():
         assert (weight.grad == 0).all()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_means_over_targets_of_weight_0(dtype, smoothing):
+    """Value and gradient are NaN, as PyTorch's; those of ignored rows are 0."""
+    some = torch.tensor([0, 0, 1, 2.0]).to(dtype)
+
+    def layer(loss, input, linear_weight, bias, target, **options):
+        return loss(input, linear_weight, target, linear_bias=bias, **options)
+
+    for weight, ignored in itertools.product((some, 0 * some), (-100, 1)):
+        options = {"weight": weight, "label_smoothing": smoothing, "ignore_index": ignored}
+        for shape in ((4,), (6, 4), (6, 4, 2), (2, 4, 60, 40)):
+            target = torch.arange(shape[0]) % 2 if len(shape) > 1 else torch.tensor(0)
+            if len(shape) > 2:
+                target = target.reshape(-1, *(1,) * (len(shape) - 2)).expand(-1, *shape[2:])
+            assert_same(adapter.cross_entropy, F.cross_entropy, [torch.randn(shape).to(dtype)], target, **options)
+        for target in (torch.tensor([0, 1, 1, 0, 1]), torch.tensor([[0, 1], [1, 1], [1, 1]])):
+            n, *positions = target.shape
+            tensors = [torch.randn(shape).to(dtype) for shape in ((n, 3), (4, *positions, 3), (4, *positions))]
+            by_scores = partial(linear_by_scores, F.cross_entropy)
+            assert_same(
+                partial(layer, adapter.linear_cross_entropy), partial(layer, by_scores), tensors, target, **options
+            )
+
+
+def test_means_over_weight_0_of_probabilities_and_of_the_hinge_are_0():
+    """They are over rows."""
+    scores, weight = torch.randn(2, 3), torch.tensor([0, 0, 1.0])
+    for q in (torch.tensor([[0.5, 0.5, 0], [0, 1, 0]]), torch.zeros(2, 3)):
+        for smoothing in (0.0, 0.1):
+            options = {"weight": weight, "label_smoothing": smoothing}
+            assert_same(adapter.cross_entropy, F.cross_entropy, [scores, q], **options)
+    assert_same(adapter.multi_margin_loss, F.multi_margin_loss, [scores], torch.tensor([0, 1]), weight=weight)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mean_over_weights_that_cancel_is_infinite(sign):
+    scores, target = torch.tensor([[0.0, 1, 2], [3, 1, 0]]), torch.tensor([0, 1])
+    weight = sign * torch.tensor([1, -1, 0.5])
+    value = adapter.cross_entropy(scores, target, weight)
+    assert value == F.cross_entropy(scores, target, weight) == sign * torch.inf
+
+
 def test_nan_is_not_swallowed():
     scores = torch.zeros(3, 4)
     scores[1, 2] = torch.nan
@@ -909,6 +952,16 @@ def test_modules_may_be_traced(name):
     close(traced(2 * scores, target), module(2 * scores, target))
     (found,), (wanted,) = (torch.autograd.grad(m(scores, target), scores) for m in (traced, module))
     close(found, wanted)
+
+
+def test_scripts_are_turned_away():
+    modules = [adapter.CrossEntropyLoss(), adapter.MultiMarginLoss()]
+    modules += [adapter.LinearCrossEntropyLoss(3, 4), adapter.LinearMultiMarginLoss(3, 4)]
+    functions = [getattr(adapter, name) for name in adapter.__all__ if name[0].islower() and name != "empty_cache"]
+    assert len(functions) == 4
+    for given in (*modules, *functions, torch.nn.Sequential(adapter.CrossEntropyLoss())):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.script: use torch\.compile or torch\.jit\.trace"):
+            torch.jit.script(given)
 
 
 def test_modules_tell_their_options():

@@ -166,6 +166,12 @@ def test_a_mean_over_nothing(fake_cuda):
     agree(lambda s: ft.cross_entropy(s, target), lambda s: F.cross_entropy(s, target) * 1, torch.randn(4, 5))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_mean_over_targets_of_weight_0(fake_cuda, smoothing):
+    target, how = torch.tensor([2, -100, 2]), {"weight": WEIGHT, "label_smoothing": smoothing}
+    assert ft.cross_entropy(torch.randn(3, 5), target, **how).isnan()
+
+
 def test_negative_weights_within_smoothing_are_turned_away(fake_cuda):
     with pytest.raises(ValueError, match="weight has negative numbers"):
         ft.cross_entropy(torch.randn(4, 5), torch.arange(4), -WEIGHT, label_smoothing=0.1)

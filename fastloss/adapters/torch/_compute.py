@@ -76,13 +76,44 @@ class _Targets:
 
     def total(self) -> float:
         """What the sum of all rows is divided by."""
-        options = self._options
-        if options.reduction != "mean":
+        if self._options.reduction != "mean":
             return 1.0
-        if self._weight is None or options.kind == "hinge" or self.probabilities:
-            return float(self._count)
-        kept = self.rows if options.ignore_index is None else self.rows[self.rows != options.ignore_index]
-        return float(self._weight[kept].sum())
+        weights = self._weights()
+        return float(self._count if weights is None else weights.sum())
+
+    def divided(self, value: float, total: float) -> float:
+        """The sum of all rows by `total`, as in IEEE arithmetic; a mean over nothing is NaN.
+
+        PyTorch divides what label smoothing adds on its own: of targets that all have weight 0, the rest is 0 / 0.
+        """
+        if total:
+            return value / total
+        weights = self._weights()
+        return value * math.inf if weights is not None and weights.any() else math.nan
+
+    def _weights(self) -> Array | None:
+        """Of the targets that count; None where a mean is over rows."""
+        if self._weight is None or self._options.kind == "hinge" or self.probabilities:
+            return None
+        return np.asarray(self._weight[self.rows[self._kept()]])
+
+    def _kept(self) -> Any:
+        """Which rows are not ignored, as an index."""
+        ignored = self._options.ignore_index
+        return slice(None) if ignored is None or self.probabilities else self.rows != ignored
+
+    def factors(self, upstream: Array) -> tuple[Array, Array | None]:
+        """The gradient's factors, finite; and what each row's is to be multiplied by then (rows,), if they were not."""
+        total, n_rows = self.total(), len(self.rows)
+        if not total:  # PyTorch's 0 / 0, but for ignored rows, which have no gradient
+            spoilt = np.ones(n_rows)
+            spoilt[self._kept()] = math.nan
+            return np.zeros(1), spoilt
+        values = upstream if total == 1 else upstream / total
+        finite = np.isfinite(values)
+        if finite.all():
+            return values, None
+        return np.where(finite, values, 1.0), np.broadcast_to(np.where(finite, 1.0, values), n_rows)
 
     @contextmanager
     def checked(self) -> Iterator[None]:
@@ -114,20 +145,8 @@ def _threads() -> int:
     return min(int(torch.get_num_threads()), fl.get_num_threads())
 
 
-def _quotient(value: float, total: float) -> float:
-    """As in IEEE arithmetic; a mean over nothing is NaN."""
-    return value / total if total else value * math.inf
-
-
-def _upstream(upstream: Tensor, total: float) -> tuple[Array, Array | None]:
-    """The gradient's factors, finite; and what the gradient is to be multiplied by then, if they were not."""
-    values = as_array(upstream.double()).reshape(-1)
-    if total != 1:
-        values = values / total if total else values * 0  # a mean over nothing has no gradient
-    finite = np.isfinite(values)
-    if finite.all():
-        return values, None
-    return np.where(finite, values, 1.0), np.where(finite, 1.0, values)
+def _factors(targets: _Targets, upstream: Tensor) -> tuple[Array, Array | None]:
+    return targets.factors(as_array(upstream.double()).reshape(-1))
 
 
 def _pull(factors: Array, sign: float, reduction: str) -> dict[str, Any]:
@@ -192,7 +211,7 @@ def scores_loss(input: Tensor, target: Tensor, weight: Tensor | None, *options: 
         ]
         if reduction == "none":
             return torch.from_numpy(np.concatenate(values)).to(dtype).reshape(rows_shape(input, target))
-        return scalar(_quotient(sum(values), targets.total()), dtype)
+        return scalar(targets.divided(sum(values), targets.total()), dtype)
 
 
 def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
@@ -210,7 +229,7 @@ def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Ten
         scores = grads = [rows.view(-1, x.shape[1])]
     assert scores is not None
     assert grads is not None
-    factors, spoilt = _upstream(upstream, targets.total())
+    factors, spoilt = _factors(targets, upstream)
     for (s, part), (g, _) in zip(_slices(scores), _slices(grads), strict=True):
         some, y = factors[part] if o.reduction == "none" else factors, targets.rows[part]
         (sign, first), *others = targets.terms
@@ -222,7 +241,7 @@ def scores_gradient(upstream: Tensor, input: Tensor, target: Tensor, weight: Ten
         for term in more:
             g += term
         if spoilt is not None:
-            g *= (spoilt[part][:, None] if o.reduction == "none" else spoilt).astype(g.dtype)
+            g *= spoilt[part, None].astype(g.dtype)
     if not direct:
         out.movedim(1, -1).copy_(rows)
     return gradient
@@ -316,6 +335,18 @@ def _linear_pass(
     return total, done
 
 
+def _spoil(arrays: list[Array | None], spoilt: Array | None, n_rows: int) -> None:
+    """Multiply a layer's gradients by what is not finite in their rows' factors: sums over rows, all of them."""
+    if spoilt is None or not len(spoilt):
+        return
+    grid = spoilt.reshape(n_rows, -1)  # rows, positions
+    finite = np.isfinite(grid)
+    of_rows, of_positions = (np.where(finite.all(axis), 1.0, grid.sum(axis)) for axis in (1, 0))
+    for array, factor in zip(arrays, (of_rows[:, None], of_positions[:, None], of_positions), strict=True):
+        if array is not None:
+            array *= factor.astype(array.dtype)
+
+
 def _gradients(arrays: list[Array | None], tensors: list[Tensor | None], empty: Tensor) -> tuple[Tensor, ...]:
     """As tensors of the shapes of what they are gradients of; empty ones for those not asked for."""
     return tuple(
@@ -346,20 +377,21 @@ def linear_loss(
     *rest, wide, chunk_rows, wrt = options
     o = Options(*rest)
     targets = _linear_targets(input, linear_weight, target, weight, o)
-    reduction, factors = "none" if o.reduction == "none" else "sum", None
+    reduction, factors, spoilt = "none" if o.reduction == "none" else "sum", None, None
     wanted = any(wrt) and scales_later(input, options)
     with targets.checked():
         total = targets.total()
         if wanted:
-            factors = np.array([1 / total if total else 0.0])
+            factors, spoilt = targets.factors(np.ones(1))
         value, arrays = _linear_pass(
             input, linear_weight, linear_bias, targets, reduction, chunk_rows, wrt if wanted else (False,) * 3, factors
         )
+    _spoil(arrays, spoilt, math.prod(input.shape[:-1]))
     dtype = loss_dtype(input, target, weight, wide)
     if reduction == "none":
         loss = torch.from_numpy(value).to(dtype).reshape(linear_rows_shape(input, linear_weight, target))
     else:
-        loss = scalar(_quotient(value, total), dtype)
+        loss = scalar(targets.divided(value, total), dtype)
     return loss, *_gradients(arrays, [input, linear_weight, linear_bias], input)
 
 
@@ -370,13 +402,10 @@ def linear_gradient(
     *rest, chunk_rows, wrt = options
     o = Options(*rest)
     targets = _linear_targets(input, linear_weight, target, weight, o)
-    factors, spoilt = _upstream(upstream, targets.total())
+    factors, spoilt = _factors(targets, upstream)
     reduction = "none" if o.reduction == "none" else "sum"
     _, arrays = _linear_pass(input, linear_weight, linear_bias, targets, reduction, chunk_rows, wrt, factors)
-    if spoilt is not None:  # a sum over rows of which one has no finite factor is not finite
-        for array in arrays:
-            if array is not None:
-                array *= spoilt.sum().astype(array.dtype)
+    _spoil(arrays, spoilt, math.prod(input.shape[:-1]))
     return _gradients(arrays, [input, linear_weight, linear_bias], input)
 
 

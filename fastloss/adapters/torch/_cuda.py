@@ -85,7 +85,8 @@ class _Rows:
         if self._weight is None:
             return counted.sum(dtype=torch.float64)
         inside = self.rows.long().clamp(0, len(self._weight) - 1)
-        return torch.where(counted, self._weight.double()[inside], 0.0).sum()
+        total = torch.where(counted, self._weight.double()[inside], 0.0).sum()
+        return torch.where(total == 0, torch.nan, total)  # with what label smoothing adds, PyTorch's mean is NaN too
 
     @property
     def is_plain(self) -> bool:

@@ -366,3 +366,15 @@ def linear_multi_margin_loss(
     _check_layer(input, linear_weight, target, linear_bias, weight, False)
     hinge = hinge_options(p, margin, reduction)
     return _layer_loss(input, linear_weight, target, linear_bias, weight, hinge, None)
+
+
+def no_script(*_: Any) -> Any:
+    """What torch.jit.script calls before it compiles a function or module, or what calls it."""
+    raise NotImplementedError(
+        "fastloss's losses cannot be compiled by torch.jit.script: use torch.compile or torch.jit.trace, or script the "
+        "model without its loss"
+    )
+
+
+for _loss in (cross_entropy, multi_margin_loss, linear_cross_entropy, linear_multi_margin_loss):
+    vars(_loss)["__prepare_scriptable__"] = no_script

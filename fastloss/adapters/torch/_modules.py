@@ -16,6 +16,7 @@ from fastloss.adapters.torch._functions import (
     linear_cross_entropy,
     linear_multi_margin_loss,
     multi_margin_loss,
+    no_script,
 )
 
 
@@ -29,6 +30,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):  # type: ignore[misc]
     >>> round(CrossEntropyLoss()(torch.zeros(2, 10), torch.tensor([3, 9])).item(), 4)
     2.3026
     """
+
+    __prepare_scriptable__ = no_script
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -48,12 +51,16 @@ class MultiMarginLoss(torch.nn.MultiMarginLoss):  # type: ignore[misc]
     0.9
     """
 
+    __prepare_scriptable__ = no_script
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return multi_margin_loss(input, target, self.p, self.margin, self.weight, reduction=self.reduction)
 
 
 class _LinearLoss(torch.nn.Module):  # type: ignore[misc]
     """A linear layer and the loss of its scores, with the state of `torch.nn.LinearCrossEntropyLoss`."""
+
+    __prepare_scriptable__ = no_script
 
     #: Options that the module's text tells.
     _shown: tuple[str, ...] = ("reduction",)
