@@ -84,3 +84,16 @@ def descend(
 ) -> None: ...
 def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None: ...
 def control(kind: str, source: Array, target: Array, repeats: int, n_threads: int) -> int: ...
+def dual_epoch(
+    values: Array,
+    indices: Array,
+    starts: Array,
+    rows: Array,
+    targets: Array,
+    bounds: Array,
+    squares: Array,
+    margin: float,
+    W: Array,
+    alpha: Array,
+) -> None: ...
+def shrink(W: Array, grad: Array, q: float, n_threads: int) -> float: ...
