@@ -149,7 +149,7 @@ def test_probability_targets_as_in_torch():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"weight"}, {"pos_weight"}, {"weight", "pos_weight"}], ids="+".join)
+@pytest.mark.parametrize("options", [(), ("weight",), ("pos_weight",), ("weight", "pos_weight")], ids="+".join)
 def test_logistic_as_binary_cross_entropy_of_torch(options, reduction):
     scores, _, weight = _scores()
     rng = np.random.default_rng(3)
