@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -80,10 +80,7 @@ def targets(value: object, n_rows: int, n_classes: int) -> Array:
         return array
     if array.ndim == 2 and (array.dtype.kind not in "iub" or array.shape == (n_rows, n_classes)):
         if array.shape != (n_rows, n_classes):
-            wanted = (n_rows, n_classes)
-            raise ValueError(
-                f"targets has shape {array.shape}; class probabilities must have the scores' shape {wanted}"
-            )
+            raise_shape_of_targets(array.shape, n_rows, n_classes)
         return array
     if array.shape != (n_rows,):
         raise ValueError(f"targets has shape {array.shape}; it must be ({n_rows},), a class for each row")
@@ -92,6 +89,13 @@ def targets(value: object, n_rows: int, n_classes: int) -> Array:
             return np.zeros(0, np.int64)
         raise TypeError(f"targets has dtype {array.dtype}; class indices must be integers (targets.astype(int))")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def raise_shape_of_targets(shape: tuple[int, ...], n_rows: int, n_classes: int) -> NoReturn:
+    raise ValueError(
+        f"targets has shape {shape}; class probabilities, or labels of each column, must have the scores' shape "
+        f"{(n_rows, n_classes)}"
+    )
 
 
 def raise_bad_target(targets: Array, position: int, n_classes: int, ignore_index: int | None) -> None:

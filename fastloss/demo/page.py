@@ -271,6 +271,8 @@ class Page:
         weights = column(self.text["weights"], styles={"flex": "1 1 440px", "min-width": "min(440px, 100%)"})
         for widget in (self.loss, self.strength, self.step_size, self.run, *self.buttons.values(), *self.text.values()):
             widget.sizing_mode = "stretch_width"
+        for widget in (self.run, *self.buttons.values()):
+            widget.min_width = 105  # a label's: on a narrow page they wrap
         return column(
             _words(INTRO, **wide),
             row(left, right, styles={"flex-wrap": "wrap", "gap": "0 16px"}, **wide),

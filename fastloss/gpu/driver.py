@@ -106,10 +106,7 @@ def _targets(value: Any, like: View, loss: Any, n: int, c: int) -> View:
     is_float = view.dtype in device.REAL
     if view.ndim == 2 and (is_float or view.shape == (n, c)):
         if view.shape != (n, c):
-            wanted = n, c
-            raise ValueError(
-                f"targets has shape {view.shape}; class probabilities must have the scores' shape {wanted}"
-            )
+            checks.raise_shape_of_targets(view.shape, n, c)
         loss.check_probabilities()
         if view.dtype != device.REAL[like.dtype]:
             raise TypeError(

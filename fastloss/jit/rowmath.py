@@ -291,6 +291,14 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
 
     number_or_zero = jit(number_or_zero)
 
+    def per_class(total, rest, options):
+        # A sum over the classes and what it lacks, as rounded, together divided by their number.
+        loss = total + rest
+        lost = ((total - loss) + rest) * options[PER_CLASS]
+        return loss / options[CLASSES] + number_or_zero(lost)
+
+    per_class = jit(per_class)
+
     def exp(x, start):
         # exp(x − steps · log 2), where start is `rounder` − steps: for results below 2^(raised + 1), or NaN. Below the
         # smallest normal number 0. x − steps · log 2 is never rounded.
@@ -344,7 +352,7 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
     tanh = jit(tanh)
     return SimpleNamespace(
         exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, quick_exp=quick_exp, origin=origin, log=log,
-        tanh=tanh, rounder=rounder,
+        tanh=tanh, rounder=rounder, per_class=per_class,
     )  # fmt: skip
 
 
@@ -603,7 +611,7 @@ def _hinge(
 ) -> None:
     real, choose = tools.real, tools.choose
     zero, one, power = real(0), real(1), real(plan.power)
-    exact_sum, number_or_zero = f.exact_sum, f.number_or_zero
+    exact_sum, number_or_zero, per_class = f.exact_sum, f.number_or_zero, f.per_class
     pairs, linear, mean, counts = plan.pairs, plan.power == 1, plan.mean, plan.counts_target
 
     def aim(m, sy, factor, options):
@@ -639,8 +647,7 @@ def _hinge(
         loss = total + rest
         entry = choose(loss == loss, -(pull * known[2]), loss)
         if mean:
-            lost = ((total - loss) + rest) * options[PER_CLASS]
-            loss = loss / options[CLASSES] + number_or_zero(lost)
+            loss = per_class(total, rest, options)
         return loss, zero, zero, entry, zero, zero, zero, zero
 
     def close(kept, q, w, is_target, known, numbers, options):
@@ -690,7 +697,7 @@ def _logistic(
 ) -> None:
     real, choose = tools.real, tools.choose
     zero, one = real(0), real(1)
-    exp, log, number_or_zero, rounder = f.quick_exp, f.log, f.number_or_zero, f.rounder
+    exp, log, number_or_zero, per_class, rounder = f.quick_exp, f.log, f.number_or_zero, f.per_class, f.rounder
     probabilities, weights, smooths, mean = plan.probabilities, plan.weights, plan.smooths, plan.mean
     is_plain = not (probabilities or weights or smooths)
 
@@ -745,8 +752,7 @@ def _logistic(
         total, rest = sums[0], number_or_zero(low)
         loss = total + rest
         if mean:
-            lost = ((total - loss) + rest) * options[PER_CLASS]
-            loss = loss / options[CLASSES] + number_or_zero(lost)
+            loss = per_class(total, rest, options)
         return loss, zero, zero, zero, zero, zero, zero, zero
 
     def close(kept, q, w, is_target, known, numbers, options):
