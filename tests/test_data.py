@@ -188,6 +188,14 @@ def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, fu
     assert not (tmp_path / "made").exists()
 
 
+def doubled(times):
+    """A list of the same list twice, and so on."""
+    held = []
+    for _ in range(times):
+        held = [held, held]
+    return held
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -199,6 +207,11 @@ def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, fu
         b"\x80\x02\x82\x01.",  # registered extensions
         b"\x80\x02]q\x00h\x00a.",  # a list within itself
         b"\x80\x02cnumpy\nndarray\n.",
+        pickle.dumps({"data": doubled(60), "labels": []}, 2),  # no memory would hold what these stand for
+        pickle.dumps({"data": 0, "labels": [doubled(60)]}, 2),
+        pickle.dumps({"data": 0, "labels": [1 << 20000]}, 2),  # nor can this be shown
+        b"\x80\x05\x96" + (1 << 62).to_bytes(8, "little") + b".",
+        b"\x80\x02}K\x01K\x01s.",
         b"\x80\x02K\x01.",
         b"\x80\x02",
         b"",
