@@ -336,6 +336,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(kind, tmp_path):
     assert killed
     subprocess.run([*command, path, found], check=True)
     assert found.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"run.npz", "other.npz", "whole.npy", "found.npy"}
 
 
 def test_resume_turns_away_what_is_another_run(tmp_path):
