@@ -268,7 +268,7 @@ def test_libsvm(tmp_path):
     np.testing.assert_array_equal(found.X_train, [[0.5, 0, 2], [0, 1, 0], [0, 0, 0]])
     assert found.X_train.dtype == np.float32
     assert found.y_train.tolist() == [0, 1, 2]
-    assert (found.class_names, found.name, found.X_test) == (("-1", "1", "3"), "points", None)
+    assert (found.class_names, found.name, found.X_test) == (("-1", "1", "3"), "points.libsvm", None)
     (tmp_path / "points.libsvm.t").write_text("1 5:7\n2 1:1\n")
     found = data.load_libsvm(str(path))
     assert found.X_train.shape == (3, 5)
@@ -339,7 +339,7 @@ def test_npz(tmp_path):
     assert found.y_train.dtype == np.int64
     assert found.X_test is None
     assert found.y_test is None
-    assert (found.class_names, found.image_shape, found.name) == (("0", "1", "2"), None, "points")
+    assert (found.class_names, found.image_shape, found.name) == (("0", "1", "2"), None, "points.npz")
     np.savez_compressed(tmp_path / "both.npz", **GOOD, **TEST, other=np.zeros(1))
     found = data.load_npz(str(tmp_path / "both.npz"))
     np.testing.assert_array_equal(found.X_test, TEST["X_test"])
