@@ -735,6 +735,7 @@ VERDICTS = {
     "fine": "fine for an objective with kinks",
     "uncomfortable": "this should make you uncomfortable",
     "wrong": "the gradient is probably wrong",
+    "noise": "all of it is within the rounding of the losses; use a larger --h",
     "kink": "every number here has a kink within the step; use a smaller --h or fewer --rows",
 }
 SMOOTH_FINE = "fine for an objective with kinks, which this is not: 1e-7 would be better"
@@ -775,7 +776,7 @@ def _print_check(kind: str, found: GradientCheck, data: Dataset, h: float) -> No
         feature = "bias" if d == data.X_train.shape[1] else str(d)
         numbers = f"{analytic:>16.8g}{numerical:>16.8g}{error:>12.1e}{kinks:>7}"
         print(f"{'':<10}{data.class_names[c]:<14}{feature:>8}{numbers}  {verdict}")
-    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v != "kink"]
+    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v not in ("kink", "noise")]
     worst = f"relative error at most {max(counted):.1e} (h {h:g}): " if counted else ""
     unkinked = found.verdict == "fine" and found.smooth
     print(f"{'':<10}{worst}{SMOOTH_FINE if unkinked else VERDICTS[found.verdict]}")
