@@ -51,7 +51,7 @@ LOSSES = {
     "softmax": ("softmax",), "hinge": ("hinge",), "logistic": ("logistic",), "both": ("softmax", "hinge"),
 }  # fmt: skip
 LOSS_OPTIONS = {
-    "softmax": ("label_smoothing", "temperature", "z_loss"),
+    "softmax": ("label_smoothing", "temperature", "z_loss", "softcap"),
     "hinge": ("margin", "power", "over"),
     "logistic": ("label_smoothing", "over", "pos_weight"),
 }
@@ -84,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="""examples:
   fastloss train                 softmax and hinge classifiers on images; models and pictures go to out/
   fastloss train --help          all that can be chosen
+  fastloss predict out/hinge.npz what a trained model makes of the test images
   fastloss demo                  drag points, and watch losses, gradients and the descent in a browser
+  fastloss lecture               the lecture on linear classifiers, with your numbers and pictures, as one page
+  fastloss gradcheck             is the gradient right?
   fastloss info                  which kernels this machine runs, and which backends there are
   fastloss bench --quick         a first table of times beside NumPy and what else is installed
   fastloss accelerate script.py  run a script with scikit-learn's logistic regression on these kernels""",
@@ -94,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train linear classifiers on images",
+        help="train linear classifiers, on images or other data",
         description="""\
-Train linear classifiers on images, with softmax and with hinge (SVM) loss. Shows loss and accuracy on training and
-test data, and the time of one loss and gradient over all training data beside the NumPy reference's. Writes models
-(.npz) and pictures of training curves and class templates.
+Train linear classifiers, on images or other data, with softmax and with hinge (SVM) loss. Shows loss and accuracy on
+training and test data, and the time of one loss and gradient over all training data beside the NumPy reference's.
+Writes models (.npz) and pictures of training curves and class templates.
 
-Features are standardised: the mean image is subtracted, and what is left divided by its standard deviation. Settings
+Features are standardised: their mean is subtracted, and what is left divided by its standard deviation. Settings
 that are not given come from a recipe for the data set and the loss, and are shown when training starts.""",
         epilog="""examples:
   fastloss train
@@ -217,8 +220,8 @@ On CIFAR-10 and 2 cores it takes a few minutes, most of them for the searches; o
         help="drag points, and watch a linear classifier learn, in a browser",
         description="""\
 Open a page in the browser: nine points of three classes, which you drag; scores, the loss and gradient of each point,
-decision regions, and gradient descent step by step, for five losses and any strength of the L2 penalty. All of it is
-computed by fastloss as you watch.
+decision regions, and gradient descent step by step, for five losses and eight strengths of the L2 penalty. All of it
+is computed by fastloss as you watch.
 
 The page is for browsers on this machine alone, and needs no internet. Each browser tab has points of its own. Ctrl-C
 ends it.""",
@@ -291,7 +294,7 @@ def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     loss = parser.add_argument_group("loss")
     loss.add_argument("--loss", choices=LOSSES, default="both", help="which loss (default: both softmax and hinge)")
-    loss.add_argument("--margin", type=float, help="hinge: the margin Δ (default: 1)")
+    loss.add_argument("--margin", type=float, metavar="X", help="hinge: the margin Δ (default: 1)")
     loss.add_argument("--power", type=int, choices=(1, 2), help="hinge: 1, or 2 for the squared hinge (default: 1)")
     loss.add_argument(
         "--over", choices=("sum", "mean", "max"),
@@ -303,12 +306,13 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         "of W (default: l2)",
     )  # fmt: skip
     loss.add_argument(
-        "--strength", type=float,
+        "--strength", type=float, metavar="X",
         help="what the penalty is multiplied by, or the bound for maxnorm (default for l2: the recipe's)",
     )  # fmt: skip
     loss.add_argument("--label-smoothing", type=float, metavar="X", help="softmax, logistic: from 0 to 1 (default: 0)")
     loss.add_argument("--temperature", type=float, metavar="X", help="softmax: scores are divided by it (default: 1)")
     loss.add_argument("--z-loss", type=float, metavar="X", help="softmax: adds X times log² of the sum (default: 0)")
+    loss.add_argument("--softcap", type=float, metavar="X", help="softmax: scores become X · tanh(s/X) (default: not)")
     loss.add_argument(
         "--pos-weight", type=float, metavar="X", help="logistic: how much a row counts in its own class (default: 1)"
     )
@@ -448,7 +452,7 @@ def _load(where: str | None) -> Dataset:
             return load_cifar10(folder)
         if os.environ.get("FASTLOSS_DATA"):
             where = os.environ["FASTLOSS_DATA"]
-            print(f"fastloss: FASTLOSS_DATA ({where}) holds no CIFAR-10: training on digits", file=sys.stderr)
+            print(f"fastloss: FASTLOSS_DATA ({where}) holds no CIFAR-10: the data are digits", file=sys.stderr)
         return load_digits()
     if where == "digits":
         return load_digits()
@@ -731,6 +735,7 @@ VERDICTS = {
     "fine": "fine for an objective with kinks",
     "uncomfortable": "this should make you uncomfortable",
     "wrong": "the gradient is probably wrong",
+    "noise": "all of it is within the rounding of the losses; use a larger --h",
     "kink": "every number here has a kink within the step; use a smaller --h or fewer --rows",
 }
 SMOOTH_FINE = "fine for an objective with kinks, which this is not: 1e-7 would be better"
@@ -771,7 +776,7 @@ def _print_check(kind: str, found: GradientCheck, data: Dataset, h: float) -> No
         feature = "bias" if d == data.X_train.shape[1] else str(d)
         numbers = f"{analytic:>16.8g}{numerical:>16.8g}{error:>12.1e}{kinks:>7}"
         print(f"{'':<10}{data.class_names[c]:<14}{feature:>8}{numbers}  {verdict}")
-    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v != "kink"]
+    counted = [e for e, v in zip(found.relative_errors, found.verdicts, strict=True) if v not in ("kink", "noise")]
     worst = f"relative error at most {max(counted):.1e} (h {h:g}): " if counted else ""
     unkinked = found.verdict == "fine" and found.smooth
     print(f"{'':<10}{worst}{SMOOTH_FINE if unkinked else VERDICTS[found.verdict]}")

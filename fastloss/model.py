@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target} cannot be written: {target.parent} is no folder")
+    _clear(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -40,6 +42,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _clear(target: Path) -> None:
+    """Remove what processes that were killed while they wrote to `target` have left beside it."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if os.name == "posix" and pid.isdecimal():  # elsewhere signal 0 is not a question
+            try:
+                os.kill(int(pid), 0)
+            except (ProcessLookupError, OverflowError):
+                left.unlink(missing_ok=True)
+            except PermissionError:  # another user's, which is at work
+                pass
 
 
 def _score_sparse(X: sparse.Csr, W: Array, b: Array | None, store: Array) -> None:

@@ -30,6 +30,8 @@ MARKS = ("o", "s", "^", "D", "v")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 #: Markers in a scatter of many rows; more would hide each other.
 MOST_POINTS = 3000
+#: Classes of a confusion matrix that has names, and counts in its cells; with more it does not grow any further.
+MOST_COUNTS = 30
 
 
 def figure_class() -> type[Figure]:
@@ -654,6 +656,8 @@ def decision_regions(model: LinearModel, X: object, y: object, ax: Axes | None =
 def confusion_matrix(y: object, predicted: object, class_names: Sequence[str], ax: Axes | None = None) -> Axes:
     """How many rows of each class (down) are taken for which (across): the darker, the larger the share of the class.
 
+    Of more than 30 classes there are shades alone, and indices in the place of names.
+
     Parameters
     ----------
     y, predicted : array (N,) of integers
@@ -689,14 +693,16 @@ def confusion_matrix(y: object, predicted: object, class_names: Sequence[str], a
     counts = np.zeros((c, c), np.int64)
     np.add.at(counts, tuple(array.astype(np.intp) for array in found), 1)
     share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    panel = _panel(ax, 1.6 + 0.52 * c, 1.3 + 0.45 * c)
+    side = min(c, MOST_COUNTS)
+    panel = _panel(ax, 1.6 + 0.52 * side, 1.3 + 0.45 * side)
     panel.grid(False)
     panel.imshow(share, cmap="gray_r", vmin=0, vmax=1, aspect="auto")
-    for row, column in np.ndindex(c, c):
+    for row, column in np.ndindex(c, c) if c <= MOST_COUNTS else ():
         colour = "white" if share[row, column] > 0.5 else "black"
         panel.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=8)
-    panel.set_xticks(range(c), names, rotation=45, ha="right")
-    panel.set_yticks(range(c), names)
+    if c <= MOST_COUNTS:
+        panel.set_xticks(range(c), names, rotation=45, ha="right")
+        panel.set_yticks(range(c), names)
     panel.set_xlabel("predicted class")
     panel.set_ylabel("class (shade: share of its rows)")
     return panel

@@ -88,7 +88,7 @@ def test_data_without_images_or_test_rows(capsys, tmp_path):
     np.savez(tmp_path / "xor.npz", X=[[0, 0], [0, 1], [1, 0], [1, 1]], y=[0, 1, 1, 0])
     assert cli.main(["train", "--data", "xor.npz", "--loss", "softmax", "--out", "a/b"]) == 0
     out = capsys.readouterr().out
-    assert "xor: 4 training and 0 test rows of 2 features, 2 classes" in out
+    assert "xor.npz: 4 training and 0 test rows of 2 features, 2 classes" in out
     assert "no test data" in out
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["curves.png", "softmax.npz"]
 
@@ -152,7 +152,7 @@ def test_falling_back_to_digits_is_said(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLOSS_DATA", str(tmp_path))
     assert cli.main(["train", "--epochs", "1", "--loss", "softmax"]) == 0
     captured = capsys.readouterr()
-    assert "holds no CIFAR-10: training on digits" in captured.err
+    assert "holds no CIFAR-10: the data are digits" in captured.err
     assert "digits: 1437" in captured.out
 
 
@@ -162,6 +162,7 @@ def test_falling_back_to_digits_is_said(capsys, monkeypatch, tmp_path):
         (("--label-smoothing", "0.1"), "label_smoothing=0.1"),
         (("--temperature", "2"), "temperature=2.0"),
         (("--z-loss", "0.001"), "z_loss=0.001"),
+        (("--softcap", "20"), "softcap=20.0"),
     ],
 )
 def test_softmax_options_are_those_of_the_model(points, options, setting):
@@ -173,7 +174,7 @@ def test_softmax_options_are_those_of_the_model(points, options, setting):
 def test_models_say_where_they_come_from(points):
     assert cli.main(["train", "--data", str(points), "--loss", "softmax", "--epochs", "2", "--seed", "7"]) == 0
     found = LinearModel.load("out/softmax.npz").provenance
-    assert found["data"] == "points: 60 training and 30 test rows of 3 features, 3 classes"
+    assert found["data"] == "points.npz: 60 training and 30 test rows of 3 features, 3 classes"
     assert "epochs=2" in found["training"]
     assert "seed=7" in found["training"]
     assert found["computed by"].startswith(f"fastloss {fl.__version__}, backend ")
@@ -189,7 +190,7 @@ def test_predict_shows_and_writes_what_the_model_finds(capsys, points, tmp_path)
     out = capsys.readouterr().out
     assert f"{right} of 30 rows are right: {100 * right / 30:.2f} %" in out
     assert "the test part is used" in out
-    assert "points: 60 training" in out
+    assert "points.npz: 60 training" in out
     with open("new/found.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["class"]) for row in rows] == expected.tolist()
@@ -240,7 +241,7 @@ def test_predict_errors(capsys, points, tmp_path):
 def test_gradcheck_is_happy(capsys, points, tmp_path):
     assert cli.main(["gradcheck", "--data", str(points), "--n", "5", "--rows", "20", "--seed", "1"]) == 0
     out = capsys.readouterr().out
-    assert "points: 60 training and 30 test rows of 3 features, 3 classes; 20 training rows are used" in out
+    assert "points.npz: 60 training and 30 test rows of 3 features, 3 classes; 20 training rows are used" in out
     for kind in ("softmax", "hinge"):
         table = out.split(f"\n\n{kind}")[1].splitlines()
         assert table[0].split() == ["class", "feature", "analytic", "numerical", "rel.", "error", "kinks", "verdict"]
@@ -257,6 +258,7 @@ def test_gradcheck_is_happy(capsys, points, tmp_path):
     [
         ("--loss", "hinge", "--power", "2", "--over", "max", "--penalty", "l1", "--strength", "0.1"),
         ("--loss", "softmax", "--label-smoothing", "0.1", "--penalty", "elasticnet", "--strength", "0.1"),
+        ("--loss", "softmax", "--softcap", "2", "--temperature", "3"),
         ("--loss", "hinge", "--over", "mean", "--penalty", "maxnorm", "--strength", "0.1", "--backend", "reference"),
         ("--loss", "logistic", "--over", "mean", "--label-smoothing", "0.1", "--pos-weight", "3"),
     ],

@@ -188,6 +188,14 @@ def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, fu
     assert not (tmp_path / "made").exists()
 
 
+def doubled(times):
+    """A list of the same list twice, and so on."""
+    held = []
+    for _ in range(times):
+        held = [held, held]
+    return held
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -199,6 +207,11 @@ def test_nothing_in_a_pickle_is_executed(python_cifar, monkeypatch, tmp_path, fu
         b"\x80\x02\x82\x01.",  # registered extensions
         b"\x80\x02]q\x00h\x00a.",  # a list within itself
         b"\x80\x02cnumpy\nndarray\n.",
+        pickle.dumps({"data": doubled(60), "labels": []}, 2),  # no memory would hold what these stand for
+        pickle.dumps({"data": 0, "labels": [doubled(60)]}, 2),
+        pickle.dumps({"data": 0, "labels": [1 << 20000]}, 2),  # nor can this be shown
+        b"\x80\x05\x96" + (1 << 62).to_bytes(8, "little") + b".",
+        b"\x80\x02}K\x01K\x01s.",
         b"\x80\x02K\x01.",
         b"\x80\x02",
         b"",
@@ -255,7 +268,7 @@ def test_libsvm(tmp_path):
     np.testing.assert_array_equal(found.X_train, [[0.5, 0, 2], [0, 1, 0], [0, 0, 0]])
     assert found.X_train.dtype == np.float32
     assert found.y_train.tolist() == [0, 1, 2]
-    assert (found.class_names, found.name, found.X_test) == (("-1", "1", "3"), "points", None)
+    assert (found.class_names, found.name, found.X_test) == (("-1", "1", "3"), "points.libsvm", None)
     (tmp_path / "points.libsvm.t").write_text("1 5:7\n2 1:1\n")
     found = data.load_libsvm(str(path))
     assert found.X_train.shape == (3, 5)
@@ -326,7 +339,7 @@ def test_npz(tmp_path):
     assert found.y_train.dtype == np.int64
     assert found.X_test is None
     assert found.y_test is None
-    assert (found.class_names, found.image_shape, found.name) == (("0", "1", "2"), None, "points")
+    assert (found.class_names, found.image_shape, found.name) == (("0", "1", "2"), None, "points.npz")
     np.savez_compressed(tmp_path / "both.npz", **GOOD, **TEST, other=np.zeros(1))
     found = data.load_npz(str(tmp_path / "both.npz"))
     np.testing.assert_array_equal(found.X_test, TEST["X_test"])

@@ -99,10 +99,10 @@ def test_the_guide_to_the_lecture_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(block.replace("n=1000", "n=100"), names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.npz", "steps.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.npz", "pictures.png", "steps.png"]
     assert "happy" in capsys.readouterr().out
     from fastloss import plot
 

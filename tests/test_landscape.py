@@ -270,6 +270,19 @@ def test_kinks_are_detected(over, power):
     assert not found.smooth
 
 
+@pytest.mark.parametrize("factor", [1, -1, 3])
+def test_a_step_too_short_to_tell_makes_nobody_happy(factor):
+    X, y, W, _ = problem()
+    objective = Slipped(fl.Softmax(), X, y)
+    objective.factor = factor
+    for h, verdicts in ((1e-15, {"noise", "wrong"}), (1e-7, {"happy"} if factor == 1 else {"wrong"})):
+        found = gradient_check(objective, W, n=24, h=h)
+        assert found.verdict in verdicts
+        assert found.ok == (found.verdict == "happy")
+    zero = gradient_check(fl.LinearObjective(fl.Softmax(), 0 * X, y), W, n=24)  # entries of exactly 0, beside others
+    assert zero.verdict == "happy"
+
+
 def test_kinks_of_the_penalty():
     X, y, W, _ = problem()
     W[1, 2] = 4e-6

@@ -1,5 +1,8 @@
 """The model: predictions by chunks, and the file it is kept in."""
 
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -138,6 +141,18 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
         model.save(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.npz"]
+
+
+def test_what_a_killed_writer_left_is_cleared(model, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    gone, at_work = (f".model.npz.{pid}.tmp" for pid in (ended.pid, os.getppid()))
+    names = {gone, at_work, f".other.npz.{ended.pid}.tmp", ".model.npz.x.tmp"}
+    for name in names:
+        (tmp_path / name).touch()
+    model.save(tmp_path / "model.npz")
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == (names | {"model.npz"}) - {gone}
 
 
 def test_save_into_no_folder(model, tmp_path):

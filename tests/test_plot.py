@@ -315,6 +315,14 @@ def test_a_confusion_matrix_counts():
     render(plot.confusion_matrix([], [], "abc").figure)
 
 
+def test_a_confusion_matrix_of_many_classes_has_shades_alone():
+    y = np.arange(60) % 31
+    axes = plot.confusion_matrix(y, y, [str(k) for k in range(31)])
+    assert not axes.texts
+    assert plot.figure_of(axes).get_size_inches().max() < 20
+    assert axes.images[0].get_array().shape == (31, 31)
+
+
 def test_weights_are_sorted_and_zeros_counted():
     line = plot.weight_magnitudes({"L1": np.array([[0, -3.0], [1, 0]])}).lines[0]
     np.testing.assert_array_equal(line.get_ydata(), [3, 1, 0, 0])

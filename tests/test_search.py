@@ -96,6 +96,18 @@ def test_defaults_are_the_lectures():
     np.testing.assert_array_equal(found[1].W, W)
 
 
+def test_of_equal_losses_the_first_is_kept():
+    """As by the lecture's `<`: where every W has the same loss, nothing moves after the first trial."""
+    X, y = problem()
+    flat = fl.LinearObjective(fl.Hinge(), 0 * X, y, bias=False)
+    rng = np.random.default_rng(2)
+    first, second = rng.standard_normal((2, 4, 7))
+    np.testing.assert_array_equal(random_search(flat, n=30, scale=1.0, seed=2).W, first)
+    found = random_local_search(flat, n=30, scale=1.0, step=0.5, seed=2)
+    np.testing.assert_array_equal(found.W, first + 0.5 * second)
+    assert found.value == 3
+
+
 def test_float32_candidates_are_rounded():
     rng = np.random.default_rng(5)
     result = random_search(objective(dtype=np.float32), n=1, scale=0.1, seed=5)
@@ -336,6 +348,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(kind, tmp_path):
     assert killed
     subprocess.run([*command, path, found], check=True)
     assert found.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"run.npz", "other.npz", "whole.npy", "found.npy"}
 
 
 def test_resume_turns_away_what_is_another_run(tmp_path):

@@ -81,11 +81,28 @@ def test_gradients_are_right(story):
 def test_descent_learns_and_l1_has_zeros(story):
     for row in story[1]["Stochastic gradient descent"].tables[0].rows:
         assert numbers(row[3])[0] > 85
-    none, l2, l1, _, max_norm = story[1]["Regularisation"].tables[0].rows
+    none, l2, l1, net, max_norm = story[1]["Regularisation"].tables[0].rows
+    assert [row[0] for row in (l2, l1)] == ["L2(strength=0.01)", "L1(strength=0.001)"]
+    assert net[0] == "ElasticNet(strength=0.001, beta=10.0)"
     zeros = [numbers(row[3])[0] for row in (none, l2, l1)]
     assert zeros[2] > max(zeros[:2]) + 5
     assert float(l2[4]) < float(none[4])
     assert float(max_norm[4]) == pytest.approx(float(none[4]) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("X", [np.ones((20, 3)), np.arange(60.0).reshape(20, 3)], ids=["constant", "one class"])
+def test_where_there_is_nothing_to_learn(X):
+    y = np.arange(20) % 2 if np.ptp(X) == 0 else np.zeros(20, int)
+    some = data.Dataset(X, y, X[:4], y[:4], tuple("ab"[: y.max() + 1]), None, "none.npz")
+    sections = {section.title: section for section in lecture.Lecture(some, tries=2, seeds=1).sections()}
+    assert sections["Regularisation"].tables[0].rows[-1][0] == "MaxNorm(strength=1.0)"
+
+
+def test_files_called_like_a_known_data_set_are_not_it(tmp_path):
+    np.savez(tmp_path / "cifar10.npz", X=np.eye(3), y=np.arange(3), X_test=np.eye(3), y_test=np.arange(3))
+    told = lecture.Lecture(data.load_npz(tmp_path / "cifar10.npz"), tries=1, seeds=1)
+    assert told.recipes["softmax"].per_feature
+    assert told.raw_scale > 1
 
 
 class Links(HTMLParser):
@@ -107,7 +124,7 @@ def test_the_page_needs_nothing_else(capsys, tmp_path):
     out = tmp_path / "new" / "page.html"
     assert cli.main([*command, "--out", str(out), "--threads", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "a & b: 60 training and 30 test rows of 3 features, 3 classes" in printed
+    assert "a & b.npz: 60 training and 30 test rows of 3 features, 3 classes" in printed
     assert "random local search, best of 5" in printed
     assert f"Written to {out}" in printed
     text = out.read_text(encoding="utf-8")
@@ -116,7 +133,7 @@ def test_the_page_needs_nothing_else(capsys, tmp_path):
     assert all(target.startswith(("data:image/png;base64,", "#part")) for target in page.targets)
     assert "script" not in page.tags
     assert page.tags.count("h2") == 9
-    assert "a &amp; b" in text
+    assert "a &amp; b.npz" in text
     assert "max(0, s<sub>j</sub> − s<sub>y</sub> + 1)" in text
     assert ">−1.7<" in text
     assert re.search(r">\d\.\de-\d\d<", text), "exponents stay as they are"
@@ -129,7 +146,7 @@ def test_the_page_needs_nothing_else(capsys, tmp_path):
         (("--tries", "0"), "tries is 0; it must be at least 1"),
         (("--seeds", "0"), "seeds is 0"),
         (("--out", "."), "--out . is a folder; name a file"),
-        (("--data", "no_test.npz"), "no_test has no test data"),
+        (("--data", "no_test.npz"), "no_test.npz has no test data"),
         (("--data", "nowhere"), "--data nowhere does not exist"),
     ],
 )

@@ -8,6 +8,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html, "CIFAR-10 binary version" and "CIFA
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def _read_batch(path: Path) -> tuple[Array, Array]:
         raise DataError(f"{path}: labels must be a list of {len(X)} integers, one for each row of data")
     for position, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < 10:
-            raise DataError(f"{path}: labels[{position}] is {label!r}; CIFAR-10's are 0 to 9")
+            raise DataError(f"{path}: labels[{position}] is {reprlib.repr(label)}; CIFAR-10's are 0 to 9")
     return X, np.array(labels, np.uint8)
 
 

@@ -27,6 +27,7 @@ class Dataset:
     image_shape : tuple of int, or None
         What a row of X is reshaped to for a picture: (height, width), or (channels, height, width).
     name : str
+        "cifar10", "digits", or that of the file: what `fastloss.train.recipes.recipe` goes by.
     """
 
     X_train: Array

@@ -37,7 +37,7 @@ def load_libsvm(
     Returns
     -------
     Dataset
-        Features are float32 (N, D).
+        Features are float32 (N, D); named as the file of training data.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def load_libsvm(
         X.resize(X.shape[0], d)
         found.append((csr_array(X) if sparse else X.toarray(), np.searchsorted(labels, y).astype(np.int64)))
     X_test, y_test = found[1] if len(found) > 1 else (None, None)
-    return Dataset(*found[0], X_test, y_test, tuple(str(label) for label in labels), None, Path(name).stem)
+    return Dataset(*found[0], X_test, y_test, tuple(str(label) for label in labels), None, Path(name).name)
 
 
 def _read(name: str) -> tuple[Any, Array]:

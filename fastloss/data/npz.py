@@ -69,7 +69,7 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
     Returns
     -------
     Dataset
-        With classes named "0" to the largest label, no image shape, and the file's name without its ending.
+        With classes named "0" to the largest label, no image shape, and the file's name.
 
     Raises
     ------
@@ -97,4 +97,4 @@ def load_npz(path: str | os.PathLike[str]) -> Dataset:
         if X_test.shape[1] != X.shape[1]:
             raise DataError(f"{name}: X_test has {X_test.shape[1]} features; expected {X.shape[1]}, as X has")
     n_classes = int(max(y.max(), 0 if y_test is None else y_test.max())) + 1
-    return Dataset(X, y, X_test, y_test, tuple(map(str, range(n_classes))), None, Path(path).stem)
+    return Dataset(X, y, X_test, y_test, tuple(map(str, range(n_classes))), None, Path(path).name)

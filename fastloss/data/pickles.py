@@ -94,33 +94,46 @@ class _Reader(pickle.Unpickler):
 
 
 def _text(value: Any) -> str:
-    return value.decode("ascii") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, str | bytes):
+        raise ValueError(f"it has {type(value).__name__} in the place of text")
+    return value.decode("ascii") if isinstance(value, bytes) else value
+
+
+def _scalar(value: Any) -> bool:
+    """Whether it is a number or text; integers of at most 64 bits, for longer ones cannot even be shown."""
+    return value is None or isinstance(value, float | str | bytes) or (
+        isinstance(value, int) and value.bit_length() <= 64
+    )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """What was read, with text for bytes that name things, and arrays for their stand-ins."""
+    """An array for its stand-in; numbers and text as they are, and lists of them.
+
+    Nothing deeper: a pickle of some bytes can stand for lists within lists whose items no memory would hold.
+    """
     if isinstance(value, _Array):
         return value.array()
-    if isinstance(value, dict):
-        return {_text(key): _plain(held) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(held) for held in value]
-    if isinstance(value, _Type | _Ndarray | _Name):
-        raise ValueError(f"it holds {type(value).__name__}")
+    if isinstance(value, list | tuple) and all(map(_scalar, value)):
+        return list(value)
+    if not _scalar(value):
+        raise ValueError(f"it holds {type(value).__name__} that is no array, number, text, or list of numbers and text")
     return value
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dict in a pickle: text → arrays, lists, numbers, text or bytes. DataError, naming the file, for all else."""
+    """The dict in a pickle: text → arrays, numbers, text or bytes, lists of these. DataError, naming the file, for all
+    else.
+    """
     try:
         with path.open("rb") as file:
             # Python 2's strings are bytes.
-            found = _plain(_Reader(file, fix_imports=False, encoding="bytes").load())
+            found = _Reader(file, fix_imports=False, encoding="bytes").load()
+        if isinstance(found, dict):
+            return {_text(key): _plain(held) for key, held in found.items()}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:
         # What a damaged pickle makes the reader raise is not documented; nothing of ours is called in it but the above.
-        raise DataError(f"{path} is no pickle of arrays that can be read without running it: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds {type(found).__name__}; expected a dict")
-    return found
+        what = str(error) or type(error).__name__
+        raise DataError(f"{path} is no pickle of arrays that can be read without running it: {what}") from None
+    raise DataError(f"{path} holds {type(found).__name__}; expected a dict")

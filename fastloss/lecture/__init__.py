@@ -33,8 +33,8 @@ LOSSES = ("softmax", "hinge")
 LENGTH = 3500.0
 WIDE = 640  # pixels
 STEPS = 50  # of gradient descent, for each penalty
+SEARCHES = "Random search, and random local search"  # the title of a part, whose table the command prints
 #: What the lecture found, with one draw each.
-SEARCHES = "Random search, and random local search"
 LECTURE = {"random": 15.5, "local": 21.4}
 
 
@@ -240,7 +240,7 @@ class Lecture:
         texts = [
             "Two bad ways to find W, with the hinge loss, on features less their mean. The first tries weights at "
             "random and keeps the best. The second starts somewhere, and takes a random step whenever it lowers the "
-            "loss.",
+            "loss. As in the lecture, it starts from weights ten times as large, and so from a larger loss.",
             f"{done} Always naming the most frequent class would be right for {_percent(chance)}.",
         ]
         if cifar:
@@ -354,8 +354,8 @@ class Lecture:
             "none": lambda norm: None,
             "L2": lambda norm: fl.L2(10 * known),
             "L1": lambda norm: fl.L1(known),
-            "elastic net": lambda norm: fl.ElasticNet(known),
-            "max norm": lambda norm: fl.MaxNorm(float(f"{norm / 2:.2g}")),
+            "elastic net": lambda norm: fl.ElasticNet(known, beta=10.0),  # the sum of those two
+            "max norm": lambda norm: fl.MaxNorm(float(f"{norm / 2:.2g}") or 1.0),  # 0 if nothing is learned
         }
         rows, weights, norm, note = [], {}, 1.0, ""
         for name, choose in choices.items():
@@ -381,9 +381,10 @@ class Lecture:
             "Regularisation",
             [
                 "Many W have almost the same loss; a penalty says which to prefer. L2 (Σ W²) spreads weights out, L1 "
-                "(Σ |W|) makes many of them exactly 0, the elastic net is their sum, and max norm bounds the length of "
-                "each class's weights (here to half of what it is without). Softmax with each, after "
-                f"{STEPS} steps of gradient descent on all data, with step size and momentum from above.{note}"
+                "(Σ |W|) makes many of them exactly 0, the elastic net is their sum (here of the two before it), and "
+                "max norm bounds the length of each class's weights (here to half of what it is without). Softmax with "
+                f"each, after {STEPS} steps of gradient descent on all data, with step size and momentum from "
+                f"above.{note}"
             ],
             [
                 Table(
