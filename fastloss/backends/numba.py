@@ -43,7 +43,8 @@ class NumbaBackend(reference.ReferenceBackend):
         return reference.why_no_hessian(loss) if verb == "hvp" else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
-        return dtype.isnative and dtype.name in ("float32", "float64", "float16", "bfloat16")
+        found: bool = self._scores.reads(dtype)
+        return found
 
     def first_outside(self, indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int:
         position: int | None = self._checks.first_outside(indices, stop, ignored)

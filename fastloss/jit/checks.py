@@ -162,11 +162,12 @@ def weigh(
 ) -> tuple[Array, float, float]:
     """`Backend.weigh`, for class weights or targets that are ignored."""
     multiplier = np.empty(len(targets), dtype)
-    ignores = ignored is not None and -(2**63) <= ignored < 2**63
+    limits = np.iinfo(targets.dtype)
+    ignores = ignored is not None and limits.min <= ignored <= limits.max
     top, total = cpu.made(weigh_kernel, dtype.name)(
         np.require(targets, np.int64, ["C", "A"]),
         NONE if class_weight is None else np.require(class_weight, np.float64, ["C", "A"]),
-        ignores, ignored if ignores else 0,
+        ignores, np.array(ignored, targets.dtype).astype(np.int64)[()] if ignores else 0,
         NONE if sample_weight is None else np.require(sample_weight, np.float64, ["C", "A"]), multiplier,
     )  # fmt: skip
     return multiplier, top, total
