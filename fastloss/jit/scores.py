@@ -411,6 +411,7 @@ class Call(NamedTuple):
     """What follows from a plan, the type and shape of scores, and the number of threads."""
 
     kernel: cpu.Kernel
+    probabilities: bool
     real: Any  # the compute type
     itemsize: int
     job: Struct
@@ -447,8 +448,8 @@ def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bo
     shape = np.array([segment, segments, n, c, group, sums, scratch, step, workers])
     job, is_large = Struct(JOB + f"q{LINE - 8}x" * workers), not tiled and n * c * itemsize > STREAM_BYTES
     return Call(
-        kernel, real, itemsize, job, shape, cpu.address(shape), (0,) * workers, sums, Struct(f"={segments}d"),
-        scratch + workers * step + LINE, is_large, workers,
+        kernel, plan.probabilities, real, itemsize, job, shape, cpu.address(shape), (0,) * workers, sums,
+        Struct(f"={segments}d"), scratch + workers * step + LINE, is_large, workers,
     )  # fmt: skip
 
 
@@ -462,24 +463,42 @@ def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Ar
     return kept[key]
 
 
+MOST_KEPT = 256  # calls of a loss, by their shapes
+
+
+def call_for(
+    loss: Any, scores: Array, probabilities: bool, wants_gradient: bool, z: bool, entropy: bool, n_threads: int
+) -> tuple[Call, Array]:
+    """The call of a loss, and its options: kept with it, so that a small call looks up one thing."""
+    kept: dict[Any, tuple[Call, Array]] = loss.__dict__.setdefault("_calls", {})
+    key = scores.dtype, scores.shape, probabilities, wants_gradient, z, entropy, n_threads
+    found = kept.get(key)
+    if found is None:
+        n, c = scores.shape
+        plan, table = prepared(loss, c, Types.of(scores.dtype).real, probabilities, z, entropy)
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        found = kept[key] = call_of(plan, scores.dtype, n, c, wants_gradient, n_threads), table
+    return found
+
+
 def run(
-    plan: Plan, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
-    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None, n_threads: int,
+    of: Call, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None,
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
     n, c = scores.shape
-    of = call_of(plan, scores.dtype, n, c, grad is not None, n_threads)
     if not n:
         return 0.0
-    q, y = None, targets
-    if plan.probabilities:
-        q = np.require(targets, of.real, ["C", "A"])
-    elif y.dtype != INT64 or not (flags := y.flags).c_contiguous or not flags.aligned:
-        y = np.require(y, np.int64, ["C", "A"])
+    q = None
+    if of.probabilities:
+        q = cpu.in_order(targets, of.real)
+    else:
+        targets = cpu.in_order(targets, INT64)
     if not scores.flags.aligned:
         scores = scores.copy()
     if multiplier is not None:
-        multiplier = np.require(multiplier, of.real, ["C", "A"])
+        multiplier = cpu.in_order(multiplier, of.real)
     address, reference = cpu.address, cpu.reference
     steps = (0, of.itemsize) if grad is None else grad.strides
     streams = (
@@ -491,7 +510,7 @@ def run(
     start = -at % LINE
     at += start
     of.job.pack_into(
-        memory, start, id(scores), *scores.strides, reference(grad), *steps, id(y), reference(multiplier),
+        memory, start, id(scores), *scores.strides, reference(grad), *steps, id(targets), reference(multiplier),
         reference(losses), 0 if losses is None else losses.strides[0], reference(z), reference(entropy), reference(q),
         id(table), streams, of.shape_at, scale, *of.taken,
     )  # fmt: skip
@@ -512,9 +531,10 @@ def score_rows(
     if "argmax" in extras:  # before the gradient, which may be written to the scores
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
-    real = Types.of(scores.dtype).real
-    plan, table = prepared(loss, scores.shape[1], real, targets.ndim == 2, z is not None, entropy is not None)
-    return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
+    of, table = call_for(
+        loss, scores, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
+    )
+    return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
 
 
 TRANSFORMS = {
@@ -532,7 +552,8 @@ def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
     if losses is not None and losses.dtype != real:
         losses = np.empty(len(scores), real)
     table = np.zeros(8, real)
-    run(TRANSFORMS[kind], table, scores, NO_TARGETS, None, 1.0, grad, losses, None, None, n_threads)
+    of = call_of(TRANSFORMS[kind], scores.dtype, *scores.shape, grad is not None, n_threads)
+    run(of, table, scores, NO_TARGETS, None, 1.0, grad, losses, None, None)
     if losses is not None and losses is not out:
         out[...] = losses
 
@@ -544,7 +565,8 @@ def shard_sums(loss: Any, scores: Array, weights: Array, n_threads: int) -> tupl
     if scores.size:
         plan = rowmath.plan_of(loss, False, shard=True)
         table = rowmath.shard_options(loss, plan, 1.0, weights, real)
-        run(plan, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest, n_threads)
+        of = call_of(plan, scores.dtype, *scores.shape, False, n_threads)
+        run(of, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest)
     return tops, rest, away
 
 
