@@ -466,19 +466,14 @@ def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Ar
 MOST_KEPT = 256  # calls of a loss, by their shapes
 
 
-def call_for(
-    loss: Any, scores: Array, probabilities: bool, wants_gradient: bool, z: bool, entropy: bool, n_threads: int
-) -> tuple[Call, Array]:
-    """The call of a loss, and its options: kept with it, so that a small call looks up one thing."""
+def call_for(loss: Any, *key: Any) -> tuple[Call, Array]:
+    """The call of a loss, and its options, for a type, a shape, probabilities, gradient, z, entropy, threads."""
+    dtype, (n, c), probabilities, wants_gradient, z, entropy, n_threads = key
     kept: dict[Any, tuple[Call, Array]] = loss.__dict__.setdefault("_calls", {})
-    key = scores.dtype, scores.shape, probabilities, wants_gradient, z, entropy, n_threads
-    found = kept.get(key)
-    if found is None:
-        n, c = scores.shape
-        plan, table = prepared(loss, c, Types.of(scores.dtype).real, probabilities, z, entropy)
-        if len(kept) >= MOST_KEPT:
-            kept.clear()
-        found = kept[key] = call_of(plan, scores.dtype, n, c, wants_gradient, n_threads), table
+    plan, table = prepared(loss, c, Types.of(dtype).real, probabilities, z, entropy)
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    found = kept[key] = call_of(plan, dtype, n, c, wants_gradient, n_threads), table
     return found
 
 
@@ -499,7 +494,7 @@ def run(
         scores = scores.copy()
     if multiplier is not None:
         multiplier = cpu.in_order(multiplier, of.real)
-    address, reference = cpu.address, cpu.reference
+    address = cpu.address
     steps = (0, of.itemsize) if grad is None else grad.strides
     streams = (
         of.is_large and grad is not None and steps == (c * of.itemsize, of.itemsize)
@@ -509,12 +504,16 @@ def run(
     at = address(memory)
     start = -at % LINE
     at += start
-    of.job.pack_into(
-        memory, start, id(scores), *scores.strides, reference(grad), *steps, id(targets), reference(multiplier),
-        reference(losses), 0 if losses is None else losses.strides[0], reference(z), reference(entropy), reference(q),
-        id(table), streams, of.shape_at, scale, *of.taken,
+    of.job.pack_into(  # arrays are `cpu.reference`s, which takes too long to call
+        memory, start, id(scores), *scores.strides, 0 if grad is None else id(grad), *steps, id(targets),
+        0 if multiplier is None else id(multiplier), 0 if losses is None else id(losses),
+        0 if losses is None else losses.strides[0], 0 if z is None else id(z), 0 if entropy is None else id(entropy),
+        0 if q is None else id(q), id(table), streams, of.shape_at, scale, *of.taken,
     )  # fmt: skip
-    cpu.run_kernel(of.kernel, at, of.workers)
+    if of.workers == 1:
+        of.kernel.call(at, 0)
+    else:
+        cpu.run_kernel(of.kernel, at, of.workers)
     return sum(of.sums.unpack_from(memory, start + of.sums_at), 0.0)
 
 
@@ -531,9 +530,9 @@ def score_rows(
     if "argmax" in extras:  # before the gradient, which may be written to the scores
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
-    of, table = call_for(
-        loss, scores, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
-    )
+    key = scores.dtype, scores.shape, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
+    kept = loss.__dict__.get("_calls")
+    of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
     return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
 
 
@@ -542,18 +541,20 @@ TRANSFORMS = {
 }  # fmt: skip
 
 
+NO_OPTIONS = {real: np.zeros(8, real) for real in (np.dtype(np.float32), np.dtype(np.float64))}
+
+
 def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
     """`Backend.transform`."""
     if not scores.size:
         out[...] = 0
         return
-    real = np.float64 if scores.dtype == np.float64 else np.float32
+    real = Types.of(scores.dtype).real
     grad, losses = (None, out) if kind == "logsumexp" else (out, None)
     if losses is not None and losses.dtype != real:
         losses = np.empty(len(scores), real)
-    table = np.zeros(8, real)
     of = call_of(TRANSFORMS[kind], scores.dtype, *scores.shape, grad is not None, n_threads)
-    run(of, table, scores, NO_TARGETS, None, 1.0, grad, losses, None, None)
+    run(of, NO_OPTIONS[real], scores, NO_TARGETS, None, 1.0, grad, losses, None, None)
     if losses is not None and losses is not out:
         out[...] = losses
 
