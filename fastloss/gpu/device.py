@@ -399,7 +399,7 @@ if SIMULATED:
             s[k + d] = x
 
     def load_index(p: Pointer, i: Any, kind: Any) -> Any:
-        return int(p[i])
+        return int(p[i].astype(np.int64))  # of 64 bits without a sign, the bits
 
     def add_and_fetch(p: Pointer, i: Any, n: Any) -> Any:
         with _atomics:
