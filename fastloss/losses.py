@@ -64,6 +64,10 @@ class Loss:
     def __hash__(self) -> int:
         return hash(self._key())
 
+    def __getstate__(self) -> dict[str, object]:
+        """The options alone: what calls keep with a loss, such as addresses, is of no use to a copy."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def converted(self, name: str, dtype: np.dtype[Any]) -> Array | None:
         """An option that is an array, or None, in a dtype: converted once."""
         kept: dict[tuple[str, np.dtype[Any]], Array | None] = self.__dict__.setdefault("_converted", {})

@@ -6,12 +6,15 @@ What the kernels compile to is looked at in `test_ptx.py`.
 """
 
 import functools
+import gc
 import importlib.util
 import itertools
 import os
 import re
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +252,38 @@ if SIMULATED:
     def test_targets_of_every_type(dtype):
         s, y = sample(5, 4, "float32")
         compare(fl.Hinge(), s, y.astype(dtype))
+
+    def test_ignored_targets_beyond_a_sign():
+        s, y = sample(5, 4, "float32")
+        y = y.astype(np.uint64)
+        y[2] = 2**63
+        compare(fl.Softmax(ignore_index=2**63), s, y)
+
+    def test_pointers_are_to_memory_that_is_kept(monkeypatch):
+        """On a GPU, a pointer does not keep what it points to: here its `Pointer` does."""
+        made = []
+
+        class Watched(device.Buffer):
+            def __init__(self, numbers):
+                super().__init__(numbers)
+                made.append(weakref.ref(self))
+
+        monkeypatch.setattr(device, "Buffer", Watched)
+        driver._zeros.cache_clear()
+        s, y = (to_device(array) for array in sample(6, 5, "float32"))
+        loss = fl.Softmax(class_weight=np.arange(1.0, 6), label_smoothing=0.1)
+        fl.softmax(s)
+        loss.value_and_grad(s, y)
+        loss.value_from_stats(loss.stats(s, y), y)
+        gc.collect()
+        assert len(made) > 4
+        assert all(buffer() is not None for buffer in made)
+
+    def test_each_thread_has_a_workspace_of_its_own():
+        own = device.workspace(0, 0)
+        assert device.workspace(0, 0) is own
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(device.workspace, 0, 0).result() is not own
 
     def test_memory_that_begins_anywhere():
         """Rows that begin past a multiple of 16 bytes, in the tile and in the array."""

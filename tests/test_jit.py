@@ -1,6 +1,8 @@
 """What Numba's kernels are made of: vectors of any width, threads that are kept, checks of targets."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -145,3 +147,34 @@ if hasattr(os, "sched_setaffinity"):
         assert cpu._helpers
         for helper in cpu._helpers:
             assert os.sched_getaffinity(helper.thread.native_id) == os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_penalty_and_its_gradient(dtype, order):
+    rng = np.random.default_rng(3)
+    W = np.asarray(rng.normal(size=(3, 41)), dtype, order)[:, :-1]
+    found, expected = (np.asarray(rng.normal(size=(3, 41)), dtype, order)[:, :-1].copy(order) for _ in range(2))
+    expected[...] = found
+    value = fl.backends.get("numba").shrink(W, found, 0.3, 2)
+    np.testing.assert_allclose(value, fl.backends.get("reference").shrink(W, expected, 0.3, 2), 1e-13)
+    np.testing.assert_allclose(found, expected, 1e-6 if dtype == "float32" else 1e-15)
+
+
+def test_copies_of_a_loss_have_its_options_alone():
+    """What calls keep with a loss are addresses, among others."""
+    loss, scores, y = fl.Softmax(class_weight=[1.0, 2.0, 3.0]), np.eye(3, dtype="f"), np.arange(3)
+    value = loss.value(scores, y, backend="numba")
+    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss), copy.copy(loss)):
+        assert twin == loss
+        assert vars(twin).keys() == vars(fl.Softmax()).keys()
+        assert twin.value(scores, y, backend="numba") == value
+
+
+def test_a_loss_keeps_few_of_its_calls():
+    from fastloss.jit import scores as of_scores
+
+    loss = fl.Softmax()
+    for n in range(1, of_scores.MOST_KEPT + 9):
+        loss.value(np.zeros((n, 10), "f"), np.zeros(n, int), backend="numba", n_threads=1)
+    assert 0 < len(vars(loss)["_calls"]) <= of_scores.MOST_KEPT

@@ -35,6 +35,7 @@ class NumbaBackend(reference.ReferenceBackend):
         self._features = import_module("fastloss.jit.features")
         self._scores = import_module("fastloss.jit.scores")
         self._sparse = import_module("fastloss.jit.sparse")
+        self.score_rows = self._scores.score_rows  # type: ignore[method-assign]  # a frame less
 
     def __str__(self) -> str:
         return f"compiled as it is used by Numba {self._version}"
@@ -43,7 +44,8 @@ class NumbaBackend(reference.ReferenceBackend):
         return reference.why_no_hessian(loss) if verb == "hvp" else None
 
     def reads(self, dtype: np.dtype[Any]) -> bool:
-        return dtype.isnative and dtype.name in ("float32", "float64", "float16", "bfloat16")
+        found: bool = self._scores.reads(dtype)
+        return found
 
     def first_outside(self, indices: Array, stop: int, ignored: int | None, n_threads: int = 1) -> int:
         position: int | None = self._checks.first_outside(indices, stop, ignored)
@@ -62,14 +64,9 @@ class NumbaBackend(reference.ReferenceBackend):
         found: tuple[Array, float, float] = self._checks.weigh(targets, class_weight, ignored, sample_weight, dtype)
         return found
 
-    def score_rows(
-        self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
-        grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
-    ) -> float:  # fmt: skip
-        value: float = self._scores.score_rows(
-            loss, scores, targets, multiplier, scale, grad, row_loss, extras, n_threads
-        )
-        return value
+    def shrink(self, W: Array, grad: Array, q: float, n_threads: int) -> float:
+        total: float | None = self._checks.shrink(W, grad, q)
+        return super().shrink(W, grad, q, n_threads) if total is None else total
 
     def transform(self, kind: str, scores: Array, out: Array, n_threads: int) -> None:
         self._scores.transform(kind, scores, out, n_threads)

@@ -399,7 +399,7 @@ if SIMULATED:
             s[k + d] = x
 
     def load_index(p: Pointer, i: Any, kind: Any) -> Any:
-        return int(p[i])
+        return int(p[i].astype(np.int64))  # of 64 bits without a sign, the bits
 
     def add_and_fetch(p: Pointer, i: Any, n: Any) -> Any:
         with _atomics:
@@ -908,7 +908,9 @@ class Buffer:
 
 
 class Workspace:
-    """Buffers of a stream, kept from call to call, that grow. Calls on one stream follow each other, so they share."""
+    """Buffers kept from call to call, that grow. Calls of one thread on one stream follow each other, so they share;
+    those of two threads may take turns between one kernel and the next, so they do not.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Buffer] = {}
@@ -921,7 +923,6 @@ class Workspace:
             found = self._buffers[name] = Buffer(np.full(size, fill, dtype))
         return found.pointer
 
-
     def words(self) -> Any:
         """Three numbers (int64) that blocks share: 0, 0 and the largest there is; kernels leave them so."""
         found = self._buffers.get("words")
@@ -930,9 +931,21 @@ class Workspace:
         return found.pointer
 
 
-@functools.lru_cache(maxsize=256)
+class _Workspaces(threading.local):
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, int], Workspace] = {}
+
+
+_workspaces = _Workspaces()
+
+
 def workspace(gpu: int, stream: int) -> Workspace:
-    return Workspace()
+    """This thread's workspace for a stream."""
+    kept, key = _workspaces.found, (gpu, stream)
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = Workspace()
+    return found
 
 
 class Lane:

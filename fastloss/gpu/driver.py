@@ -188,9 +188,20 @@ def _class_weight(loss: Any, gpu: int) -> Any:
 
 
 @functools.cache
+def _zeros(gpu: int, dtype: str) -> device.Buffer:
+    return device.Buffer(np.zeros(16, dtype))
+
+
 def nothing(gpu: int, dtype: str) -> Any:
-    """A pointer where none is needed."""
-    return device.Buffer(np.zeros(16, dtype)).pointer
+    """A pointer where none is needed: to a few zeros, which are kept, as kernels may read them (a transform's options).
+    """
+    return _zeros(gpu, dtype).pointer
+
+
+def _ignored(loss: Any, targets: View) -> int:
+    """The target to ignore, as kernels read one: its 64 bits, whatever their sign."""
+    number = int(loss.ignore_index)
+    return number - (1 << 64) if targets.dtype == "uint64" and number >= 1 << 63 else number
 
 
 def _weigh(
@@ -211,7 +222,7 @@ def _weigh(
     kernel.launch(
         blocks, threads, device.SCRATCH * scores.WIDTH * 8, stream, n, loss.labels(c),
         targets.pointer if indices else nothing(gpu, "uint8"), _index_kind(targets) if indices else 1,
-        loss.ignore_index if ignores else 0, _class_weight(loss, gpu) if has_classes else nothing(gpu, "float64"),
+        _ignored(loss, targets) if ignores else 0, _class_weight(loss, gpu) if has_classes else nothing(gpu, "float64"),
         nothing(gpu, "float64") if weight is None else weight.pointer, weights,
         workspace.get("sums", blocks, np.float64), workspace.words(), errors(gpu)[1], total, blocks, threads,
     )  # fmt: skip

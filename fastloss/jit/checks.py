@@ -128,24 +128,27 @@ def weigh_kernel(dtype: str) -> Any:
 
 
 NONE = np.empty(0)
+INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 #: By what is quick to look up: a type's name takes NumPy longer than the check of a small call.
-INDICES = {np.dtype(np.int64): "int64", np.dtype(np.int32): "int32"}
+INDICES = {INT64: "int64", np.dtype(np.int32): "int32"}
 compiled_check = functools.cache(cpu.made)
 
 
 def first_outside(indices: Array, stop: int, ignored: int | None) -> int | None:
     """`Backend.first_outside`; None for arrays that are not served here."""
     name = INDICES.get(indices.dtype)
-    flags = indices.flags
-    if name is None or not (flags.c_contiguous and flags.aligned):
+    if name is None or not (flags := indices.flags).c_contiguous or not flags.aligned or stop < 1:
         return None
-    if stop < 1:
-        return None
-    bits = 8 * indices.itemsize - 1
-    if ignored is None or not -(2**bits) <= ignored < 2**bits:
+    if ignored is None or not holds(indices.dtype, ignored):
         ignored = 0  # which is inside
     position: int = compiled_check(outside_kernel, name)(indices, stop, ignored)
     return position
+
+
+def holds(dtype: np.dtype[Any], number: int) -> bool:
+    """Whether a whole number is one of a type."""
+    bits = 8 * dtype.itemsize
+    return 0 <= number < 1 << bits if dtype.kind == "u" else -(1 << bits - 1) <= number < 1 << bits - 1
 
 
 def first_unfit(numbers: Array, most: float) -> int | None:
@@ -162,11 +165,62 @@ def weigh(
 ) -> tuple[Array, float, float]:
     """`Backend.weigh`, for class weights or targets that are ignored."""
     multiplier = np.empty(len(targets), dtype)
-    ignores = ignored is not None and -(2**63) <= ignored < 2**63
-    top, total = cpu.made(weigh_kernel, dtype.name)(
-        np.require(targets, np.int64, ["C", "A"]),
-        NONE if class_weight is None else np.require(class_weight, np.float64, ["C", "A"]),
-        ignores, ignored if ignores else 0,
-        NONE if sample_weight is None else np.require(sample_weight, np.float64, ["C", "A"]), multiplier,
+    if ignored is not None and not holds(targets.dtype, ignored):
+        ignored = None
+    elif ignored is not None and ignored >= 1 << 63:  # kernels read 64 bits as a number with a sign
+        ignored -= 1 << 64
+    top, total = compiled_check(weigh_kernel, dtype.name)(
+        cpu.in_order(targets, INT64), NONE if class_weight is None else cpu.in_order(class_weight, FLOAT64),
+        ignored is not None, ignored or 0, NONE if sample_weight is None else cpu.in_order(sample_weight, FLOAT64),
+        multiplier,
     )  # fmt: skip
     return multiplier, top, total
+
+
+def shrink_kernel(dtype: str) -> Any:
+    """grad += q W, both (C, D); the sum of the squares of W."""
+    real, number = getattr(np, dtype), getattr(types, dtype)
+    size = np.dtype(real).itemsize
+    zero = real(0)
+
+    @cpu.reducer
+    def along(W, grad, q):
+        total = np.float64(0)
+        for j in range(W.size):
+            total += np.float64(W[j]) * np.float64(W[j])
+            grad[j] += q * W[j]
+        return total
+
+    @numba.njit(
+        types.float64(types.Array(number, 2, "A", readonly=True), types.Array(number, 2, "A"), number), nogil=True,
+        error_model="numpy",
+    )  # fmt: skip
+    def shrink(W, grad, q):
+        mode = cpu.set_rounding_of_tiny(np.int32(-1))
+        total = 0.0
+        for c in range(W.shape[0]):
+            if W.strides[1] == size and grad.strides[1] == size:
+                total += along(
+                    cpu.numbers_at(W.ctypes.data + c * W.strides[0], W.shape[1], zero),
+                    cpu.numbers_at(grad.ctypes.data + c * grad.strides[0], W.shape[1], zero), q,
+                )  # fmt: skip
+            else:
+                for j in range(W.shape[1]):
+                    total += np.float64(W[c, j]) * np.float64(W[c, j])
+                    grad[c, j] += q * W[c, j]
+        cpu.set_rounding_of_tiny(mode)
+        return total
+
+    return shrink
+
+
+REALS = {np.dtype(np.float32): "float32", FLOAT64: "float64"}
+
+
+def shrink(W: Array, grad: Array, q: float) -> float | None:
+    """`Backend.shrink`; None for arrays that are not served here."""
+    name = REALS.get(W.dtype)
+    if name is None or grad.dtype != W.dtype or not (W.flags.aligned and grad.flags.aligned):
+        return None
+    total: float = compiled_check(shrink_kernel, name)(W, grad, q)
+    return total

@@ -42,13 +42,13 @@ TYPES = ("float32", "float64", "float16", "bfloat16", "uint8")
 
 def can_fuse(X: Array, W: Array) -> bool:
     """Whether the fused pass serves a layer."""
-    few = len(W) <= FEW_CLASSES and W.nbytes <= PANEL_BYTES
-    return few and name_of(X.dtype) in TYPES and X.dtype.isnative and X.flags.aligned
+    return len(W) <= FEW_CLASSES and W.nbytes <= PANEL_BYTES and serves(X.dtype) and X.flags.aligned
 
 
 @functools.cache  # the name alone takes NumPy as long as a part of a small call
-def name_of(dtype: np.dtype[Any]) -> str:
-    return dtype.name
+def serves(dtype: np.dtype[Any]) -> bool:
+    """Whether there are products for such features."""
+    return dtype.name in TYPES and dtype.isnative
 
 
 class Block(NamedTuple):
@@ -124,22 +124,32 @@ def tile_rows(row_bytes: int) -> int:
     return rows
 
 
-#: What the kernels are told of a call: words, at an address. Tables are addresses of words, four for each block. After
-#: the words are the segments' sums of losses, and of the gradient's entries, for db.
+#: What the kernels are told of a call: words, at an address. Arrays are `cpu.reference`s. After the words are the
+#: segments' sums of losses, and of the gradient's entries, for db.
 (
-    X_AT, ROW_STEP, FEATURE_STEP, COPY_ROW, FEATURES, ROW_BYTES, PICKED, TARGETS, TARGETS_KIND, PROBABILITIES,
-    MULTIPLIER, DOTS, N_DOTS, OUTERS, N_OUTERS, W_AT, W_ROW_STEP, W_STEP, BIAS, BIAS_STEP, CENTRE_FROM, PACKED, CENTRE,
-    PANEL, WHOLE, LEFT, LOSSES, LOSSES_STEP, OPTIONS, ROWS, CLASSES, TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL,
-    PARTIAL_SIZE, DW, DW_ROW_STEP, DW_STEP, DB, DB_STEP, SCRATCH, SCRATCH_STEP, BEFORE, AFTER, TAKEN, ADDED, SCALE,
-) = range(48)  # fmt: skip
-JOB = Struct("=47qd")
+    X_ARRAY, ROW_STEP, FEATURE_STEP, PICKED, TARGETS, TARGETS_KIND, PROBABILITIES, MULTIPLIER, W_ARRAY, W_ROW_STEP,
+    W_STEP, BIAS, BIAS_STEP, CENTRE_FROM, LOSSES, LOSSES_STEP, OPTIONS, DW, DW_ROW_STEP, DW_STEP, DB, DB_STEP, SHAPE,
+    TAKEN, ADDED, SCALE,
+) = range(26)  # fmt: skip
+JOB = Struct("=25qd")
 SUMS_AT = -(-JOB.size // LINE) * LINE
+#: Words that follow from the shape, made once, at the address SHAPE. Tables are addresses of words, four for each
+#: block; places of what is made in a call are after the job's.
+(
+    COPY_ROW, FEATURES, ROW_BYTES, DOTS, N_DOTS, OUTERS, N_OUTERS, PACKED, CENTRE, PANEL, WHOLE, LEFT, ROWS, CLASSES,
+    TILE_ROWS, SEGMENT, SEGMENTS_AT, PARTIAL, PARTIAL_SIZE, SCRATCH, SCRATCH_STEP, BEFORE, AFTER,
+) = range(23)  # fmt: skip
 ADDED_AT_ONCE = 1024  # numbers of dW
 
 
 @cpu.helper
 def told(job, which):
     return cpu.get(job + 8 * which, np.int64(0))
+
+
+@cpu.helper
+def array(job, which):
+    return cpu.numbers_of(told(job, which))
 
 
 @cpu.helper
@@ -195,13 +205,14 @@ def packing_kernel(compute: str) -> Any:
 
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def pack(job, worker):
-        whole, left, step = told(job, WHOLE), told(job, LEFT), told(job, W_STEP)
-        for b in range(told(job, N_DOTS)):
-            row = told(job, DOTS) + 32 * b
+        shape = told(job, SHAPE)
+        whole, left, step, W = told(shape, WHOLE), told(shape, LEFT), told(job, W_STEP), array(job, W_ARRAY)
+        for b in range(told(shape, N_DOTS)):
+            row = told(shape, DOTS) + 32 * b
             first, start, count = told(row, 1), told(row, 2), told(row, 3)
             for c in range(count):
-                source = told(job, W_AT) + (first + c) * told(job, W_ROW_STEP)
-                to = told(job, PACKED) + (start + c * lanes) * size
+                source = W + (first + c) * told(job, W_ROW_STEP)
+                to = job + told(shape, PACKED) + (start + c * lanes) * size
                 for v in range(whole):
                     copy(to + v * count * lanes * size, source + v * lanes * step, step, lanes)
                 if left:
@@ -209,8 +220,9 @@ def packing_kernel(compute: str) -> Any:
                     cpu.numbers_at(to, lanes, zero)[:] = zero
                     copy(to, source + whole * lanes * step, step, left)
         if told(job, CENTRE_FROM):
-            cpu.numbers_at(told(job, CENTRE), told(job, PANEL), zero)[:] = zero
-            copy(told(job, CENTRE), told(job, CENTRE_FROM), size, told(job, FEATURES))
+            centre = job + told(shape, CENTRE)
+            cpu.numbers_at(centre, told(shape, PANEL), zero)[:] = zero
+            copy(centre, array(job, CENTRE_FROM), size, told(shape, FEATURES))
 
     return cpu.Kernel(pack)
 
@@ -221,21 +233,29 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
     probable, pairs = plan.probabilities, plan.pairs
     size, zero, one, word, double = np.dtype(real).itemsize, real(0), real(1), np.int64(0), np.float64(0)
 
+    @cpu.reducer  # one sum would wait for each addition: a microsecond for 10 classes
+    def sum_of(numbers):
+        total = double
+        for x in numbers:
+            total += np.float64(x)
+        return total
+
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def segments(job, worker):
-        if told(job, BEFORE):
-            cpu.call_address(told(job, BEFORE), job, worker)
+        shape = told(job, SHAPE)
+        if told(shape, BEFORE):
+            cpu.call_address(told(shape, BEFORE), job, worker)
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
-        classes, tile_rows = told(job, CLASSES), told(job, TILE_ROWS)
-        n_rows, segment = told(job, ROWS), told(job, SEGMENT)
-        row_bytes, copy_row, features = told(job, ROW_BYTES), told(job, COPY_ROW), told(job, FEATURES)
-        X, row_step, feature_step = told(job, X_AT), told(job, ROW_STEP), told(job, FEATURE_STEP)
-        picked = told(job, PICKED)
-        targets, probabilities, multiplier = told(job, TARGETS), told(job, PROBABILITIES), told(job, MULTIPLIER)
-        centre, packed, whole, left = told(job, CENTRE), told(job, PACKED), told(job, WHOLE), told(job, LEFT)
-        losses, options, step = told(job, LOSSES), told(job, OPTIONS), tile_rows * size
-        bias, bias_step, kind = told(job, BIAS), told(job, BIAS_STEP), told(job, TARGETS_KIND)
-        scratch = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
+        classes, tile_rows = told(shape, CLASSES), told(shape, TILE_ROWS)
+        n_rows, segment = told(shape, ROWS), told(shape, SEGMENT)
+        row_bytes, copy_row, features = told(shape, ROW_BYTES), told(shape, COPY_ROW), told(shape, FEATURES)
+        X, row_step, feature_step = array(job, X_ARRAY), told(job, ROW_STEP), told(job, FEATURE_STEP)
+        picked, losses, options = array(job, PICKED), array(job, LOSSES), array(job, OPTIONS)
+        targets, probabilities, multiplier = array(job, TARGETS), array(job, PROBABILITIES), array(job, MULTIPLIER)
+        centre, packed = job + told(shape, CENTRE), job + told(shape, PACKED)
+        whole, left, step = told(shape, WHOLE), told(shape, LEFT), tile_rows * size
+        bias, bias_step, kind = array(job, BIAS), told(job, BIAS_STEP), told(job, TARGETS_KIND)
+        scratch = job + told(shape, SCRATCH) + worker * told(shape, SCRATCH_STEP)
         # As `scratch_bytes` has it.
         full = (classes * step + LINE - 1) // LINE * LINE
         tile_at, more_at, pulls_at, work_at = scratch, scratch + full, scratch + 2 * full, scratch + 3 * full
@@ -251,10 +271,10 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
         y[:] = 0
         work[:] = 0
         k = cpu.take(job + 8 * TAKEN)
-        while k < told(job, SEGMENTS_AT):
+        while k < told(shape, SEGMENTS_AT):
             i, stop = k * segment, min(n_rows, (k + 1) * segment)
-            dW_at = told(job, PARTIAL) + k * told(job, PARTIAL_SIZE) * size
-            cpu.numbers_at(dW_at, told(job, PARTIAL_SIZE), zero)[:] = 0
+            dW_at = job + told(shape, PARTIAL) + k * told(shape, PARTIAL_SIZE) * size
+            cpu.numbers_at(dW_at, told(shape, PARTIAL_SIZE), zero)[:] = 0
             totals[:] = 0
             pulls[:] = 0
             while i < stop:
@@ -287,8 +307,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                     address[r] = address[0]  # any row: what comes of it is not looked at
                 for c in range(classes):
                     tile[c * tile_rows : c * tile_rows + filled] = cpu.get(bias + c * bias_step, zero) if bias else zero
-                for b in range(told(job, N_DOTS)):
-                    row = told(job, DOTS) + 32 * b
+                for b in range(told(shape, N_DOTS)):
+                    row = told(shape, DOTS) + 32 * b
                     function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
                     products.call(
                         function, address_at, filled, tile_at + first * step, tile_rows, centre, packed + start * size,
@@ -304,8 +324,8 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                     for c in range(classes):
                         for r in range(c * tile_rows, c * tile_rows + n):
                             pulls[r] += tile[r]
-                    for b in range(told(job, N_OUTERS)):
-                        row = told(job, OUTERS) + 32 * b
+                    for b in range(told(shape, N_OUTERS)):
+                        row = told(shape, OUTERS) + 32 * b
                         function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
                         products.call(
                             function, address_at, n, tile_at + first * step, tile_rows, centre, dW_at + start * size,
@@ -314,18 +334,12 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
             if wants_gradient:
                 sums = cpu.numbers_at(job + SUMS_AT + 8 * (SEGMENTS + k * classes), classes, double)
                 for c in range(classes):
-                    total = double
-                    for r in range(tile_rows):
-                        total += np.float64(pulls[c * tile_rows + r])
-                    sums[c] = total
-            total = double
-            for r in range(tile_rows):
-                total += totals[r]
-            cpu.put(job + SUMS_AT + 8 * k, total)
+                    sums[c] = sum_of(pulls[c * tile_rows : (c + 1) * tile_rows])
+            cpu.put(job + SUMS_AT + 8 * k, sum_of(totals))
             k = cpu.take(job + 8 * TAKEN)
         cpu.set_rounding_of_tiny(mode)
-        if told(job, AFTER):
-            cpu.call_address(told(job, AFTER), job, worker)
+        if told(shape, AFTER):
+            cpu.call_address(told(shape, AFTER), job, worker)
 
     return cpu.Kernel(segments)
 
@@ -353,32 +367,33 @@ def adding_kernel(compute: str) -> Any:
 
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def add_up(job, worker):
-        count, factor, classes = told(job, PARTIAL_SIZE), cpu.get(job + 8 * SCALE, double), told(job, CLASSES)
-        scale, segments, whole, left = real(factor), told(job, SEGMENTS_AT), told(job, WHOLE), told(job, LEFT)
-        row_step, step = told(job, DW_ROW_STEP), told(job, DW_STEP)
-        total_at = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
+        shape, factor = told(job, SHAPE), cpu.get(job + 8 * SCALE, double)
+        count, classes, segments = told(shape, PARTIAL_SIZE), told(shape, CLASSES), told(shape, SEGMENTS_AT)
+        scale, whole, left = real(factor), told(shape, WHOLE), told(shape, LEFT)
+        row_step, step, dW, db = told(job, DW_ROW_STEP), told(job, DW_STEP), array(job, DW), array(job, DB)
+        partial, total_at = job + told(shape, PARTIAL), job + told(shape, SCRATCH) + worker * told(shape, SCRATCH_STEP)
         turn = cpu.take(job + 8 * ADDED)
-        if turn == 0 and told(job, DB):
+        if turn == 0 and db:
             for c in range(classes):
                 sum_of = double
                 for k in range(segments):
                     sum_of += cpu.get(job + SUMS_AT + 8 * (SEGMENTS + k * classes + c), double)
-                cpu.put(told(job, DB) + c * told(job, DB_STEP), real(sum_of * factor))
+                cpu.put(db + c * told(job, DB_STEP), real(sum_of * factor))
         while turn * at_once < count:
             first = turn * at_once
             n = min(at_once, count - first)
             total = cpu.numbers_at(total_at, n, zero)
             total[:] = 0
             for k in range(segments):
-                add_to(total, cpu.numbers_at(told(job, PARTIAL) + (k * count + first) * size, n, zero))
-            block, blocks = told(job, OUTERS), told(job, N_OUTERS)
+                add_to(total, cpu.numbers_at(partial + (k * count + first) * size, n, zero))
+            block, blocks = told(shape, OUTERS), told(shape, N_OUTERS)
             b = 0
             for u in range(first, first + n, lanes):
                 while b + 1 < blocks and told(block + 32, 2) <= u:
                     block, b = block + 32, b + 1
                 at, classes_here = (u - told(block, 2)) // lanes, told(block, 3)
                 v = at // classes_here
-                to = told(job, DW) + (told(block, 1) + at - v * classes_here) * row_step + v * lanes * step
+                to = dW + (told(block, 1) + at - v * classes_here) * row_step + v * lanes * step
                 here = cpu.numbers_at(total_at + (u - first) * size, lanes, zero)
                 if v < whole:
                     store(to, step, here, lanes, scale)
@@ -390,17 +405,63 @@ def adding_kernel(compute: str) -> Any:
 
 
 # --- the layer ------------------------------------------------------------------------------------------------------
+class Call(NamedTuple):
+    """What follows from a plan, the types and shapes of arrays, what is asked for, and the number of threads."""
+
+    pack: cpu.Kernel | None  # before the segments, and
+    segments: cpu.Kernel
+    add_up: cpu.Kernel | None  # after them; None: a thread that is alone does all of it in one call
+    shape: Array  # words for the kernels,
+    shape_at: int
+    bytes: int
+    sums: Struct
+    workers: int
+    adders: int
+    kept: Layout
+
+
+@functools.lru_cache(1024)
+def call_of(
+    plan: rowmath.Plan, of_X: np.dtype[Any], of_W: np.dtype[Any], centres: bool, classes: int, features: int, n: int,
+    wants_dW: bool, wants_gradient: bool, copies: bool, n_threads: int,
+) -> Call:  # fmt: skip
+    kind, size = products.Kind(of_X.name, of_W.name, centres), of_W.itemsize
+    of = layout(kind, classes, features, wants_dW)
+    tile = of.tile
+    segment = -(-max(-(-n // of.most_segments), SEGMENT_ROWS) // tile) * tile
+    segments = -(-n // segment)
+    useful = max(1, min(n_threads, segments, n * classes * features // SMALL))
+    row_bytes = features * of_X.itemsize
+    step = scratch_bytes(classes, tile, row_bytes if copies else 0, size)
+    packed = SUMS_AT + -(-8 * (SEGMENTS + (segments * classes if wants_gradient else 0)) // LINE) * LINE
+    partial = packed + of.packed_bytes
+    scratch = partial + -(-segments * of.partial_size * size // LINE) * LINE
+    pack: Any = cpu.made(packing_kernel, kind.real)
+    add_up: Any = cpu.made(adding_kernel, kind.real) if wants_gradient else None
+    is_alone = useful == 1
+    shape = np.array([
+        product(products.copy_row, kind, 0).address if copies else 0, features, row_bytes, *of.words, packed,
+        packed + classes * of.panel * size, of.panel, of.whole, of.left, n, classes, tile, segment, segments, partial,
+        of.partial_size, scratch, step, pack.address if is_alone else 0, add_up.address if is_alone and add_up else 0,
+    ])  # fmt: skip
+    return Call(
+        None if is_alone else pack, cpu.made(segment_kernel, plan, kind.real, wants_gradient),
+        None if is_alone else add_up, shape, cpu.address(shape), scratch + useful * step + LINE,
+        Struct(f"={segments}d"), useful, min(useful, max(1, of.partial_size // ADDED_AT_ONCE)), of,
+    )  # fmt: skip
+
+
 def linear_rows(
     loss: Any, X: Array, rows: Array | None, centre: Array | None, W: Array, b: Array | None, targets: Array,
     multiplier: Array | None, scale: float, dW: Array | None, db: Array | None, row_loss: Array | None, n_threads: int,
 ) -> float:  # fmt: skip
     """`Backend.linear_rows` for few classes (`can_fuse`), without dX."""
-    (classes, features), n = W.shape, len(X) if rows is None else len(rows)
-    kind = products.Kind(name_of(X.dtype), name_of(W.dtype), centre is not None)
-    (plan, options), size = scores.prepared(loss, classes, W.dtype, targets.ndim == 2), W.itemsize
-    wants_gradient = dW is not None or db is not None
-    of = layout(kind, classes, features, dW is not None)
-
+    (classes, features), n, steps = W.shape, len(X) if rows is None else len(rows), X.strides
+    plan, options = scores.prepared(loss, classes, W.dtype, targets.ndim == 2)
+    of = call_of(
+        plan, X.dtype, W.dtype, centre is not None, classes, features, n, dW is not None,
+        dW is not None or db is not None, steps[1] != X.itemsize and features > 1, n_threads,
+    )  # fmt: skip
     y = probabilities = None
     y_kind = 0
     if targets.ndim == 2:
@@ -415,40 +476,24 @@ def linear_rows(
     if centre is not None:
         centre = np.ascontiguousarray(centre, W.dtype)
 
-    tile = of.tile
-    segment = -(-max(-(-n // of.most_segments), SEGMENT_ROWS) // tile) * tile
-    segments = -(-n // segment)
-    useful = max(1, min(n_threads, segments, n * W.size // SMALL))
-    copies = X.strides[1] != X.itemsize and features > 1
-    step = scratch_bytes(classes, tile, features * X.itemsize if copies else 0, size)
-    partial_bytes = -(-segments * of.partial_size * size // LINE) * LINE
-    packed = SUMS_AT + -(-8 * (SEGMENTS + (segments * classes if wants_gradient else 0)) // LINE) * LINE
-    partial = packed + of.packed_bytes
-    scratch = partial + partial_bytes
-    memory: Any = np.empty(scratch + useful * step + LINE, np.uint8)
-    pack, add_up = compiled(packing_kernel, kind.real), compiled(adding_kernel, kind.real)
-    # A thread that is alone does all of it in one call.
-    alone = (0, 0) if useful > 1 else (pack.address, add_up.address if wants_gradient else 0)
-    address = cpu.address
-    at = address(memory)
+    memory: Any = np.empty(of.bytes, np.uint8)
+    reference = cpu.reference
+    at = cpu.address(memory)
     start = -at % LINE  # so that vectors do not lie across two lines of the cache
     at += start
     JOB.pack_into(
-        memory, start, address(X), *X.strides, product(products.copy_row, kind, 0).address if copies else 0, features,
-        features * X.itemsize, address(rows), address(y), y_kind, address(probabilities), address(weight), *of.words,
-        address(W), *W.strides, address(b), 0 if b is None else b.strides[0], address(centre), at + packed,
-        at + packed + classes * of.panel * size, of.panel, of.whole, of.left, address(row_loss),
-        0 if row_loss is None else row_loss.strides[0], address(options), n, classes, tile, segment, segments,
-        at + partial, of.partial_size, address(dW), *((0, 0) if dW is None else dW.strides), address(db),
-        0 if db is None else db.strides[0], at + scratch, step, *alone, 0, 0, scale,
+        memory, start, id(X), *steps, reference(rows), reference(y), y_kind, reference(probabilities),
+        reference(weight), id(W), *W.strides, reference(b), 0 if b is None else b.strides[0], reference(centre),
+        reference(row_loss), 0 if row_loss is None else row_loss.strides[0], id(options), reference(dW),
+        *((0, 0) if dW is None else dW.strides), reference(db), 0 if db is None else db.strides[0], of.shape_at, 0, 0,
+        scale,
     )  # fmt: skip
-    if useful > 1:
-        pack.call(at, 0)
-    cpu.run_kernel(compiled(segment_kernel, plan, kind.real, wants_gradient), at, useful)
-    if useful > 1 and wants_gradient:
-        cpu.run_kernel(add_up, at, min(useful, max(1, of.partial_size // ADDED_AT_ONCE)))
-    return sum(scores.SUMS[segments].unpack_from(memory, start + SUMS_AT), 0.0)
-
-
-#: What is compiled, by what it is made of: looked up without a lock.
-compiled = functools.cache(cpu.made)
+    if of.pack is not None:
+        of.pack.call(at, 0)
+    if of.workers == 1:
+        of.segments.call(at, 0)
+    else:
+        cpu.run_kernel(of.segments, at, of.workers)
+    if of.add_up is not None:
+        cpu.run_kernel(of.add_up, at, of.adders)
+    return sum(of.sums.unpack_from(memory, start + SUMS_AT), 0.0)

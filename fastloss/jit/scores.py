@@ -215,15 +215,16 @@ def end_streams(typing):
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------
-#: What a kernel is told of a call: words, at an address.
+#: What a kernel is told of a call: words, at an address. Arrays are `cpu.reference`s.
 (
-    SCORES, ROW_STEP, COLUMN_STEP, GRADS, GRADS_ROW_STEP, GRADS_COLUMN_STEP, TARGETS, MULTIPLIER, SCALE, LOSSES,
-    LOSSES_STEP, Z_AT, ENTROPY_AT, Q, OPTIONS, SUMS_AT, SEGMENT, ROWS, CLASSES, GROUP, STREAMS, SCRATCH, SCRATCH_STEP,
-    WORKERS,
-) = range(24)  # fmt: skip
-JOB = Struct("=8qd15q")
-#: After them, for each thread, a line with the next segment of its part, and where that ends.
-PARTS, PART = 4 * LINE, Struct("=2q")
+    SCORES, ROW_STEP, COLUMN_STEP, GRADS, GRADS_ROW_STEP, GRADS_COLUMN_STEP, TARGETS, MULTIPLIER, LOSSES, LOSSES_STEP,
+    Z_AT, ENTROPY_AT, Q, OPTIONS, STREAMS, SHAPE, SCALE,
+) = range(17)  # fmt: skip
+#: After them, for each thread, a line with the number of segments of its part that are taken.
+PARTS = 3 * LINE
+JOB = f"=16qd{PARTS - 17 * 8}x"
+#: Words that follow from the shape, made once, at the address SHAPE. Places are after the job's.
+SEGMENT, SEGMENTS_AT, ROWS, CLASSES, GROUP, SUMS_AT, SCRATCH, SCRATCH_STEP, WORKERS = range(9)
 HEADER = 2 * LINE  # of a thread's scratch: sums of losses, a float64 for each lane
 
 
@@ -250,12 +251,16 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
         return cpu.get(job + 8 * which, word)
 
     @cpu.helper
-    def tiled_group(job, i, n, c, scratch):
+    def array(job, which):
+        return cpu.numbers_of(told(job, which))
+
+    @cpu.helper
+    def tiled_group(job, i, n, c, most, scratch):
         work, tile = scratch, scratch + WORK * size
         more = tile + c * TILE * size
-        rows, row_step, column_step = told(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
+        rows, row_step, column_step = array(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
         rows += i * row_step
-        targets, options, step = told(job, TARGETS) + 8 * i, told(job, OPTIONS), TILE * size
+        targets, options, step = array(job, TARGETS) + 8 * i, array(job, OPTIONS), TILE * size
         whole = n // lanes * lanes
         some = whole if column_step == itemsize else 0
         gather(rows, row_step, some, c, tile, step)
@@ -264,7 +269,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                 x = load(cpu.get(rows + r * row_step + k * column_step, like))
                 cpu.put(tile + k * step + r * size, x)
         if probabilities:
-            q = told(job, Q) + i * c * size
+            q = array(job, Q) + i * c * size
             gather_real(q, c * size, whole, c, more, step)
             for k in range(c):
                 for r in range(whole, n):
@@ -278,7 +283,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                     cpu.put(more + k * step + r * size, margin)
         walk(n, c, targets, work, options, more, step, tile, step)
         if wants_gradient:
-            rows, row_step, column_step = told(job, GRADS), told(job, GRADS_ROW_STEP), told(job, GRADS_COLUMN_STEP)
+            rows, row_step, column_step = array(job, GRADS), told(job, GRADS_ROW_STEP), told(job, GRADS_COLUMN_STEP)
             rows += i * row_step
             some = whole if column_step == itemsize else 0
             scatter(rows, row_step, some, c, tile, step)
@@ -288,28 +293,28 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                     cpu.put(rows + r * row_step + k * column_step, save(x))
 
     @cpu.helper
-    def rowed_group(job, i, n, c, scratch):
+    def rowed_group(job, i, n, c, most, scratch):
         work, kept_vectors = scratch, scratch + WORK * size
         held = kept_vectors + SLOTS * TILE * lanes * size  # gradients that are not written where they belong at once
-        copied = held + told(job, GROUP) * c * size  # scores that are not contiguous,
-        kept = copied + told(job, GROUP) * c * size  # and what is kept if gradients are not of the compute type
-        rows, row_step, column_step = told(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
-        targets, options = told(job, TARGETS) + 8 * i, told(job, OPTIONS)
+        copied = held + most * c * size  # scores that are not contiguous,
+        kept = copied + most * c * size  # and what is kept if gradients are not of the compute type
+        rows, row_step, column_step = array(job, SCORES), told(job, ROW_STEP), told(job, COLUMN_STEP)
+        targets, options = array(job, TARGETS) + 8 * i, array(job, OPTIONS)
         rows += i * row_step
-        ahead = told(job, GROUP) * row_step
+        ahead = most * row_step
         if column_step != itemsize:
             for k in range(c):
                 for r in range(n):
                     cpu.put(copied + (r * c + k) * itemsize, cpu.get(rows + r * row_step + k * column_step, like))
             rows, row_step, ahead = copied, c * itemsize, 0
-        grads, grads_step, kept_step = told(job, GRADS), told(job, GRADS_ROW_STEP), c * size
+        grads, grads_step, kept_step = array(job, GRADS), told(job, GRADS_ROW_STEP), c * size
         grads += i * grads_step
         to, to_step, is_held = grads, grads_step, told(job, STREAMS) or told(job, GRADS_COLUMN_STEP) != itemsize
         if is_held:
             to, to_step = held, c * itemsize
         if is_real:
             kept, kept_step = to, to_step
-        more = told(job, Q) + i * c * size if probabilities else 0
+        more = array(job, Q) + i * c * size if probabilities else 0
         walk(
             n, c, targets, work, options, more, c * size, rows, row_step, kept, kept_step, to, to_step, kept_vectors,
             ahead,
@@ -334,22 +339,25 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
     @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
     def kernel(job, worker):
         mode = cpu.set_rounding_of_tiny(np.int32(-1))
-        n_rows, c, segment, most = told(job, ROWS), told(job, CLASSES), told(job, SEGMENT), told(job, GROUP)
-        scratch = told(job, SCRATCH) + worker * told(job, SCRATCH_STEP)
+        shape = told(job, SHAPE)
+        n_rows, c, segment, most = told(shape, ROWS), told(shape, CLASSES), told(shape, SEGMENT), told(shape, GROUP)
+        scratch = job + told(shape, SCRATCH) + worker * told(shape, SCRATCH_STEP)
         totals, work = scratch, scratch + HEADER
-        scale, multiplier, workers = cpu.get(job + 8 * SCALE, double), told(job, MULTIPLIER), told(job, WORKERS)
-        losses, z, entropy = told(job, LOSSES), told(job, Z_AT), told(job, ENTROPY_AT)
+        scale, multiplier = cpu.get(job + 8 * SCALE, double), array(job, MULTIPLIER)
+        workers, segments, sums = told(shape, WORKERS), told(shape, SEGMENTS_AT), job + told(shape, SUMS_AT)
+        losses, z, entropy = array(job, LOSSES), array(job, Z_AT), array(job, ENTROPY_AT)
         for turn in range(workers):
-            part = job + PARTS + (worker + turn) % workers * LINE
-            s = cpu.take(part)
-            while s < cpu.get(part + 8, word):
+            part = (worker + turn) % workers
+            first, end = part * segments // workers, (part + 1) * segments // workers
+            s = first + cpu.take(job + PARTS + part * LINE)
+            while s < end:
                 i, stop = s * segment, min(n_rows, (s + 1) * segment)
                 for k in range(lanes):
                     cpu.put(totals + 8 * k, double)
                 while i < stop:
                     n = min(most, stop - i)
                     weigh(n, multiplier + i * size if multiplier else 0, scale, work)
-                    group(job, i, n, c, work)
+                    group(job, i, n, c, most, work)
                     add(n, work, totals)
                     if losses:
                         step = told(job, LOSSES_STEP)
@@ -362,8 +370,8 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                 total = double
                 for k in range(lanes):
                     total += cpu.get(totals + 8 * k, double)
-                cpu.put(told(job, SUMS_AT) + 8 * s, total)
-                s = cpu.take(part)
+                cpu.put(sums + 8 * s, total)
+                s = first + cpu.take(job + PARTS + part * LINE)
         if told(job, STREAMS):
             end_streams()
         cpu.set_rounding_of_tiny(mode)
@@ -377,7 +385,10 @@ INT64 = np.dtype(np.int64)
 NO_TARGETS = np.empty(0, np.int64)
 
 
-SUMS = [Struct(f"={k}d") for k in range(SEGMENTS + 1)]
+@functools.cache  # a type's name alone takes NumPy as long as a part of a small call
+def reads(dtype: np.dtype[Any]) -> bool:
+    """Whether there are kernels for scores of a type."""
+    return dtype.isnative and dtype.name in ("float32", "float64", "float16", "bfloat16")
 
 
 class Types(NamedTuple):
@@ -396,10 +407,50 @@ class Types(NamedTuple):
         return cls(dtype.name, dtype.itemsize, real, real.itemsize, vectors.lanes_of(real.name))
 
 
-@functools.cache
-def compiled(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> cpu.Kernel:
-    kernel: cpu.Kernel = cpu.made(rows_kernel, plan, dtype, tiled, wants_gradient)
-    return kernel
+class Call(NamedTuple):
+    """What follows from a plan, the type and shape of scores, and the number of threads."""
+
+    kernel: cpu.Kernel
+    probabilities: bool
+    real: Any  # the compute type
+    itemsize: int
+    job: Struct
+    shape: Array  # words for the kernel,
+    shape_at: int
+    taken: tuple[int, ...]  # segments, by each thread: none
+    sums_at: int
+    sums: Struct
+    bytes: int
+    is_large: bool  # a gradient goes past the caches
+    workers: int
+
+
+@functools.lru_cache(1024)
+def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bool, n_threads: int) -> Call:
+    name, itemsize, real, size, lanes = Types.of(dtype)
+    tiled = c <= FEW * lanes
+    kernel: cpu.Kernel = cpu.made(rows_kernel, plan, name, tiled, wants_gradient)
+    group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * size)))
+    segments = max(1, min(SEGMENTS, -(-n * c * size // SEGMENT_BYTES)))
+    segment = max(1, -(-n // segments))
+    if tiled:
+        segment = -(-segment // TILE) * TILE
+    segments = -(-n // segment)
+    workers = max(1, min(n_threads, segments, n * c // PARALLEL))
+    step = HEADER + WORK * size
+    if tiled:
+        step += (2 if plan.probabilities or plan.pairs else 1) * c * TILE * size
+    else:
+        step += SLOTS * TILE * lanes * size + 3 * group * c * size
+    step = -(-step // LINE) * LINE
+    sums = PARTS + workers * LINE
+    scratch = -(-(sums + segments * 8) // LINE) * LINE
+    shape = np.array([segment, segments, n, c, group, sums, scratch, step, workers])
+    job, is_large = Struct(JOB + f"q{LINE - 8}x" * workers), not tiled and n * c * itemsize > STREAM_BYTES
+    return Call(
+        kernel, plan.probabilities, real, itemsize, job, shape, cpu.address(shape), (0,) * workers, sums,
+        Struct(f"={segments}d"), scratch + workers * step + LINE, is_large, workers,
+    )  # fmt: skip
 
 
 def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
@@ -412,59 +463,58 @@ def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Ar
     return kept[key]
 
 
+MOST_KEPT = 256  # calls of a loss, by their shapes
+
+
+def call_for(loss: Any, *key: Any) -> tuple[Call, Array]:
+    """The call of a loss, and its options, for a type, a shape, probabilities, gradient, z, entropy, threads."""
+    dtype, (n, c), probabilities, wants_gradient, z, entropy, n_threads = key
+    kept: dict[Any, tuple[Call, Array]] = loss.__dict__.setdefault("_calls", {})
+    plan, table = prepared(loss, c, Types.of(dtype).real, probabilities, z, entropy)
+    if len(kept) >= MOST_KEPT:
+        kept.clear()
+    found = kept[key] = call_of(plan, dtype, n, c, wants_gradient, n_threads), table
+    return found
+
+
 def run(
-    plan: Plan, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
-    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None, n_threads: int,
+    of: Call, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
+    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None,
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
     n, c = scores.shape
-    dtype, itemsize, real, size, lanes = Types.of(scores.dtype)
-    tiled = c <= FEW * lanes
-    kernel = compiled(plan, dtype, tiled, grad is not None)
     if not n:
         return 0.0
-    q, y = None, targets
-    if plan.probabilities:
-        q = np.require(targets, real, ["C", "A"])
-    elif y.dtype != INT64 or not y.flags.c_contiguous or not y.flags.aligned:
-        y = np.require(y, np.int64, ["C", "A"])
+    q = None
+    if of.probabilities:
+        q = cpu.in_order(targets, of.real)
+    else:
+        targets = cpu.in_order(targets, INT64)
     if not scores.flags.aligned:
         scores = scores.copy()
     if multiplier is not None:
-        multiplier = np.require(multiplier, real, ["C", "A"])
-    group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * size)))
-    segments = min(SEGMENTS, -(-scores.size * size // SEGMENT_BYTES))
-    segment = -(-n // segments)
-    if tiled:
-        segment = -(-segment // TILE) * TILE
-    segments = -(-n // segment)
+        multiplier = cpu.in_order(multiplier, of.real)
     address = cpu.address
-    at_scores, at_grad, grad_steps = address(scores), address(grad), (0, itemsize) if grad is None else grad.strides
+    steps = (0, of.itemsize) if grad is None else grad.strides
     streams = (
-        not tiled and at_grad not in (0, at_scores) and grad_steps == (c * itemsize, itemsize)
-        and scores.nbytes > STREAM_BYTES
+        of.is_large and grad is not None and steps == (c * of.itemsize, of.itemsize)
+        and address(grad) != address(scores)
     )  # fmt: skip
-    workers = max(1, min(n_threads, segments, scores.size // PARALLEL))
-    step = HEADER + WORK * size
-    if tiled:
-        step += (2 if plan.probabilities or plan.pairs else 1) * c * TILE * size
-    else:
-        step += SLOTS * TILE * lanes * size + 3 * group * c * size
-    step = -(-step // LINE) * LINE
-    sums, scratch = PARTS + workers * LINE, -(-(PARTS + workers * LINE + segments * 8) // LINE) * LINE
-    memory: Any = np.empty(scratch + workers * step + LINE, np.uint8)
+    memory: Any = np.empty(of.bytes, np.uint8)
     at = address(memory)
     start = -at % LINE
     at += start
-    JOB.pack_into(
-        memory, start, at_scores, *scores.strides, at_grad, *grad_steps, address(y), address(multiplier), scale,
-        address(losses), 0 if losses is None else losses.strides[0], address(z), address(entropy), address(q),
-        address(table), at + sums, segment, n, c, group, streams, at + scratch, step, workers,
+    of.job.pack_into(  # arrays are `cpu.reference`s, which takes too long to call
+        memory, start, id(scores), *scores.strides, 0 if grad is None else id(grad), *steps, id(targets),
+        0 if multiplier is None else id(multiplier), 0 if losses is None else id(losses),
+        0 if losses is None else losses.strides[0], 0 if z is None else id(z), 0 if entropy is None else id(entropy),
+        0 if q is None else id(q), id(table), streams, of.shape_at, scale, *of.taken,
     )  # fmt: skip
-    for k in range(workers):
-        PART.pack_into(memory, start + PARTS + k * LINE, k * segments // workers, (k + 1) * segments // workers)
-    cpu.run_kernel(kernel, at, workers)
-    return sum(SUMS[segments].unpack_from(memory, start + sums), 0.0)
+    if of.workers == 1:
+        of.kernel.call(at, 0)
+    else:
+        cpu.run_kernel(of.kernel, at, of.workers)
+    return sum(of.sums.unpack_from(memory, start + of.sums_at), 0.0)
 
 
 def raw(array: Array) -> Array:
@@ -480,9 +530,10 @@ def score_rows(
     if "argmax" in extras:  # before the gradient, which may be written to the scores
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
-    real = Types.of(scores.dtype).real
-    plan, table = prepared(loss, scores.shape[1], real, targets.ndim == 2, z is not None, entropy is not None)
-    return run(plan, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, n_threads)
+    key = scores.dtype, scores.shape, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
+    kept = loss.__dict__.get("_calls")
+    of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
+    return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
 
 
 TRANSFORMS = {
@@ -490,17 +541,20 @@ TRANSFORMS = {
 }  # fmt: skip
 
 
+NO_OPTIONS = {real: np.zeros(8, real) for real in (np.dtype(np.float32), np.dtype(np.float64))}
+
+
 def transform(kind: str, scores: Array, out: Array, n_threads: int) -> None:
     """`Backend.transform`."""
     if not scores.size:
         out[...] = 0
         return
-    real = np.float64 if scores.dtype == np.float64 else np.float32
+    real = Types.of(scores.dtype).real
     grad, losses = (None, out) if kind == "logsumexp" else (out, None)
     if losses is not None and losses.dtype != real:
         losses = np.empty(len(scores), real)
-    table = np.zeros(8, real)
-    run(TRANSFORMS[kind], table, scores, NO_TARGETS, None, 1.0, grad, losses, None, None, n_threads)
+    of = call_of(TRANSFORMS[kind], scores.dtype, *scores.shape, grad is not None, n_threads)
+    run(of, NO_OPTIONS[real], scores, NO_TARGETS, None, 1.0, grad, losses, None, None)
     if losses is not None and losses is not out:
         out[...] = losses
 
@@ -512,7 +566,8 @@ def shard_sums(loss: Any, scores: Array, weights: Array, n_threads: int) -> tupl
     if scores.size:
         plan = rowmath.plan_of(loss, False, shard=True)
         table = rowmath.shard_options(loss, plan, 1.0, weights, real)
-        run(plan, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest, n_threads)
+        of = call_of(plan, scores.dtype, *scores.shape, False, n_threads)
+        run(of, table, scores, NO_TARGETS, None, 1.0, None, away, tops, rest)
     return tops, rest, away
 
 
