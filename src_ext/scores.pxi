@@ -6,8 +6,11 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    FEW = 2  # vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty
-    FEW_GENERAL = 4  # the same for the general softmax, which has more to do for each row
+    # Halves of vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty.
+    FEW = 4
+    FEW_SOFTMAX = 5
+    FEW_GENERAL = 8  # of the general softmax, which has more to do for each row,
+    FEW_LOGISTIC = 12  # and of the plain logistic loss, with logarithms for the lanes of each row, or for 16 rows
 
     STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
@@ -41,8 +44,12 @@ cdef struct ScoresPass:
 
 cdef bint is_laned(const Options *o, const Matrix *a, const Matrix *b) noexcept nogil:
     """Whether the tile is transposed: few classes, or classes that are not contiguous in source or destination."""
-    cdef Py_ssize_t few = FEW_GENERAL if o.general and o.kind == SOFTMAX else FEW
-    return a.columns <= few * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
+    cdef Py_ssize_t few = FEW
+    if o.kind == LOGISTIC and not o.general:
+        few = FEW_LOGISTIC
+    elif o.kind == SOFTMAX:
+        few = FEW_GENERAL if o.general else FEW_SOFTMAX
+    return 2 * a.columns <= few * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
 
 
 cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) noexcept nogil:

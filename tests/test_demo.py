@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -264,14 +265,19 @@ def test_classes_can_be_told_apart_in_greyscale():
 def address():
     """The port of a running `fastloss demo`, which must end well at Ctrl-C."""
     command = [sys.executable, "-m", "fastloss", "demo", "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so where a shell starts it behind
+    with subprocess.Popen(command, preexec_fn=heeds_ctrl_c, **pipes) as process:
         line = process.stdout.readline()
         try:
             yield int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
         finally:
             process.send_signal(signal.SIGINT)
-            errors = process.stderr.read()
-            assert process.wait() == 0
+            try:
+                errors = process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+            assert process.returncode == 0
             assert "Traceback" not in errors
 
 
