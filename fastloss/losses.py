@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from fastloss import _checks as checks
 from fastloss import driver
 from fastloss._checks import Array
 from fastloss.backends import Stats, reference
+
+#: How much a loss keeps of what it is converted to: for as many numbers of classes and types.
+KEPT = 64
 
 
 def _frozen_array(value: object) -> Array:
@@ -70,11 +74,25 @@ class Loss:
 
     def converted(self, name: str, dtype: np.dtype[Any]) -> Array | None:
         """An option that is an array, or None, in a dtype: converted once."""
-        kept: dict[tuple[str, np.dtype[Any]], Array | None] = self.__dict__.setdefault("_converted", {})
-        if (name, dtype) not in kept:
+
+        def convert() -> Array | None:
             value = getattr(self, name)
-            kept[name, dtype] = None if value is None else np.ascontiguousarray(value, dtype)
-        return kept[name, dtype]
+            return None if value is None else np.ascontiguousarray(value, dtype)
+
+        found: Array | None = self.once((name, dtype), convert)
+        return found
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What is made of the options for a purpose, kept with the loss from its first use on."""
+        kept: dict[tuple[Any, ...], Any] = self.__dict__.setdefault("_kept", {})
+        try:
+            return kept[key]
+        except KeyError:
+            made = make()
+        if len(kept) >= KEPT:
+            kept.clear()
+        kept[key] = made
+        return made
 
     def labels(self, n_classes: int) -> int:
         """How many class indices there are for scores of `n_classes` columns: targets are below this."""

@@ -9,7 +9,8 @@
 # No term of ℓ cancels another. In the gradient, U p − u does where one class has nearly all of both. So sums leave out one
 # class k, the pivot, whose entry is Σ_{j≠k} u_j p_k − u_k Σ_{j≠k} p_j. Where u is the same for all classes but the target
 # ("flat"), only the target can be such a class, and walks go over the scores alone; else ("dense") they go over u too, and
-# the pivot is the lowest class that has the maximum. As in the plain form, only blocks that hold the pivot or the target
+# the pivot is the lowest class that has the maximum; but of class weights none of which is more than all others together, no
+# class but the target can be such a one, and Σ u is known (`even_weights`). As in the plain form, only blocks that hold the pivot or the target
 # look at where their lanes are.
 #
 # Exponentials are kept for the second walk; with a softcap they are kept times the slope where u is 0 but at the target,
@@ -32,7 +33,7 @@ cdef struct Found:
 
 cdef inline bint pivots_on_top(const Options *o) noexcept nogil:
     """Whether the pivot is the largest class, not the target."""
-    return o.general and o.kind == SOFTMAX and (o.dense or o.shard)
+    return o.general and o.kind == SOFTMAX and (o.shard or (o.dense and not o.even_weights))
 
 
 cdef inline bint keeps_slope(const Options *o) noexcept nogil:
@@ -59,9 +60,21 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 # --- softcap ---------------------------------------------------------------------------------------------------------
 # c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
 # is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
-cdef inline bint is_near_zero(const Options *o, vec size) noexcept nogil:
-    """Whether scores of at most this size, those of a lane, are bent by a polynomial alone."""
-    return not o.bends_far and all_lanes(vlt(mul(size, vset(o.per_softcap)), vset(NEAR_TANH)))
+# Rows whose scores are all small beside it ("near") are bent by one polynomial of s², into which softcap, temperature and
+# log 2 are folded: bent(s) / T in steps of exponentials of 2, which are relative to a whole number of steps.
+cdef inline mask is_near_zero(const Options *o, vec size) noexcept nogil:
+    """Whether scores of at most this size are bent by a polynomial alone."""
+    return vlt(size, vset(o.near_scores))
+
+
+cdef inline vec steps_of_origin(const Options *o, vec m, vec near) noexcept nogil:
+    """What distances from the maximum m are computed with in rows that are near, where `near` is not 0; else as below."""
+    return choose(veq(near, vset(0)), origin_of_distance(o, m), round_to_step(odd_polynomial(o.bends_near, m)))
+
+
+cdef inline vec from_maximum(const Options *o, vec m, vec steps) noexcept nogil:
+    """What exponentials relative to `steps` are multiplied by to be relative to the maximum m, which is near."""
+    return vexp2(sub(steps, odd_polynomial(o.bends_near, m)), vset(0))
 
 
 cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *slope) noexcept nogil:
@@ -133,14 +146,14 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, b
     d = fetch(layout, part, w, k, 0 if near else <real> -INFINITY)
     if near:  # fewer multiplications, which is what a softcap costs
         u = odd_polynomial(o.bends_near, d)
-        d, slope = sub(u, origin), sub(vset(o.slope_unit), mul(u, u))
+        slope, e = sub(vset(o.slope_unit), mul(u, u)), vexp2(u, origin)
         if part:
-            d = choose(past_end(layout, w, cls), vset(<real> -INFINITY), d)
+            e = choose(past_end(layout, w, cls), vset(0), e)
     else:
         d = distance(o, d, origin, keep, &slope)
+        e = vexp(d, vset(0))
         if o.slopes_in_units:
             slope = mul(slope, vset(o.slope_unit))
-    e = vexp(d, vset(0))
     if not o.bends:
         keep[0] = e
     elif keeps_slope(o):
@@ -152,11 +165,11 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, b
         f.others = add(f.others, e)
     if dense:
         u = target_part(layout, part, careful, o, w, k, cls)
-        if careful:
+        if careful and layout == LANED:
+            f.u_pivot = add_where(left_out, f.u_pivot, u)
+        if careful and not o.even_weights:
             f.u_others = add_unless(left_out, f.u_others, u)
-            if layout == LANED:
-                f.u_pivot = add_where(left_out, f.u_pivot, u)
-        else:
+        elif not o.even_weights:
             f.u_others = add(f.u_others, u)
         f.away = less_product(f.away, u, d)
     elif o.elsewhere != 0:
@@ -211,10 +224,10 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
-        if dense:
+        if dense and not o.even_weights:
             add_block(start, f.u_others, &all.u_others, &lost.u_others)
-            if layout == LANED:
-                all.u_pivot = add(all.u_pivot, f.u_pivot)
+        if dense and layout == LANED:
+            all.u_pivot = add(all.u_pivot, f.u_pivot)
         all.spread = add(all.spread, f.spread)
     # What an infinite sum lost is NaN.
     s.a, s.b = add(all.others, lost.others), choose(veq(lost.away, lost.away), add(all.away, lost.away), all.away)
@@ -233,7 +246,9 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
     """What the lanes of LANES rows hold, one row a lane (ROWED), of what `fold` leaves out."""
     s.b = s.more[0] = s.more[1] = s.more[2] = vset(0)
     if o.dense:
-        s.more[0], s.more[1] = transposed_sum(u_others, 1), vload(u_pivot)
+        s.more[1] = vload(u_pivot)
+    if o.dense and not o.even_weights:
+        s.more[0] = transposed_sum(u_others, 1)
     if o.dense or o.elsewhere != 0:
         s.b = transposed_sum(b, 1)
     if o.entropy:
@@ -251,10 +266,14 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     e = vexp(d, zero)
     if o.bends:  # the origin is rounded, the maximum's distance from it is not 0
         again = sub(again, off)
+        if o.slopes_in_units:
+            again = choose(veq(s.near, zero), again, from_maximum(o, s.m, s.c))
         others, origin = mul(others, again), add(origin, off)
         away = add(away, mul(off, add(u_others, u_pivot) if o.dense else vset(o.classes)))
     total = exact_sum(e, others, &rest)
     size = vlog(total, div(rest, total), zero, &rest)
+    if o.even_weights:
+        u_others = sub(vset(o.all_weights), mul(u_pivot, vset(o.per_weighted_target)))
     if not o.dense:
         u_others, u_pivot = vset(o.elsewhere * (o.classes - 1)), vset(o.at_target)
         # at_target is (1 − ε) + ε / C, whose second part is among the others.
@@ -354,7 +373,8 @@ cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, ve
 
 # --- the largest class -----------------------------------------------------------------------------------------------
 # A row without NaN is told by the sum of its scores, which is one operation for each vector; it is NaN too where both
-# infinities are. Then the lowest class that has the maximum is found without a branch that depends on where it is.
+# infinities are. Then the lowest class that has the maximum is found without a branch that depends on where it is. (To keep
+# the class of the largest in each lane, which reads rows once, was no faster.)
 cdef inline lane_int row_argmax(const Walk *w) noexcept nogil:
     """The lowest class that has the maximum, or the first NaN (ROWED): of rows that may have NaN."""
     cdef real m = sone(w.src), x
@@ -368,8 +388,8 @@ cdef inline lane_int row_argmax(const Walk *w) noexcept nogil:
     return <lane_int> top
 
 
-cdef inline void row_top(const Walk *w, vec *m, vec *total) noexcept nogil:
-    """The maximum and the sum of the scores of each lane (ROWED)."""
+cdef inline bint row_top(const Walk *w, vec *m) noexcept nogil:
+    """The maximum of each lane, and whether all is known of the row (ROWED)."""
     cdef vec top = vset(<real> -INFINITY), second_top = top, x
     cdef vec first = vset(0), second = first
     cdef Py_ssize_t k, whole = w.classes // LANES
@@ -384,7 +404,8 @@ cdef inline void row_top(const Walk *w, vec *m, vec *total) noexcept nogil:
     if whole < w.vectors:
         x = fetch(ROWED, True, w, whole, sone(w.src))  # a score once more changes neither the maximum nor whether there is NaN
         second_top, second = vmax(second_top, x), add(second, x)
-    m[0], total[0] = vmax(top, second_top), add(first, second)
+    m[0], first = vmax(top, second_top), add(first, second)
+    return none_of(unordered(first, first))
 
 
 cdef inline lane_int class_of(const Walk *w, vec m) noexcept nogil:

@@ -67,11 +67,15 @@ cdef extern from "simd.h" nogil:
     vec with_sign(vec, vec) noexcept
     vec add_where(mask, vec, vec) noexcept
     vec vmax(vec, vec) noexcept
+    vec vmin(vec, vec) noexcept
     vec join_bits(vec, vec) noexcept
     bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
     const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
+    const double FL_LN2
     vec nearest_steps(vec) noexcept
+    vec round_to_step(vec) noexcept
+    vec vexp2(vec, vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept

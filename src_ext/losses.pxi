@@ -34,7 +34,7 @@ cdef enum:
     PLAIN = 0
     # Of the softmax, as general.pxi has them:
     FLAT = 1  # without a softcap,
-    WEIGHED = 2  # the same, u being class weights,
+    WEIGHED = 2  # the same, u being class weights that are even,
     GIVEN = 3  # or probabilities
     BENT = 4  # a softcap, and no other u than at the target
     # Of the hinge:
@@ -54,15 +54,17 @@ cdef struct Options:
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
-    real bends_near[11]  # a polynomial that bends small scores, unless bends_far; 1 / T included
-    bint bends_far  # where its coefficients would be no normal numbers
-    bint slopes_in_units  # slopes are times bent_unit^2
+    real bends_near[11]  # a polynomial that bends small scores; 1 / (T log 2) included
+    real near_scores  # below this size; 0 where its coefficients would be no normal numbers, or its values too large
+    bint slopes_in_units  # slopes are times (bent_unit / log 2)^2
     real slope_unit, per_slope_unit  # that, and 1 / that
     real per_temperature
     # What u is multiplied by, smoothing / C of an index target included; NULL: all 1. Logistic: what targets 0 count in
     # each column, then what targets 1 do.
     const real *class_weight
-    real weighted_target  # u of an index target, and 1 of other classes, before that
+    real weighted_target, per_weighted_target  # u of an index target, and 1 of other classes, before that
+    bint even_weights  # they are part of u, and none is more than all others together
+    real all_weights  # their sum then
     bint probabilities  # u comes with the rows
     bint dense  # u is not the same for all classes but the target
     bint bends  # there is a softcap
@@ -83,13 +85,16 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         return
     if form == FLAT or form == WEIGHED or form == GIVEN or form == BENT:
         o.bends, o.dense, o.probabilities = form == BENT, form == WEIGHED or form == GIVEN, form == GIVEN
+        o.even_weights = form == WEIGHED
         if form != FLAT:
             o.entropy = o.shard = False
         o.slopes_in_units = form == BENT and layout == ROWED
         if form == BENT:
             o.elsewhere = 0
-    elif form == PAIRED:
-        o.paired, o.counts_target = True, False
+    else:
+        o.even_weights = False
+        if form == PAIRED:
+            o.paired, o.counts_target = True, False
 
 
 cdef inline int form_of(const Options *o) noexcept nogil:
@@ -104,7 +109,7 @@ cdef inline int form_of(const Options *o) noexcept nogil:
         return FLAT
     if o.entropy or o.shard or (o.bends and (o.dense or o.elsewhere != 0)):
         return ANY
-    return BENT if o.bends else GIVEN if o.probabilities else WEIGHED
+    return BENT if o.bends else GIVEN if o.probabilities else WEIGHED if o.even_weights else ANY
 
 
 cdef struct Walk:
@@ -214,19 +219,19 @@ cdef inline void put_at_target(int layout, const Walk *w, vec v) noexcept nogil:
 
 cdef inline vec row_max(const Walk *w, vec *size) noexcept nogil:
     """The maximum, of each lane; and, unless it is NULL, the largest size of what is not NaN (ROWED)."""
-    cdef vec m = vset(<real> -INFINITY), x, largest = vset(0)
+    cdef vec m = vset(<real> -INFINITY), lowest = vset(<real> INFINITY), x
     cdef Py_ssize_t k, whole = w.classes // LANES
     for k in range(whole):
         x = fetch(ROWED, False, w, k, 0)
         m = vmax(m, x)
         if size != NULL:
-            largest = vmax(vabs(x), largest)
+            lowest = vmin(lowest, x)
     if whole < w.vectors:
         m = vmax(m, fetch(ROWED, True, w, whole, <real> -INFINITY))
         if size != NULL:
-            largest = vmax(vabs(fetch(ROWED, True, w, whole, 0)), largest)
+            lowest = vmin(lowest, fetch(ROWED, True, w, whole, <real> INFINITY))
     if size != NULL:
-        size[0] = largest
+        size[0] = vmax(m, sub(vset(0), lowest))
     return m
 
 
@@ -263,6 +268,7 @@ cdef struct State:
     vec b
     vec low  # what a lacks, as rounded (hinge)
     vec c  # and in the general form
+    vec near  # not 0 where the row was bent by a polynomial, from c on (slopes_in_units)
     vec more[3]
     ivec pivot  # the class that its sums leave out; not in the Walk, which plain rows would pay for (12 cycles each)
 
@@ -969,7 +975,8 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     kind, margin, power, over, general = row_loss
     cdef Matrix m
     # Through double: a Python float is not given to `real`, which Cython takes for float in every module.
-    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature, unit
+    cdef double some = margin, at_target, elsewhere, z_loss, softcap, temperature, all_weights, unit
+    cdef bint bends_near
     cdef int k
     if c > 0x7fffffff - 16:
         raise ValueError(f"scores have {c} classes; the kernels count them in 31 bits")
@@ -978,14 +985,15 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
     o.power, o.margin, o.classes = power, <real> some, <real> c
     o.per_class = <real> (1.0 / c) if over == "mean" else 1
     if general is not None:
-        (at_target, elsewhere, z_loss, softcap, temperature, class_weight, pairs, o.counts_target, o.entropy,
+        (at_target, elsewhere, z_loss, softcap, temperature, class_weight, all_weights, pairs, o.counts_target, o.entropy,
          o.shard) = general
         o.general, o.z_loss, o.bends = True, <real> z_loss, softcap >= 0
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
-        o.bends_far = not (2.0**-12 <= softcap <= 2.0**15 and 1 <= softcap / temperature <= 2.0**30)
-        unit = 1 if o.bends_far else softcap / temperature
+        bends_near = 2.0**-12 <= softcap <= 2.0**15 and 1 <= softcap / temperature <= 2.0**16
+        o.near_scores = <real> (softcap * NEAR_TANH) if bends_near else 0
+        unit = softcap / temperature / FL_LN2 if bends_near else 1
         o.slope_unit, o.per_slope_unit = <real> (unit * unit), <real> (1 / (unit * unit))
-        unit = 0 if o.bends_far else 1 / temperature
+        unit = 1 / temperature / FL_LN2 if bends_near else 0
         for k in range(BENDS):
             o.bends_near[k] = <real> (unit * fl_bends[k])
             unit /= softcap * softcap
@@ -993,6 +1001,8 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
         m = loan.matrix(class_weight, False)
         o.class_weight, o.dense = m.data, m.data != NULL
         o.weighted_target = <real> (at_target / elsewhere) if elsewhere else 1
+        o.per_weighted_target = 1 / o.weighted_target
+        o.all_weights, o.even_weights = <real> all_weights, all_weights > 0
         m = loan.matrix(pairs, False)
         o.pairs, o.paired = m.data, m.data != NULL
         if o.paired:

@@ -9,8 +9,9 @@ cdef enum:
     # Halves of vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty.
     FEW = 4
     FEW_SOFTMAX = 5
-    FEW_GENERAL = 8  # of the general softmax, which has more to do for each row,
-    FEW_LOGISTIC = 12  # and of the plain logistic loss, with logarithms for the lanes of each row, or for 16 rows
+    FEW_GENERAL = 10  # of the general softmax, which has more to do for each row;
+    FEW_BENT = 8  # with a softcap
+    FEW_LOGISTIC = 12  # of the plain logistic loss, with logarithms for the lanes of each row, or for 16 rows
 
     STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
@@ -47,8 +48,10 @@ cdef bint is_laned(const Options *o, const Matrix *a, const Matrix *b) noexcept 
     cdef Py_ssize_t few = FEW
     if o.kind == LOGISTIC and not o.general:
         few = FEW_LOGISTIC
+    elif o.kind == SOFTMAX and o.general:
+        few = FEW_BENT if o.bends else FEW_GENERAL
     elif o.kind == SOFTMAX:
-        few = FEW_GENERAL if o.general else FEW_SOFTMAX
+        few = FEW_SOFTMAX
     return 2 * a.columns <= few * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
 
 
@@ -300,26 +303,24 @@ cdef void keep_tile_tops(const ScoresPass *s, Py_ssize_t row, int n, const real 
 cdef void keep_group_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult) noexcept nogil:
     """The same of n <= GROUP_ROWS rows that are contiguous."""
     cdef vec top[32]
-    cdef vec total[32]
+    cdef bint is_known[32]
     cdef real m[32]
-    cdef real sum_[32]
     cdef Walk w
     cdef int i
     cdef Py_ssize_t v, g
     for i in range(n):
         w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
-        row_top(&w, &top[i], &total[i])
+        is_known[i] = row_top(&w, &top[i])
     for i in range(n, (n + LANES - 1) // LANES * LANES):
-        top[i] = total[i] = vset(0)
+        top[i] = vset(0)
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
         vstore(m + g, transposed_max(top + g, 1))
-        vstore(sum_ + g, transposed_sum(total + g, 1))
     for i in range(n):
         w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
         if mult[i] == 0:
             s.top[row + i] = 0
-        elif sum_[i] == sum_[i]:
+        elif is_known[i]:
             s.top[row + i] = class_of(&w, vset(m[i]))
         else:
             s.top[row + i] = row_argmax(&w)
@@ -448,7 +449,8 @@ cdef inline void settle_group(bint grad, const Options *o, int n, const vec *fir
 
 cdef inline void settle_general_group(bint grad, const Options *o, int n, const vec *first, const vec *second,
                                       const vec *low, vec found[2][32], const real *u_pivot, const real *m,
-                                      const real *target, const real *mult, real factor, real *a, real *b, real *coefficient, real *losses,
+                                      const real *origin, const real *near, const real *target, const real *mult,
+                                      real factor, real *a, real *b, real *coefficient, real *losses,
                                       real *extras) noexcept nogil:
     """The same for the general form."""
     cdef State state
@@ -459,6 +461,8 @@ cdef inline void settle_general_group(bint grad, const Options *o, int n, const 
         fold(o, first + g, second + g, low + g, &state)
         if o.kind == SOFTMAX:
             fold_general(o, second + g, found[0] + g, found[1] + g, u_pivot + g, &state)
+        if o.slopes_in_units:
+            state.c, state.near = vload(origin + g), vload(near + g)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
         vstore(a + g, state.a)
         vstore(b + g, state.b)
@@ -494,6 +498,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef lane_int pivot[32]
     cdef real u_pivot[32]
     cdef vec size[32]
+    cdef real near[32]
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
@@ -519,7 +524,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = low[i] = end
         if general:
-            found[0][i] = found[1][i] = end
+            found[0][i] = found[1][i] = size[i] = end
             u_pivot[i] = 0
     memset(m, 0, sizeof(m))
     memset(target, 0, sizeof(target))
@@ -532,7 +537,14 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     aim_group(o, n, top, m, target)
     if general and o.kind == SOFTMAX:
         for r in range((n + LANES - 1) // LANES):
-            vstore(origin + r * LANES, origin_of_distance(o, vload(m + r * LANES)))
+            end = vload(m + r * LANES)
+            if form == BENT:
+                vstore(near + r * LANES, choose(is_near_zero(o, transposed_max(size + r * LANES, 1)), vset(1), vset(0)))
+                end = steps_of_origin(o, end, vload(near + r * LANES))
+            else:
+                end = origin_of_distance(o, end)
+            vstore(origin + r * LANES, end)
+        end = vset(0)
     for i in range(n):
         first[i] = second[i] = low[i] = end
         if general:
@@ -547,7 +559,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
-            w.more_ahead, w.near = ahead * s.probabilities.row_stride, form == BENT and is_near_zero(o, size[i])
+            w.more_ahead, w.near = ahead * s.probabilities.row_stride, form == BENT and near[i] != 0
             pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
             u_pivot[i] = target_at(o, &w, pivot[i], y[i]) if o.dense else 0
             state.pivot = iset(pivot[i])
@@ -561,7 +573,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         if general:
             found[0][i], found[1][i] = state.more[0], state.more[2]
     if general:
-        settle_general_group(grad, o, n, first, second, low, found, u_pivot, m, target, mult, s.scale, a, b, coefficient, losses,
+        settle_general_group(grad, o, n, first, second, low, found, u_pivot, m, origin, near, target, mult, s.scale, a, b, coefficient, losses,
                              extras)
     else:
         settle_group(grad, o, n, first, second, low, m, target, mult, s.scale, a, b, losses)

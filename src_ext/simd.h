@@ -314,12 +314,19 @@ FL_INLINE vec less_product(vec total, vec weight, vec d) {
 FL_INLINE vec join_bits(vec a, vec b) { return (vec)((ivec)a | (ivec)b); }
 FL_INLINE int all_below_2(vec v) { return all_lanes(ieq((ivec)v >> (FASTLOSS_BITS - 2), iset(0))); }
 
-/* The larger of two; which one is given where one is NaN is not said. */
+/* The larger, and the smaller, of two; which one is given where one is NaN is not said. */
 FL_INLINE vec vmax(vec a, vec b) {
 #ifdef __x86_64__
     return VOP(max)(a, b);
 #else
     return choose(vlt(a, b), b, a);
+#endif
+}
+FL_INLINE vec vmin(vec a, vec b) {
+#ifdef __x86_64__
+    return VOP(min)(a, b);
+#else
+    return choose(vlt(a, b), a, b);
 #endif
 }
 
@@ -874,10 +881,12 @@ FL_INLINE void gather_rows(const real *const *rows, ptrdiff_t first, ptrdiff_t c
 #define FL_STEPS 1
 #endif
 #define FL_LOG2_E ((real)1.4426950408889634)
+#define FL_LN2 0.6931471805599453
 #define FL_MAGIC ((real)FL_ROUND / FL_STEPS) /* adding it rounds to a multiple of a step */
 
 /* The multiple of a step that is nearest to x / log 2; and x - n log 2. |x| < FL_NEAR. */
 FL_INLINE vec nearest_steps(vec x) { return (x * vset(FL_LOG2_E) + vset(FL_MAGIC)) - vset(FL_MAGIC); }
+FL_INLINE vec round_to_step(vec x) { return (x + vset(FL_MAGIC)) - vset(FL_MAGIC); }
 FL_INLINE vec less_steps(vec x, vec n) { return x - n * vset(FL_LN2_HIGH) - n * vset(FL_LN2_LOW); }
 
 #ifdef FL_MASK_REGISTERS
@@ -892,54 +901,42 @@ static const real fl_powers[LANES] = {
     0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0, 0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0,
 #endif
 };
-/* exp(r) - 1 for at most half a step, such that adding 1 gives exp(r) to 1e-8 in float, 4e-18 in double: its Taylor series. */
-FL_INLINE vec expm1_in_step(vec r) {
+/* exp(unit r) - 1 for at most half a step, such that adding 1 gives exp to 1e-8 in float, 4e-18 in double: its Taylor series.
+ * unit, a constant: 1, or log 2 for r in steps. */
+static const double fl_expm1[] = {
 #if FASTLOSS_BITS == 32
-    vec q = r * vset(1.0f / 6) + vset(0.5f);
+    1.0 / 6, 0.5, 1,
 #else
-    vec q = r * vset(1.0 / 40320) + vset(1.0 / 5040);
-    q = q * r + vset(1.0 / 720);
-    q = q * r + vset(1.0 / 120);
-    q = q * r + vset(1.0 / 24);
-    q = q * r + vset(1.0 / 6);
-    q = q * r + vset(0.5);
+    1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1,
 #endif
-    return (q * r + vset(1)) * r;
-}
+};
 #else
 /* The same; the coefficients interpolate (exp(r) - 1 - r) / r^2 at Chebyshev points: 1e-8 in float, 1.7e-17 in double. */
-FL_INLINE vec expm1_in_step(vec r) {
+static const double fl_expm1[] = {
 #if FASTLOSS_BITS == 32
-    vec q = vset(0x1.6d1109p-10f);
-    q = q * r + vset(0x1.120b6ep-7f);
-    q = q * r + vset(0x1.555519p-5f);
-    q = q * r + vset(0x1.5554ddp-3f);
-    q = q * r + vset(0.5f);
+    0x1.6d1109p-10, 0x1.120b6ep-7, 0x1.555519p-5, 0x1.5554ddp-3, 0.5, 1,
 #else
-    vec q = vset(0x1.af38a9b0ec855p-26);
-    q = q * r + vset(0x1.289185613a3d6p-22);
-    q = q * r + vset(0x1.71de0dae63bb3p-19);
-    q = q * r + vset(0x1.a019b90d2ae7ap-16);
-    q = q * r + vset(0x1.a01a01a7c41d5p-13);
-    q = q * r + vset(0x1.6c16c1788bd90p-10);
-    q = q * r + vset(0x1.11111111109b3p-7);
-    q = q * r + vset(0x1.5555555553d63p-5);
-    q = q * r + vset(0x1.5555555555556p-3);
-    q = q * r + vset(0x1.0000000000001p-1);
+    0x1.af38a9b0ec855p-26, 0x1.289185613a3d6p-22, 0x1.71de0dae63bb3p-19, 0x1.a019b90d2ae7ap-16, 0x1.a01a01a7c41d5p-13,
+    0x1.6c16c1788bd90p-10, 0x1.11111111109b3p-7, 0x1.5555555553d63p-5, 0x1.5555555555556p-3, 0x1.0000000000001p-1, 1,
 #endif
-    return (q * r + vset(1)) * r;
+};
+#endif
+#define FL_EXPM1 ((int)(sizeof fl_expm1 / sizeof *fl_expm1))
+FL_INLINE vec expm1_of(vec r, double unit) {
+    double powers[FL_EXPM1];
+    powers[FL_EXPM1 - 1] = unit;
+#pragma GCC unroll 12
+    for (int k = FL_EXPM1 - 2; k >= 0; k--) powers[k] = powers[k + 1] * unit;
+    vec q = vset((real)(fl_expm1[0] * powers[0]));
+#pragma GCC unroll 12
+    for (int k = 1; k < FL_EXPM1; k++) q = q * r + vset((real)(fl_expm1[k] * powers[k]));
+    return q * r;
 }
-#endif
+FL_INLINE vec expm1_in_step(vec r) { return expm1_of(r, 1); }
 
-/* exp(x - from log 2), for results up to 2 RAISED, or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
- * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is
- * near 0 and the result near 1e-30, its rounding alone would be 16 units of the result. */
-FL_INLINE vec vexp(vec x, vec from) {
-    vec start = vset(FL_MAGIC) - from;
+/* 2^n (1 + q), for t = FL_MAGIC + n. */
+FL_INLINE vec power_of_2(vec t, vec q) {
 #ifdef FL_MASK_REGISTERS
-    x = VOP(max)(vset(2 * (real)FL_EXP_LOW - FL_NEAR), x); /* NaN stays, -inf becomes what still gives 0 */
-    vec t = x * vset(FL_LOG2_E) + start;
-    vec q = expm1_in_step(less_steps(x, t - start));
 #if FASTLOSS_BITS == 32
     vec power = _mm512_permutexvar_ps((__m512i)t, vload(fl_powers)); /* by the low bits of t */
 #else
@@ -947,11 +944,26 @@ FL_INLINE vec vexp(vec x, vec from) {
 #endif
     return VOP(scalef)(power * q + power, t - vset(FL_MAGIC));
 #else
-    vec t = x * vset(FL_LOG2_E) + start;
-    vec q = expm1_in_step(less_steps(x, t - start)) + vset(1);
     ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
-    return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), q * (vec)scale);
+    return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), (q + vset(1)) * (vec)scale);
 #endif
+}
+/* exp(x - from log 2), for results up to 2 RAISED, or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
+ * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is
+ * near 0 and the result near 1e-30, its rounding alone would be 16 units of the result. */
+FL_INLINE vec vexp(vec x, vec from) {
+    vec start = vset(FL_MAGIC) - from;
+#ifdef FL_MASK_REGISTERS
+    x = VOP(max)(vset(2 * (real)FL_EXP_LOW - FL_NEAR), x); /* NaN stays, -inf becomes what still gives 0 */
+#endif
+    vec t = x * vset(FL_LOG2_E) + start;
+    return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
+}
+/* 2^(x - from), for results up to 2 RAISED; `from` is a multiple of a step, and both are below 2^17 in size. No product is
+ * rounded here, so that it takes three multiplications less than exp: but x, as it is given, has been. */
+FL_INLINE vec vexp2(vec x, vec from) {
+    vec start = vset(FL_MAGIC) - from, t = x + start;
+    return power_of_2(t, expm1_of(x - (t - start), FL_LN2));
 }
 
 /* 1 / v, for v in [1, 2]; to a unit in the last place. */

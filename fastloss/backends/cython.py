@@ -89,31 +89,45 @@ def row_options(loss: Any) -> tuple[Any, ...]:
 def general_options(
     loss: Any, probabilities: bool, n_classes: int, dtype: np.dtype[Any], entropy: bool = False
 ) -> tuple[Any, ...]:
-    """The same for the general form, in the compute type `dtype`."""
+    """The same for the general form, in the compute type `dtype`: made once for a loss."""
+    key = "options", probabilities, n_classes, dtype, entropy
+    found: tuple[Any, ...] = loss.once(key, lambda: _general_options(loss, probabilities, n_classes, dtype, entropy))
+    return found
+
+
+def _general_options(
+    loss: Any, probabilities: bool, n_classes: int, dtype: np.dtype[Any], entropy: bool
+) -> tuple[Any, ...]:
     if loss.kind == "softmax":
-        weight = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None
+        weight, total = loss.converted("class_weight", dtype) if loss.weighs_inside(probabilities) else None, 0.0
         smoothing = loss.label_smoothing
         if weight is not None and not probabilities:  # of all but the target, smoothing / C included: normal
             smoothing = max(smoothing, 1e-30 * n_classes)
             weight = weight * dtype.type(smoothing / n_classes)
+            total = weight.sum(dtype=np.float64)
+            if not weight.max(initial=0) <= total / 2 <= np.finfo(dtype).max / 4:
+                total = 0.0
         elsewhere = smoothing / n_classes
-        return _softmax_options(loss, 1 - smoothing + elsewhere, elsewhere, weight, entropy, False)
+        return _softmax_options(loss, 1 - smoothing + elsewhere, elsewhere, weight, entropy, False, total)
     if loss.kind == "logistic":
         at, elsewhere = loss.smoothed
         weights = loss.column_weights(probabilities, n_classes)
         weights = None if weights is None else weights.astype(dtype)
-        return *row_options(loss)[:4], (at, elsewhere, 0.0, -1.0, 1.0, weights, None, False, False, False)
+        return *row_options(loss)[:4], (at, elsewhere, 0.0, -1.0, 1.0, weights, 0.0, None, False, False, False)
     pairs = loss.converted("pair_margins", dtype)
-    return *row_options(loss)[:4], (1.0, 0.0, 0.0, -1.0, 1.0, None, pairs, loss.count_target, False, False)
+    return *row_options(loss)[:4], (1.0, 0.0, 0.0, -1.0, 1.0, None, 0.0, pairs, loss.count_target, False, False)
 
 
 def _softmax_options(
-    loss: Any, at_target: float, elsewhere: float, weight: Array | None, entropy: bool, shard: bool
+    loss: Any, at_target: float, elsewhere: float, weight: Array | None, entropy: bool, shard: bool, total: float = 0.0
 ) -> tuple[Any, ...]:
-    """u of the target and of other classes, or, if that is not the same for all of these, `weight` of each class."""
+    """u of the target and of other classes, or, if that is not the same for all of these, `weight` of each class.
+
+    total: their sum, if no class has more than half of it.
+    """
     softcap = -1.0 if loss.softcap is None else loss.softcap
     numbers = at_target, elsewhere, loss.z_loss, softcap, loss.temperature
-    return *SOFTMAX[:4], (*numbers, weight, None, False, entropy, shard)
+    return *SOFTMAX[:4], (*numbers, weight, total, None, False, entropy, shard)
 
 
 def shard_options(
