@@ -1083,8 +1083,8 @@ FL_INLINE void streamed(void) { _mm_sfence(); }
 FL_INLINE void vstream(real *p, vec v) { vstore(p, v); }
 FL_INLINE void streamed(void) {}
 #endif
+/* Into the second-level cache. */
 FL_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
-FL_INLINE void prefetch_near(const void *p) { __builtin_prefetch(p, 0, 3); }
 FL_INLINE void prefetch_to_write(const void *p) { __builtin_prefetch(p, 1, 2); }
 /* n bytes past the caches. */
 FL_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t n) {
