@@ -14,17 +14,21 @@
 # products. 50000 x 3072 x 64 in float32: 115 ms with one tile, 104 with two, 111 with three. A value alone reads rows
 # once, and needs batches only to have several tiles for the row losses.
 #
-# Later rows are fetched during both products, evenly, in the order in which they will be used. The unit is a piece: a
-# stretch of one row. `lead` pieces are ahead when a batch begins, `middle` when its second product does; each product
-# fetches as many as it has the time for and leaves the others alone. What is fetched stays in the second-level cache
-# until it is used. With a gradient, the first product fetches only while it has its rows in L1, that is with the last of
-# the blocks side by side: rows on their way from the second level wait behind lines from memory (50000 x 3072 x 10 in
-# float32: 20 ms with the last block, 22 with the first).
+# Later rows are fetched during both products, evenly, in the order in which they will be used. The unit is a piece: as
+# much of one row as a call of the first product has vectors to ask for a line each, a stretch of float32 or float64.
+# `lead` pieces are ahead when a batch begins, `middle` when its second product does; each product fetches as many as it
+# has the time for and leaves the others alone. What is fetched comes into the second-level cache, and no nearer: lines on
+# their way from memory to the first level hold its few buffers for misses, and all that comes from the second level waits
+# for one (Zen 4, 20000 x 3072 x 10 in float32, one thread: 29 ms, 35 with a fetch into the first level, and 26 where the
+# rows are in cache; the loss alone 15 and 21 ms). So they are not asked for in bursts either: as few side by side as
+# keep up. With a gradient, the first product fetches only while it has its rows in L1, that is with the last of the
+# blocks side by side (29.4 ms, with all of them 30.6).
 
 cdef enum:
     STRETCH_BYTES = 2048  # of a row of W, at most
     SIDE_BY_SIDE = 2  # blocks of W whose stretch stays in L1 while rows pass by
     LEAD_BYTES = 192 << 10  # fetched when a batch begins, at most
+    LINE = 64  # bytes of the caches' lines
     PART_BYTES = 256  # of a piece, for one call of the second product
     MOST_TILES = 4  # of a batch,
     BATCH_BYTES_L1 = 16 << 10  # and what its rows take, at most, unless they are 16: in the first-level cache;
@@ -49,7 +53,8 @@ cdef struct LinearPass:
     Py_ssize_t outer_start[32]
     Py_ssize_t tiles  # of a batch
     Py_ssize_t tile_sums  # vectors from a tile's sums to the next's: 0 where they are used up at once
-    int lines  # pieces fetched together during the first product: more than one, so that memory answers side by side
+    Py_ssize_t pieces, piece  # of a row, and their bytes
+    int lines  # pieces fetched together during the first product
     Py_ssize_t parts  # of a piece, one for each call of the second product
     double lead, middle  # pieces fetched when a batch begins, and when its second product does
     double dot_rate, outer_rate  # to be fetched with each call of the products
@@ -82,7 +87,7 @@ cdef struct Batch:
 cdef struct Fetcher:
     Batch *batch  # of the next piece,
     Batch *following  # and the other one
-    Py_ssize_t stretch, row, part  # of the next piece
+    Py_ssize_t place, row, part  # of the next piece: which of its row, whose row, what is next of it
     double ahead  # pieces, less those that should be
     const stored *nowhere[64]
     Ahead none
@@ -158,9 +163,9 @@ cdef void copy_ends(const LinearPass *p, Batch *t, stored *ends) noexcept nogil:
 cdef void aim_fetches(const LinearPass *p, Fetcher *f, Batch *t, Batch *following, double piece) noexcept nogil:
     """What is fetched next is this piece of t, or as many further of the batch that follows. Others had their time."""
     cdef Py_ssize_t rows = p.tiles * TILE, together = AHEAD * p.tiles, at = <Py_ssize_t> piece // together * together
-    f.batch, f.following, f.stretch, f.row, f.part, f.ahead = t, following, at // rows, at % rows, 0, 0
-    if f.stretch >= p.stretches:
-        f.batch, f.following, f.stretch = following, t, f.stretch - p.stretches
+    f.batch, f.following, f.place, f.row, f.part, f.ahead = t, following, at // rows, at % rows, 0, 0
+    if f.place >= p.pieces:
+        f.batch, f.following, f.place = following, t, f.place - p.pieces
 
 
 cdef inline void fetched(const LinearPass *p, Fetcher *f, Py_ssize_t pieces) noexcept nogil:
@@ -169,9 +174,9 @@ cdef inline void fetched(const LinearPass *p, Fetcher *f, Py_ssize_t pieces) noe
     f.row += pieces
     if f.row == p.tiles * TILE:
         f.row = 0
-        f.stretch += 1
-        if f.stretch == p.stretches:
-            f.stretch = 0
+        f.place += 1
+        if f.place == p.pieces:
+            f.place = 0
             f.batch, f.following = f.following, f.batch
 
 
@@ -180,8 +185,7 @@ cdef inline const Ahead *fetch_some(const LinearPass *p, Fetcher *f) noexcept no
     f.ahead -= p.dot_rate
     if f.ahead >= 0:
         return &f.none
-    f.some.rows, f.some.at = &f.batch.row[f.row], f.stretch * p.stretch * LANES * sizeof(stored)
-    f.some.step = LANES * sizeof(stored)
+    f.some.rows, f.some.at, f.some.step = &f.batch.row[f.row], f.place * p.piece, LINE
     fetched(p, f, p.lines)
     return &f.some
 
@@ -191,9 +195,7 @@ cdef inline const Ahead *fetch_part(const LinearPass *p, Fetcher *f) noexcept no
     f.ahead -= p.outer_rate
     if f.ahead >= 0:
         return &f.none
-    f.some.rows = &f.batch.row[f.row]
-    f.some.at = f.stretch * p.stretch * LANES * sizeof(stored) + f.part * PART_BYTES
-    f.some.step = 64
+    f.some.rows, f.some.at, f.some.step = &f.batch.row[f.row], f.place * p.piece + f.part * PART_BYTES, LINE
     f.part += 1
     if f.part == p.parts:
         f.part = 0
@@ -381,19 +383,23 @@ cdef Py_ssize_t batch_tiles_of_rows(const LinearPass *p) noexcept nogil:
 cdef void plan_fetches(LinearPass *p) noexcept nogil:
     """How far ahead rows are fetched, and how fast.
 
-    Without a second product, one stretch of a batch ahead. With it, as far as makes both fetch as much, if the
+    Without a second product, one piece of each row of a batch ahead. With it, as far as makes both fetch as much, if the
     second-level cache has the room; an eighth of that is left when the first product ends.
     """
     cdef Py_ssize_t rows = p.tiles * TILE, calls = rows // ROWS * p.stretches
-    cdef Py_ssize_t piece = max(<Py_ssize_t> 1, p.stretch * LANES * <Py_ssize_t> sizeof(stored))
-    cdef double all = p.stretches * rows, most
+    cdef Py_ssize_t row_size = max(<Py_ssize_t> 1, p.features * <Py_ssize_t> sizeof(stored))
+    cdef Py_ssize_t most_piece = max(<Py_ssize_t> 1, p.stretch) * LINE
+    cdef double all, most
+    p.pieces = (row_size + most_piece - 1) // most_piece
+    p.piece = ((row_size + p.pieces - 1) // p.pieces + LINE - 1) // LINE * LINE
+    p.parts = (p.piece + PART_BYTES - 1) // PART_BYTES
     calls *= (p.dot_blocks + SIDE_BY_SIDE - 1) // SIDE_BY_SIDE if p.grad else p.dot_blocks
-    p.parts = (piece + PART_BYTES - 1) // PART_BYTES
-    most = max(<double> rows, min(all * 2 / 3, <double> LEAD_BYTES / piece))
+    all = p.pieces * rows
+    most = max(<double> rows, min(all * 2 / 3, <double> LEAD_BYTES / p.piece))
     p.lead = most if p.grad else <double> rows
     p.middle = max(p.lead + all / 2, all + most / 8) if p.grad else p.lead + all
     p.dot_rate = (p.middle - p.lead) / max(calls, <Py_ssize_t> 1)
-    p.lines = 4 if p.dot_blocks == 1 else 2
+    p.lines = 1 if p.dot_rate <= 1 else 2 if p.dot_rate <= 2 else AHEAD
     p.outer_rate = (all + p.lead - p.middle) / max((p.vectors + 1) // 2, <Py_ssize_t> 1)
     if p.staged:
         p.dot_rate, p.outer_rate = 0, 0
