@@ -254,12 +254,16 @@ its own, in alternating rounds. Beside them, in the same rounds, stands the floo
 (copies and reads of the same bytes, exponentials, multiply-adds, bare products), as far as a case needs it.
 
 With --suite all that the project holds itself to is run against bars, in about a quarter of an hour. What misses one is
-measured again before it counts. The folder given by --out receives results.json, three pictures and report.html.""",
+measured again before it counts. The folder given by --out receives results.json, three pictures and report.html.
+
+With --suite estimators whole fits of models run beside those of scikit-learn, XGBoost and LightGBM, to the same goal.
+That takes some minutes, and CIFAR-10 and 20 Newsgroups; with --quick digits take their place.""",
         epilog="""examples:
   fastloss bench --quick
   fastloss bench --cases softmax-65536x100 'hinge-*' --json times.json
   fastloss bench --suite cpu --out results
-  fastloss bench --suite cpu --cases 'linear-*' --peers torch --out results""",
+  fastloss bench --suite cpu --cases 'linear-*' --peers torch --out results
+  fastloss bench --suite estimators --cases 'sgd-*' --out results""",
     )
     bench.add_arguments(table)
     table.set_defaults(run=bench.main)

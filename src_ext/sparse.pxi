@@ -302,12 +302,45 @@ cdef inline bint best_alphas(real *G, real *alpha, Py_ssize_t n, Py_ssize_t y, d
     return True
 
 
+cdef inline void csr_outer_changed(const csr_int *indices, const CsrPass *p, Py_ssize_t start, Py_ssize_t stop,
+                                   const real *change) noexcept nogil:
+    """W += what one row's changes add to it, leaving out vectors of classes that have none: most rows change few."""
+    cdef Py_ssize_t c = 0, m, tail
+    cdef bint any_change
+    while c < p.classes:
+        tail = min(p.classes - c, <Py_ssize_t> LANES)
+        any_change = False
+        for m in range(c, c + tail):
+            any_change = any_change or change[m] != 0
+        if any_change:
+            csr_outer(indices, p, start, stop, change, c, 1, tail)
+        c += LANES
+
+
+cdef inline double row_hinge(const real *scores, Py_ssize_t n, Py_ssize_t y, double margin) noexcept nogil:
+    """max(0, the largest s_m + Δ - s_y of the wrong classes)."""
+    cdef Py_ssize_t m
+    cdef double largest = scores[y] - margin
+    for m in range(n):
+        if m != y: largest = max(largest, <double> scores[m])
+    return largest + margin - scores[y]
+
+
 cdef inline void dual_epoch_typed(const csr_int *indices, CsrPass *p, const int64_t *y, real *alpha, const real *bounds,
-                                  const real *squares, double margin, double *D) noexcept nogil:
+                                  const real *squares, double margin, double *D, real *scores, double *loss,
+                                  double *growth) noexcept nogil:
     cdef const csr_int *starts = <const csr_int *> p.starts
-    cdef Py_ssize_t i, k, row, line = 64 // sizeof(real), step = min(p.classes, 4 * line)
+    cdef Py_ssize_t i, k, m, row, line = 64 // sizeof(real), step = min(p.classes, 4 * line)
     cdef const real *w
+    cdef double along, length
     for i in range(p.rows.size):
+        if i + 2 < p.rows.size:  # rows come in no order that the processor could foresee
+            row = csr_row_at(p, i + 2)
+            k = starts[row]
+            while k < starts[row + 1]:
+                prefetch(p.values + k)
+                prefetch(indices + k)
+                k += 64 // sizeof(real) if sizeof(real) > sizeof(csr_int) else 64 // sizeof(csr_int)
         if i + 1 < p.rows.size:  # ask for what the next row needs: its weights come from a far cache
             row = csr_row_at(p, i + 1)
             for k in range(starts[row], starts[row + 1]):
@@ -317,13 +350,22 @@ cdef inline void dual_epoch_typed(const csr_int *indices, CsrPass *p, const int6
         row = csr_row_at(p, i)
         if bounds[row] > 0 and squares[row] > 0:
             csr_row(indices, p, starts[row], starts[row + 1], p.scores, False)
+            loss[0] += bounds[row] * row_hinge(p.scores, p.classes, y[row], margin)
+            for m in range(p.classes):
+                scores[m] = p.scores[m]
             if best_alphas(p.scores, alpha + row * p.classes, p.classes, y[row], bounds[row], squares[row], margin, D):
-                csr_row(indices, p, starts[row], starts[row + 1], p.scores, True)
+                csr_outer_changed(indices, p, starts[row], starts[row + 1], p.scores)
+                along, length = 0, 0  # ‖W + x δᵀ‖² = ‖W‖² + 2 s·δ + ‖x‖² ‖δ‖²
+                for m in range(p.classes):
+                    along += <double> scores[m] * p.scores[m]
+                    length += <double> p.scores[m] * p.scores[m]
+                growth[0] += 2 * along + squares[row] * length
 
 
 def dual_epoch(values, indices, starts, rows, targets, bounds, squares, double margin, W, alpha):
     """Each of some rows of a CSR matrix in turn: alpha (N, C) at its best, W (D, C) with it; in place. The int64 `targets`,
-    `bounds` C_i and `squares` ‖x_i‖² are for all rows."""
+    `bounds` C_i and `squares` ‖x_i‖² are for all rows. Returns Σ C_i ℓ_i of them, as each was found, and by how much
+    ‖W‖² grew."""
     if not STORED_IS_REAL:
         raise TypeError("sparse features are float32 or float64")
     cdef _Loan loan = _Loan()
@@ -334,9 +376,10 @@ def dual_epoch(values, indices, starts, rows, targets, bounds, squares, double m
     cdef const int64_t *y = <const int64_t *> loan.indices(targets).data
     cdef real *room
     cdef double *D
+    cdef double loss = 0, growth = 0
     csr_borrow(loan, &p, values, indices, starts, starts, rows, 0, alpha, True)
     p.W, p.dW, p.W_step, p.below = weights.data, weights.data, weights.row_stride, -1
-    room, D = <real *> malloc(2 * a.columns * sizeof(real) + 1), <double *> malloc(a.columns * sizeof(double) + 1)
+    room, D = <real *> malloc(3 * a.columns * sizeof(real) + 1), <double *> malloc(a.columns * sizeof(double) + 1)
     if room == NULL or D == NULL:
         free(room)
         free(D)
@@ -344,7 +387,12 @@ def dual_epoch(values, indices, starts, rows, targets, bounds, squares, double m
     memset(room, 0, a.columns * sizeof(real))
     p.bias, p.scores = room, room + a.columns
     with nogil:
-        if p.kind == c"i": dual_epoch_typed(<const int32_t *> p.indices, &p, y, a.data, limits, lengths, margin, D)
-        else: dual_epoch_typed(<const int64_t *> p.indices, &p, y, a.data, limits, lengths, margin, D)
+        if p.kind == c"i":
+            dual_epoch_typed(<const int32_t *> p.indices, &p, y, a.data, limits, lengths, margin, D,
+                             room + 2 * a.columns, &loss, &growth)
+        else:
+            dual_epoch_typed(<const int64_t *> p.indices, &p, y, a.data, limits, lengths, margin, D,
+                             room + 2 * a.columns, &loss, &growth)
         free(room)
         free(D)
+    return loss, growth

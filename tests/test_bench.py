@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastloss import bench, cli, plot
-from fastloss.bench import cases, controls, peers, report, runner, suite, worker
+from fastloss.bench import cases, controls, estimators, fits, peers, report, runner, suite, worker
 from fastloss.bench.cases import Case
 from fastloss.bench.suite import Bar, Item
 from fastloss.bench.work import Peer, Work
@@ -129,6 +129,9 @@ def test_cases_by_name_and_by_pattern():
         (["--out", "."], "--out has no meaning without --suite"),
         (["--suite", "cpu", "--json", "x.json"], "--json has no meaning with --suite"),
         (["--suite", "cpu", "--cases", "softmax-7x7"], "--cases softmax-7x7: the suite has no such case"),
+        (["--suite", "estimators", "--cases", "softmax-7x7"], "'softmax-7x7' matches none of accelerate-cifar10, "),
+        (["--suite", "estimators", "--peers", "numpy"], "--peers has no meaning with --suite estimators"),
+        (["--cases", "l1-20news"], "case is 'l1-20news'; it must be named as"),
     ],
 )
 def test_options_that_do_not_go_together(words, message, capsys):
@@ -582,3 +585,101 @@ def test_options_without_meaning_for_the_accuracy_suite_are_refused(capsys):
     for options in (["--quick"], ["--peers", "numpy"], ["--rounds", "2"], ["--cases", "softmax-3x4"], ["--out", "x"]):
         assert cli.main(["bench", "--suite", "accuracy", *options]) == 2
         assert f"{options[0]} has no meaning with --suite accuracy" in capsys.readouterr().err
+
+
+# --- models that reach a goal --------------------------------------------------------------------------------------
+class _Fits:
+    """Workers whose fits take and reach what a table says: peer -> setting -> (seconds, reached)."""
+
+    def __init__(self, table):
+        self.table, self.asked = table, []
+
+    def __getitem__(self, peer):
+        self.peer = peer
+        return self
+
+    def ask(self, do, contest, setting, quick):
+        self.asked.append((self.peer, setting))
+        found = self.table[self.peer][setting]
+        return found if isinstance(found, dict) else dict(zip(("seconds", "reached"), found, strict=True))
+
+
+def _contest(gap=0.1, best=("other", 3, 3)):
+    def way(name, *settings):
+        return fits.Way(name, lambda data, setting, threads: (0.0, 0.0), settings, settings[:1])
+
+    ways = {suite.OURS: way("mine", 1, 2, 3), "other": way("theirs", 1, 3)}
+    return fits.Contest("race", "Races", fits.dense, ways, best, gap)
+
+
+def _race(table):
+    workers = _Fits(table)
+    run = estimators.Run(runner.Settings(3, 2, 0.0), workers, False)
+    return run.single(estimators.Item(_contest(), (Bar("other", 2.0),))), workers.asked
+
+
+def test_the_loosest_setting_that_reaches_the_goal_counts(capsys):
+    entry, asked = _race({suite.OURS: {1: (0.1, 1.2), 2: (0.2, 1.05)}, "other": {1: (0.5, 1.3), 3: (0.6, 1.0)}})
+    assert entry["goal"] == pytest.approx(1.1, rel=1e-5)
+    assert [row["variant"] for row in entry["rows"]] == ["mine, 2", "theirs, 3"]
+    assert [row["ms"] for row in entry["rows"]] == pytest.approx([200, 600])
+    assert entry["checks"][0]["figures"] == pytest.approx([3.0])
+    assert entry["checks"][0]["met"]
+    assert asked.count((suite.OURS, 2)) == asked.count(("other", 3)) - 1 == 3  # rounds; and one for the goal
+    assert "mine, 2: 0.2 s, reached 1.05" in capsys.readouterr().out
+
+
+def test_long_fits_are_made_once_and_a_miss_is_measured_again():
+    entry, asked = _race({suite.OURS: {1: (5.0, 1.0)}, "other": {1: (7.0, 1.0), 3: (9.0, 1.0)}})
+    assert entry["checks"][0]["figures"] == pytest.approx([1.4, 1.4])
+    assert entry["checks"][0]["met"] is False
+    assert asked == 2 * [("other", 3), (suite.OURS, 1), ("other", 1)]
+
+
+def test_what_fails_or_never_gets_there_is_said():
+    broken = {"problem": "ValueError: no"}
+    entry, _ = _race({suite.OURS: {1: broken}, "other": {1: (1.0, 9.0), 3: (1.0, 1.0)}})
+    assert entry["rows"][0]["problems"] == ["mine: ValueError: no"]
+    assert entry["checks"][0]["met"] is None
+    far = dict.fromkeys((1, 2, 3), (0.1, 2.0))
+    entry, _ = _race({suite.OURS: far, "other": {1: (1.0, 1.0), 3: (1.0, 1.0)}})
+    assert entry["rows"][0]["problems"] == ["mine: no setting of its reaches 1.1; the least is 2"]
+    entry, _ = _race({"other": {3: {"absent": "no data"}}})
+    assert (entry["left_out"], entry["rows"]) == ("no data", [])
+
+
+def test_data_that_are_absent_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTLOSS_DATA", str(tmp_path))
+    for name, message in (("l1-20news", fits.NEWS), ("sgd-cifar10", "CIFAR-10 is not here")):
+        reply = fits.Session("scikit-learn", 1).fit(name, 1, False)
+        assert list(reply) == ["absent"]
+        assert message in reply["absent"]
+        assert "FASTLOSS_DATA must name its folder" in reply["absent"]
+
+
+def test_every_contest_has_bars_and_peers():
+    assert list(estimators.BARS) == list(fits.contests())
+    for name, contest in fits.contests().items():
+        assert next(iter(contest.ways)) == suite.OURS
+        assert {bar.kind for bar in estimators.BARS[name]} <= set(contest.ways)
+        assert contest.best[0] in contest.ways
+
+
+@pytest.mark.skipif(bool(peers._backend_missing("cython")), reason="the suite measures the compiled kernels")
+def test_the_suite_of_estimators_on_digits(tmp_path, capsys):
+    """The jobs that need scikit-learn alone, and no data."""
+    words = ["--quick", "--cases", "acc*", "sgd*", "crammer*", "loss-*", "--threads", "2", "--out", str(tmp_path)]
+    assert cli.main(["bench", "--suite", "estimators", *words]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["case"].partition("-")[0] for entry in found["cases"]] == ["accelerate", "sgd", "crammer", "loss"]
+    for entry in found["cases"]:
+        rows = {row["peer"]: row for row in entry["rows"]}
+        assert {suite.OURS, "scikit-learn"} <= set(rows)
+        for row in rows.values():
+            assert row["problems"] == []
+            assert row["ms"] > 0
+            assert row["reached"] <= entry["goal"]
+    assert re.search(r"\d+ of \d+ bars met", capsys.readouterr().out)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    _Page(page)
+    assert "that reaches the job's goal" in page

@@ -203,22 +203,29 @@ class Backend:
 
     def dual_epoch(
         self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
-    ) -> None:
+    ) -> tuple[float, float]:
         """Crammer and Singer's hinge in the dual: each of some rows in turn takes its best alpha (N, C) for those of
         the others, and W = Xᵀ alpha (D, C) follows. For each row a class (int64), C_i, and the square of its length.
+        Returns Σ C_i ℓ_i of those rows, each as it was when its turn came, and by how much ‖W‖² grew.
         """
+        loss = growth = 0.0
         for i in rows[(bounds[rows] > 0) & (squares[rows] > 0)]:
             part = slice(X.starts[i], X.starts[i + 1])
             features, values = X.indices[part], X.values[part]
             most = np.zeros(len(alpha[i]))
             most[targets[i]] = bounds[i]
-            D = values.astype(np.float64) @ W[features] + margin * (most == 0) - squares[i] * (alpha[i] - most)
+            scores, wrong = values.astype(np.float64) @ W[features], most == 0
+            loss += float(bounds[i]) * max(0.0, float((scores + margin - scores[targets[i]])[wrong].max(initial=0)))
+            D = scores + margin * wrong - squares[i] * (alpha[i] - most)
             sums = np.cumsum(np.sort(D)[::-1]) - squares[i] * bounds[i]
             beta = (sums / np.arange(1, len(D) + 1)).max()
             new = most - np.maximum(D - beta, 0) / squares[i]
             change = (new - alpha[i]).astype(alpha.dtype)
             alpha[i] += change
             np.add.at(W, features, np.multiply.outer(values, change))
+            # ‖W + x δᵀ‖² = ‖W‖² + 2 s·δ + ‖x‖² ‖δ‖²
+            growth += 2 * float(scores @ change) + float(squares[i]) * float(np.square(change, dtype=np.float64).sum())
+        return loss, growth
 
     #: Whether `csc_accumulate` is there, for which a copy of X by features is kept.
     goes_by_features = False

@@ -278,10 +278,11 @@ class CythonBackend(Backend):
 
     def dual_epoch(
         self, X: Csr, rows: Array, targets: Array, bounds: Array, squares: Array, margin: float, W: Array, alpha: Array
-    ) -> None:
-        self._kernels[W.dtype].dual_epoch(
+    ) -> tuple[float, float]:
+        found: tuple[float, float] = self._kernels[W.dtype].dual_epoch(
             X.values, X.indices, X.starts, rows, targets, bounds, squares, margin, W, alpha
         )
+        return found
 
     goes_by_features = True
 

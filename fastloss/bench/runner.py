@@ -42,16 +42,16 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A peer's process."""
+    """A peer's process; `module` says what it serves."""
 
-    def __init__(self, peer: str, threads: int) -> None:
+    def __init__(self, peer: str, threads: int, module: str = "fastloss.bench.worker") -> None:
         self.peer = peer
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         root = str(Path(fl.__file__).parents[1])
         environment = os.environ | dict.fromkeys((*_THREAD_VARIABLES, "FASTLOSS_NUM_THREADS"), str(threads))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fastloss.bench.worker", peer, str(threads)],
+            [sys.executable, "-P", "-m", module, peer, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, text=True,
             start_new_session=True,  # an interrupt from the keyboard is the runner's to handle
         )  # fmt: skip
@@ -97,8 +97,8 @@ class Worker:
 class Workers:
     """The processes, started when first needed and replaced when they end."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, module: str = "fastloss.bench.worker") -> None:
+        self.threads, self._module = threads, module
         self._by_peer: dict[str, Worker] = {}
 
     def __getitem__(self, peer: str) -> Worker:
@@ -106,7 +106,7 @@ class Workers:
         if worker is None or worker.process.poll() is not None:
             if worker is not None:
                 worker.close()
-            worker = self._by_peer[peer] = Worker(peer, self.threads)
+            worker = self._by_peer[peer] = Worker(peer, self.threads, self._module)
         return worker
 
     def __enter__(self) -> Workers:
@@ -245,7 +245,7 @@ def time_case(
         return result | {"controls": [], "rows": [], "floor": None, "base": None}
 
     def guarded(entry: Entry, what: str, step: Callable[..., None], *arguments: object) -> None:
-        _progress(f"{case.name}: {entry.peer.name}, {what}")
+        progress(f"{case.name}: {entry.peer.name}, {what}")
         try:
             step(workers[entry.peer.name], *arguments)
         except WorkerError as error:
@@ -261,7 +261,7 @@ def time_case(
                 guarded(entry, f"round {k + 1} of {settings.rounds}", entry.take_turn, settings.seconds)
     for entry in (e for e in everyone if e.live and _needed_bytes(case, len(entries)) > _LARGE):
         guarded(entry, "letting go", lambda worker: worker.ask("clear"))
-    _progress("")
+    progress("")
     _check_answers(everyone, case)
 
     control_rows, rows = [entry.row() for entry in measures], [entry.row() for entry in entries]
@@ -307,7 +307,8 @@ def machine() -> dict[str, Any]:
     return facts | {"cpus_usable": usable, "load_average_before": load, "date": now}
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """Say on a terminal what is under way."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -329,7 +330,8 @@ def print_setting(facts: dict[str, Any], chosen: Sequence[Peer], absent: dict[st
     busy = "" if load is None else f"; load average before {load:.2f}"
     print(f"{facts['processor']}, {facts['cpus_usable']} CPUs usable{busy}; {facts['date']}")
     versions = facts["packages"] | {"fastloss": facts["fastloss"]}
-    print(", ".join(f"{name} {versions[name]}" for name in dict.fromkeys(peer.distribution for peer in chosen)))
+    names = dict.fromkeys(peer.distribution for peer in chosen) if chosen else [n for n in versions if versions[n]]
+    print(", ".join(f"{name} {versions[name]}" for name in names))
     print(f"{settings.threads} threads, {settings.rounds} rounds; medians")
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastloss.bench import report, runner
 from fastloss.bench.cases import FEW_CLASSES, TRANSFORMS, Case
@@ -196,7 +196,14 @@ def tiny(items: Sequence[Item]) -> list[Item]:
     return [item for section in found.values() for item in section]
 
 
-def judge(item: Item, *results: dict[str, Any]) -> list[dict[str, Any]]:
+class _Judged(Protocol):
+    """What has bars."""
+
+    @property
+    def bars(self) -> tuple[Bar, ...]: ...
+
+
+def judge(item: _Judged, *results: dict[str, Any]) -> list[dict[str, Any]]:
     """The bars of a case with their figures, of the first measurement and, after a miss, of those that followed.
 
     Of three the majority counts, of two the second.

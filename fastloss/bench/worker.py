@@ -125,13 +125,13 @@ class Session:
         return {variant: measure(self.works[variant], seconds) for variant in variants}
 
 
-def main(name: str, threads: int) -> None:
+def serve(session: object, threads: int) -> None:
+    """Answer requests, each the name of a method of `session` with its arguments, until there are no more."""
     # Libraries print: what they say goes to the standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, choose_cpus(threads))
-    session = Session(peers.table()[name], threads)
     for line in sys.stdin:
         request = json.loads(line)
         reply = getattr(session, request.pop("do"))(**request)
@@ -140,4 +140,4 @@ def main(name: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    serve(Session(peers.table()[sys.argv[1]], int(sys.argv[2])), int(sys.argv[2]))

@@ -12,6 +12,12 @@ from fastloss.sparse import Csr
 from fastloss.train.minimise import Callback, Solution, check_finite, start
 
 REFRESH = 64  # epochs after which W is made anew of the dual variables, so that rounding does not gather in it
+#: The gap is found, by a pass over the data, where an epoch's own estimate of it is at most so many times `tol`. The
+#: estimate has each row's loss as it was before its step, when W was not as good as it is at the end.
+LIKELY = 1.5
+#: Of so many epochs one has all rows; the others those that it changed by more than a part STILL of their bound, unless
+#: these are fewer than one in FEW. (20 Newsgroups, to a gap of 1 %: 0.13 s; 0.16 s if all epochs have all rows.)
+ROUND, STILL, FEW = 3, 0.01, 8
 
 
 def why_no_dual(objective: LinearObjective) -> str | None:
@@ -43,8 +49,9 @@ def dual(
     """Minimise Crammer and Singer's hinge with an L2 penalty by coordinate ascent in the dual, on sparse features.
 
     The dual has a number for each row and class (N C in all are kept). Those of a row are chosen at their best in
-    closed form, given those of all others, and W follows at once; an iteration does that for each row, in an order
-    drawn anew, on one thread. The gap between the objective and the dual's value tells how far the minimum can be.
+    closed form, given those of all others, and W follows at once; an iteration does that for each row, or two times of
+    three for those that still change, in an order drawn anew, on one thread. The gap between the objective and the
+    dual's value tells how far the minimum can be.
 
     Parameters
     ----------
@@ -90,35 +97,55 @@ def dual(
     # The objective is 2 λ times ½ ‖W‖² + Σ_i C_i ℓ_i.
     bounds = np.ones(len(X)) if multiplier is None else multiplier.astype(np.float64)
     bounds *= objective.row_scale / (2 * strength)
-    squares = np.zeros(len(X))
-    np.add.at(squares, np.repeat(np.arange(len(X)), np.diff(X.starts)), np.square(X.values, dtype=np.float64))
+    each = np.square(X.values, dtype=np.float64)
+    squares = np.bincount(np.repeat(np.arange(len(X)), np.diff(X.starts)), weights=each, minlength=len(X))
     targets = np.where(bounds > 0, objective.targets, 0).astype(np.int64)
     constant = 2 * strength * float(bounds[squares == 0].sum()) * margin  # of rows that no W can help
-    bounds, squares = bounds.astype(dtype), squares.astype(dtype)
+    with np.errstate(over="ignore"):  # then squares are infinite, which is looked for below
+        bounds, squares = bounds.astype(dtype), squares.astype(dtype)
     alpha, weights = np.zeros((len(X), c), dtype), np.zeros((X.shape[1], c), dtype)
-    rows, at_target = np.flatnonzero((bounds > 0) & (squares > 0)), (np.arange(len(X)), targets)
-    best, best_W, n_iter, converged, message = np.inf, weights, 0, False, "max_iter is reached"
+    rows = np.flatnonzero((bounds > 0) & (squares > 0))
+    at_target = np.arange(len(X)), targets
+    if c > 1 and len(rows):  # where W is 0 each row has the margin for its loss
+        loss = 2 * strength * float(bounds[rows].sum(dtype=np.float64)) * margin + constant
+    else:
+        loss = objective.data_value(weights.T)
+    square, moved, is_whole = 0.0, rows, True
+    check_finite(loss + float(squares.sum(dtype=np.float64)))
+    best, best_W, n_iter, n_passes, converged, message = loss, weights.copy(), 0, 0, False, "max_iter is reached"
+
+    def below() -> float:
+        """The dual's value, which the minimum is not below."""
+        return 2 * strength * (margin * float(alpha[at_target].sum(dtype=np.float64)) - 0.5 * square) + constant
+
     while True:
-        square = float(np.einsum("dc,dc->", weights, weights, dtype=np.float64))
-        value = objective.data_value(weights.T) + strength * square
-        if n_iter == 0:
-            check_finite(value)
-        elif callback is not None and callback(np.ascontiguousarray(weights.T), value):
-            message = "the callback ended it"
-        if value < best:
-            best, best_W = value, weights.copy()
-        if message.startswith("the callback"):
+        is_last, seems = n_iter == max_iter, loss + strength * square
+        may_be_done = is_whole and seems - below() <= LIKELY * tol * abs(seems)
+        if n_iter > 0 and (is_last or callback is not None or may_be_done):
+            square = float(np.einsum("dc,dc->", weights, weights, dtype=np.float64))
+            value, n_passes = objective.data_value(weights.T) + strength * square, n_passes + 1
+            if callback is not None and callback(np.ascontiguousarray(weights.T), value):
+                message = "the callback ended it"
+            if value < best:
+                best, best_W = value, weights.copy()
+            if message.startswith("the callback"):
+                break
+        gap = best - below()
+        if gap <= tol * abs(best):
+            converged, message = True, f"the minimum is at most {max(0.0, gap):.1e} lower"
             break
-        lower = 2 * strength * (margin * float(alpha[at_target].sum(dtype=np.float64)) - 0.5 * square) + constant
-        if best - lower <= tol * abs(best):
-            converged, message = True, f"the minimum is at most {max(0.0, best - lower):.1e} lower"
+        if is_last:
             break
-        if n_iter == max_iter:
-            break
-        order = np.random.default_rng([seed, n_iter]).permutation(rows)
-        backend.dual_epoch(X, order, targets, bounds, squares, margin, weights, alpha)
-        n_iter += 1
+        is_whole = n_iter % ROUND == 0 or FEW * len(moved) < len(rows)
+        before = alpha.copy()
+        order = np.random.default_rng([seed, n_iter]).permutation(rows if is_whole else moved)
+        loss, growth = backend.dual_epoch(X, order, targets, bounds, squares, margin, weights, alpha)
+        loss, square, n_iter = 2 * strength * loss + constant, square + growth, n_iter + 1
+        if is_whole:
+            change = np.abs(np.subtract(alpha, before, out=before), out=before).max(axis=1, initial=0)
+            moved = rows[(change > STILL * bounds)[rows]]
         if n_iter % REFRESH == 0:
             weights[...] = 0
             backend.csr_accumulate(X, slice(0, len(X)), alpha, weights, 1)
-    return Solution(np.ascontiguousarray(best_W.T), best, n_iter, 2 * n_iter + 1, converged, message)
+            square = float(np.einsum("dc,dc->", weights, weights, dtype=np.float64))
+    return Solution(np.ascontiguousarray(best_W.T), best, n_iter, n_iter + n_passes, converged, message)
