@@ -240,6 +240,42 @@ def test_smoothing_where_one_class_has_all_weight(compiled, dtype, c):
     assert (np.abs(grad - expected) <= 200 * float(np.finfo(dtype).eps) * size).all()
 
 
+@pytest.mark.parametrize("c", [2, 40, 90])
+def test_smoothing_where_one_class_has_half_of_all_weight_or_a_little_more(compiled, dtype, c):
+    """On both sides of where the sum of weights takes the place of a sum for each row."""
+    rng = np.random.default_rng(12)
+    scores, y = rng.standard_normal((50, c)).astype(dtype), rng.integers(0, c, 50)
+    scores[:, 0] += np.linspace(5, 60, 50, dtype=dtype)
+    for share in (1 - 2**-9, 1, 1 + 2**-9):
+        weight = np.ones(c)
+        weight[0] = share * (c - 1)
+        agree(fl.Softmax(label_smoothing=0.1, class_weight=weight), scores, y, compiled, str(share))
+        agree(fl.Softmax(label_smoothing=1.0, class_weight=weight, temperature=0.5), scores, y, compiled, str(share))
+
+
+@pytest.mark.parametrize("c", [3, 90])
+def test_softcaps_at_the_ends_of_what_a_polynomial_bends(compiled, dtype, c):
+    """Of its size, of its size beside the temperature, and of the scores beside it."""
+    rng = np.random.default_rng(13)
+    y = rng.integers(0, c, 33)
+    ends = [(2.0**-12, 2.0**-12), (2.0**15, 1.0), (64.0, 64.0), (64.0, 2.0**-10)]
+    for (softcap, temperature), near in itertools.product(ends, (1 - 2**-9, 1, 1 + 2**-9)):
+        for size in (2.0**-6, 0.45, 0.55, 3.0):
+            scores = (size * softcap * rng.uniform(-1, 1, (33, c))).astype(dtype)
+            for loss in (
+                fl.Softmax(softcap=softcap * near, temperature=temperature),
+                fl.Softmax(softcap=softcap, temperature=temperature * near),
+            ):
+                value, grad = loss.value_and_grad(scores, y, reduction="none", backend=compiled)
+                wide = scores.astype(np.float64)
+                want, expected = loss.value_and_grad(wide, y, reduction="none", backend="reference")
+                # Bent scores over T are rounded before they are subtracted.
+                units = 16 * float(np.finfo(dtype).eps) * (1 + softcap / temperature * np.tanh(size))
+                largest = np.abs(expected).max(axis=1, keepdims=True)
+                assert (np.abs(grad - expected) <= units * largest + np.finfo(dtype).tiny).all(), f"{loss}, {size}"
+                assert (np.abs(value - want) <= units * np.maximum(1, want)).all(), f"{loss}, {size}"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_probabilities_that_are_unfit_are_found_wherever_they_stand(compiled, dtype, bad):
     numbers = np.zeros((7, 300), dtype)
