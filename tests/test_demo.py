@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -266,8 +265,10 @@ def address():
     """The port of a running `fastloss demo`, which must end well at Ctrl-C."""
     command = [sys.executable, "-m", "fastloss", "demo", "--port", "0", "--no-browser"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so where a shell starts it behind
-    with subprocess.Popen(command, preexec_fn=heeds_ctrl_c, **pipes) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started behind a shell does not heed it
+    process = subprocess.Popen(command, **pipes)
+    signal.signal(signal.SIGINT, before)
+    with process:
         line = process.stdout.readline()
         try:
             yield int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
