@@ -397,7 +397,7 @@ def _measured(results, *bars):
         return results[len(asked) - 1]
 
     run.measure = measure
-    (entry,) = run.all()
+    ((entry,),) = run.sections()
     return entry, asked
 
 
@@ -441,7 +441,7 @@ def test_a_point_of_the_sweep_that_falls_off_is_marked():
     run.measure = lambda item, names: _result(
         times[item.case.c].pop(0) if len(times[item.case.c]) > 1 else times[item.case.c][0], [("copy", 1.0)]
     )
-    entries = run.all()
+    (entries,) = run.sections()
     assert [entry["checks"][0]["met"] for entry in entries] == [True, True, True, True, False]
     assert entries[1]["checks"][0]["figures"] == [pytest.approx(0.5), pytest.approx(1 / 1.2)]
     assert entries[4]["checks"][0]["figures"] == [pytest.approx(0.5), pytest.approx(1.1 / 2.1)]

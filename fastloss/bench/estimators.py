@@ -7,7 +7,6 @@ medians, a fit of half a minute is made once, and serves all jobs that ask for i
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,7 @@ from typing import Any
 from fastloss.bench import report, runner
 from fastloss.bench.fits import Contest, contests, why_not
 from fastloss.bench.runner import Settings, WorkerError, Workers
-from fastloss.bench.suite import OURS, Bar, best_peer, judge
-from fastloss.model import replacing
+from fastloss.bench.suite import OURS, Bar, best_peer, judge, save
 
 LIMIT = 3.0  # seconds of timed fits after which a library sits out further rounds
 ROUNDING = 1e-6  # by which figures of the same work differ
@@ -197,9 +195,7 @@ def main(chosen: Sequence[Item], settings: Settings, quick: bool, folder: Path) 
         "suite": "estimators", "quick": quick, "machine": facts, "settings": asdict(settings), "absent": absent,
         "limit": LIMIT, "cases": entries,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(content, indent=1).encode())
+    save(content, folder)
     report.write(content, folder)
     checks = [check for entry in entries for check in entry["checks"] if check["met"] is not None]
     print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")

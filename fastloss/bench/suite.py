@@ -8,7 +8,7 @@ not agree; all are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -277,16 +277,19 @@ class Run:
             self.finish(item, results[k], *([second[k]] if k in missed else [])) for k, item in enumerate(items)
         ]  # fmt: skip
 
-    def all(self) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
+    def sections(self) -> Iterator[list[dict[str, Any]]]:
+        """Entries of each section, when it is done."""
         for section in dict.fromkeys(item.section for item in self.items):
             print(f"\n{report.heading(section)}", flush=True)
             of_section = [item for item in self.items if item.section == section]
-            if of_section[0].is_of_sweep:
-                entries += self.sweep(of_section)
-            else:
-                entries += [self.single(item) for item in of_section]
-        return entries
+            yield self.sweep(of_section) if of_section[0].is_of_sweep else [self.single(item) for item in of_section]
+
+
+def save(content: dict[str, Any], folder: Path) -> None:
+    """results.json, as far as the cases have come."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def main(
@@ -294,21 +297,22 @@ def main(
 ) -> int:
     """Run a suite, print its tables, and write results.json, the pictures and report.html; 1 if fastloss failed.
 
-    What went wrong with a peer is part of the report: some are far off in float16, or in sums over many classes.
+    results.json is written after each section. What went wrong with a peer is part of the report: some are far off in
+    float16, or in sums over many classes.
     """
     report.check()
     chosen, absent = runner.choose((OURS, *(WITH_COMPILER if names is None else names)))
     facts = runner.machine()
     runner.print_setting(facts, chosen, absent, settings)
-    with Workers(settings.threads) as workers:
-        entries = Run(items, chosen, settings, workers).all()
+    entries: list[dict[str, Any]] = []
     content = {
         "suite": name, "quick": quick, "machine": facts, "settings": asdict(settings), "absent": absent,
         "cases": entries,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(content, indent=1).encode())
+    with Workers(settings.threads) as workers:
+        for of_section in Run(items, chosen, settings, workers).sections():
+            entries += of_section
+            save(content, folder)
     report.write(content, folder)
     checks = [check for entry in entries for check in entry["checks"] if check["met"] is not None]
     print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")

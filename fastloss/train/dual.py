@@ -16,7 +16,8 @@ REFRESH = 64  # epochs after which W is made anew of the dual variables, so that
 #: estimate has each row's loss as it was before its step, when W was not as good as it is at the end.
 LIKELY = 1.5
 #: Of so many epochs one has all rows; the others those that it changed by more than a part STILL of their bound, unless
-#: these are fewer than one in FEW. (20 Newsgroups, to a gap of 1 %: 0.13 s; 0.16 s if all epochs have all rows.)
+#: these are fewer than one in FEW. (20 Newsgroups, to a gap of 1 %: four fifths
+#: of the time that epochs of all rows take.)
 ROUND, STILL, FEW = 3, 0.01, 8
 
 
@@ -103,7 +104,7 @@ def dual(
     constant = 2 * strength * float(bounds[squares == 0].sum()) * margin  # of rows that no W can help
     with np.errstate(over="ignore"):  # then squares are infinite, which is looked for below
         bounds, squares = bounds.astype(dtype), squares.astype(dtype)
-    # W, by features, is too large for the nearer caches: what most rows need lies together. (20 Newsgroups: FIGURE.)
+    # W, by features, is too large for the nearer caches: what most rows need lies together.
     X, places = X.by_frequency()
     alpha, weights = np.zeros((len(X), c), dtype), np.zeros((X.shape[1], c), dtype)
     rows = np.flatnonzero((bounds > 0) & (squares > 0))
