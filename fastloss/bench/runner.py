@@ -304,8 +304,9 @@ def machine() -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     now = datetime.now(UTC).isoformat(timespec="seconds")
     facts = _info.collect()
-    for library in facts["blas"]:
-        library["filepath"] = Path(library["filepath"]).name  # results are kept: no places of one machine
+    for library in facts["blas"]:  # results are kept: no places of one machine
+        library["filepath"] = Path(library["filepath"]).name
+    facts["environment"].pop("FASTLOSS_DATA", None)
     return facts | {"cpus_usable": usable, "load_average_before": load, "date": now}
 
 
