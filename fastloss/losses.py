@@ -13,8 +13,8 @@ from fastloss import driver
 from fastloss._checks import Array
 from fastloss.backends import Stats, reference
 
-#: How much a loss keeps of what it is converted to: for as many numbers of classes and types.
-KEPT = 64
+#: How much a loss keeps of what is made of it: for as many types, numbers of classes, and shapes of a backend's calls.
+KEPT = 256
 
 
 def _frozen_array(value: object) -> Array:

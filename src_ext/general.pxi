@@ -9,9 +9,9 @@
 # No term of ℓ cancels another. In the gradient, U p − u does where one class has nearly all of both. So sums leave out one
 # class k, the pivot, whose entry is Σ_{j≠k} u_j p_k − u_k Σ_{j≠k} p_j. Where u is the same for all classes but the target
 # ("flat"), only the target can be such a class, and walks go over the scores alone; else ("dense") they go over u too, and
-# the pivot is the lowest class that has the maximum; but of class weights none of which is more than all others together, no
-# class but the target can be such a one, and Σ u is known (`even_weights`). As in the plain form, only blocks that hold the pivot or the target
-# look at where their lanes are.
+# the pivot is the lowest class that has the maximum; but of class weights none of which is more than all others together,
+# no class but the target can be such a one, and Σ u is known (`even_weights`). As in the plain form, only blocks that hold
+# the pivot or the target look at where their lanes are.
 #
 # Exponentials are kept for the second walk; with a softcap they are kept times the slope where u is 0 but at the target,
 # else computed again, from what is kept then, tanh.

@@ -1142,7 +1142,7 @@ typedef struct {
         _Pragma("GCC unroll 16") for (int c = 0; c < K; c++)                                                \
             _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) a[c][r] = vset(0);                       \
         for (ptrdiff_t v = 0; v < n; v++) {                                                                 \
-            _Pragma("GCC unroll 4") for (int i = 0; i < lines; i++) prefetch(next[i] + v * step);      \
+            _Pragma("GCC unroll 4") for (int i = 0; i < lines; i++) prefetch(next[i] + v * step);           \
             FL_DOT_STEP(K, x0 + v * LANES, x1 + v * LANES, x2 + v * LANES, x3 + v * LANES, v)               \
         }                                                                                                   \
         if (last) FL_DOT_STEP(K, last[0], last[1], last[2], last[3], n)                                     \
@@ -1173,7 +1173,7 @@ typedef struct {
                     f[v] = sload(x[r] + at + v * LANES);                                                    \
                     if (centre) f[v] -= vload(centre + v * LANES);                                          \
                 }                                                                                           \
-                prefetch(next[r % AHEAD] + r / AHEAD * step);                                          \
+                prefetch(next[r % AHEAD] + r / AHEAD * step);                                               \
                 _Pragma("GCC unroll 16") for (int c = 0; c < K; c++) {                                      \
                     vec factor = vset(g[c * TILE + r]);                                                     \
                     _Pragma("GCC unroll 2") for (int v = 0; v < N; v++) a[v][c] += factor * f[v];           \

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from fastloss import losses
 from fastloss.jit import cpu
 
 NARROW = """
@@ -172,9 +173,7 @@ def test_copies_of_a_loss_have_its_options_alone():
 
 
 def test_a_loss_keeps_few_of_its_calls():
-    from fastloss.jit import scores as of_scores
-
     loss = fl.Softmax()
-    for n in range(1, of_scores.MOST_KEPT + 9):
+    for n in range(1, losses.KEPT + 9):
         loss.value(np.zeros((n, 10), "f"), np.zeros(n, int), backend="numba", n_threads=1)
-    assert 0 < len(vars(loss)["_calls"]) <= of_scores.MOST_KEPT
+    assert 0 < len(vars(loss)["_kept"]) <= losses.KEPT

@@ -16,7 +16,7 @@ from typing import Any
 from fastloss.bench import report, runner
 from fastloss.bench.fits import Contest, contests, why_not
 from fastloss.bench.runner import Settings, WorkerError, Workers
-from fastloss.bench.suite import OURS, Bar, best_peer, judge, save
+from fastloss.bench.suite import OURS, Bar, best_peer, conclude, judge, save
 
 LIMIT = 3.0  # seconds of timed fits after which a library sits out further rounds
 ROUNDING = 1e-6  # by which figures of the same work differ
@@ -196,7 +196,5 @@ def main(chosen: Sequence[Item], settings: Settings, quick: bool, folder: Path) 
         "limit": LIMIT, "cases": entries,
     }  # fmt: skip
     save(content, folder)
-    report.write(content, folder)
-    checks = [check for entry in entries for check in entry["checks"] if check["met"] is not None]
-    print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")
+    conclude(content, folder)
     return int(any(row["problems"] for entry in entries for row in entry["rows"] if row["peer"] == OURS))

@@ -292,6 +292,13 @@ def save(content: dict[str, Any], folder: Path) -> None:
         file.write(json.dumps(content, indent=1).encode())
 
 
+def conclude(content: dict[str, Any], folder: Path) -> None:
+    """The report, and how many bars were met."""
+    report.write(content, folder)
+    checks = [check for entry in content["cases"] for check in entry["checks"] if check["met"] is not None]
+    print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")
+
+
 def main(
     name: str, items: Sequence[Item], names: Sequence[str] | None, settings: Settings, quick: bool, folder: Path
 ) -> int:
@@ -313,9 +320,7 @@ def main(
         for of_section in Run(items, chosen, settings, workers).sections():
             entries += of_section
             save(content, folder)
-    report.write(content, folder)
-    checks = [check for entry in entries for check in entry["checks"] if check["met"] is not None]
-    print(f"\n{sum(check['met'] for check in checks)} of {len(checks)} bars met; written to {folder}")
+    conclude(content, folder)
     ours = (row for entry in entries for row in entry["rows"] if row["peer"] == OURS)
     controls = (row for entry in entries for row in entry["controls"])
     return int(any(row["problems"] for row in (*ours, *controls)))

@@ -455,25 +455,20 @@ def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bo
 
 def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
     """The plan of a loss (`which` as in `rowmath.plan_of`), and its options: made once."""
-    kept: dict[Any, tuple[Plan, Array]] = loss.__dict__.setdefault("_prepared", {})
-    key = classes, real, which
-    if key not in kept:
+
+    def make() -> tuple[Plan, Array]:
         plan = rowmath.plan_of(loss, *which)
-        kept[key] = plan, options_of(loss, classes, plan, real)
-    return kept[key]
+        return plan, options_of(loss, classes, plan, real)
 
-
-MOST_KEPT = 256  # calls of a loss, by their shapes
+    found: tuple[Plan, Array] = loss.once(("plan", classes, real, which), make)
+    return found
 
 
 def call_for(loss: Any, *key: Any) -> tuple[Call, Array]:
     """The call of a loss, and its options, for a type, a shape, probabilities, gradient, z, entropy, threads."""
     dtype, (n, c), probabilities, wants_gradient, z, entropy, n_threads = key
-    kept: dict[Any, tuple[Call, Array]] = loss.__dict__.setdefault("_calls", {})
     plan, table = prepared(loss, c, Types.of(dtype).real, probabilities, z, entropy)
-    if len(kept) >= MOST_KEPT:
-        kept.clear()
-    found = kept[key] = call_of(plan, dtype, n, c, wants_gradient, n_threads), table
+    found: tuple[Call, Array] = loss.once(key, lambda: (call_of(plan, dtype, n, c, wants_gradient, n_threads), table))
     return found
 
 
@@ -531,7 +526,7 @@ def score_rows(
         find_largest(scores, multiplier, extras["argmax"], n_threads)
     z, entropy = extras.get("lse"), extras.get("entropy")
     key = scores.dtype, scores.shape, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
-    kept = loss.__dict__.get("_calls")
+    kept = loss.__dict__.get("_kept")  # by `Loss.once`; to ask it with a function takes a small call too long
     of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
     return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
 
