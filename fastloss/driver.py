@@ -17,6 +17,9 @@ from fastloss._checks import Array
 
 #: Of a block of rows whose Hessians' diagonals NumPy computes: it stays in cache.
 HESSIAN_VALUES = 1 << 16
+#: Of a plain call that a backend may check as it computes: with more, that would not be felt.
+FEW_SCORES = 1 << 17
+FLOATS = (checks.FLOAT32, checks.FLOAT64)
 
 
 def check_range(backend: backends.Backend, loss: Any, targets: Array, n_classes: int, n_threads: int = 1) -> None:
@@ -177,6 +180,22 @@ def scores_call(
         )  # fmt: skip
     if reduction not in checks.REDUCTIONS:
         checks.one_of(reduction, "reduction", checks.REDUCTIONS)
+    if (
+        type(scores) is np.ndarray
+        and type(targets) is np.ndarray
+        and scores.size <= FEW_SCORES
+        and scores.dtype in FLOATS
+        and scores.ndim == 2
+        and targets.ndim == 1
+        and (out is None or (type(out) is np.ndarray and out.ndim == 2))
+        and not (loss.general or outputs or reduction == "none")
+        and sample_weight is upstream is loss.class_weight is loss.ignore_index is None
+    ):
+        backend = backends.choose(backend_name, "gradient", loss, scores.dtype, ())
+        grad = np.empty(scores.shape, scores.dtype) if want_grad and out is None else out
+        found = backend.plain_rows(loss, scores, targets, grad, reduction == "mean", threads.resolve(n_threads))
+        if found is not None:
+            return found, grad, {}
     s = checks.scores(scores)
     n, c = s.shape
     y = checks.targets(targets, n, c)

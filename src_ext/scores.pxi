@@ -1032,6 +1032,59 @@ def score_rows(row_loss, scores, targets, multiplier, double scale, grad, losses
     return total
 
 
+cdef bint are_apart(const Py_buffer *a, const Py_buffer *b) noexcept:
+    """Whether no byte of one array lies between the first and the last of the other."""
+    cdef const Py_buffer *views[2]
+    cdef char *first[2]
+    cdef char *end[2]
+    cdef Py_ssize_t length
+    cdef int i, k
+    views[0], views[1] = a, b
+    for i in range(2):
+        first[i] = <char *> views[i].buf
+        end[i] = first[i] + views[i].itemsize
+        for k in range(views[i].ndim):
+            length = (views[i].shape[k] - 1) * views[i].strides[k]
+            if length < 0:
+                first[i] += length
+            else:
+                end[i] += length
+    return end[0] <= first[1] or end[1] <= first[0]
+
+
+def plain_rows(row_loss, scores, targets, Py_ssize_t labels, grad, bint mean, int n_threads):
+    """Σ ℓ over the rows, or its mean, and the gradient of that into `grad`, checked and computed in one call.
+
+    Arrays are NumPy's, with two dimensions, one and two. None, and nothing is written, unless they are scores (N, C) of
+    `real`, of at least one row and class; targets (N,), integers in [0, labels); and None or a writeable array like
+    scores: these themselves, or apart from both.
+    """
+    if not ARE_SCORES:
+        raise TypeError("the kernels of this type take features, not scores")
+    cdef _Loan loan = _Loan()
+    cdef ScoresPass s
+    cdef const Py_buffer *views = loan.views
+    cdef Py_ssize_t n, c
+    try:
+        s.scores, s.targets, s.grad = loan.scores(scores, False), loan.indices(targets), loan.scores(grad, True)
+    except (TypeError, ValueError, BufferError):
+        return None
+    n, c = s.scores.rows, s.scores.columns
+    if n == 0 or c == 0 or s.targets.size != n or outside(&s.targets, <uint64_t> labels, False, 0) >= 0:
+        return None
+    if grad is not None:
+        if s.grad.rows != n or s.grad.columns != c or not are_apart(&views[2], &views[1]):
+            return None
+        if grad is not scores and not are_apart(&views[2], &views[0]):
+            return None
+    read_options(&s.options, row_loss, loan, c)
+    s.multiplier, s.row_loss, s.row_loss_stride, s.scale = NULL, NULL, 0, <real> (1.0 / n if mean else 1.0)
+    s.z = s.entropy = NULL
+    s.top = s.unfit = NULL
+    memset(&s.probabilities, 0, sizeof(Matrix))
+    return run_scores(&s, n_threads) / (n if mean else 1)
+
+
 def gradient_from_stats(row_loss, scores, targets, stats, multiplier, double scale, grad, int n_threads):
     """The gradient of a shard of the classes, times scale, into `grad`.
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastloss as fl
-from tests.conftest import BACKENDS, PLAIN, exact, exact_row, grid_scores, layouts, ulps
+from fastloss import driver
+from tests.conftest import BACKENDS, ONE_OF_EACH, PLAIN, exact, exact_row, grid_scores, layouts, ulps
 
 SOFTMAX = fl.Softmax()
 HINGES = [(name, loss) for name, loss in PLAIN.items() if loss.kind == "hinge"]
@@ -533,3 +534,68 @@ def test_infinite_losses_of_both_signs_warn_of_nothing(backend):
         scores, [0, 0], reduction="none", upstream=np.array([1.0, -1]), backend=backend
     )
     np.testing.assert_array_equal(losses, [np.inf, np.inf])
+
+
+# --- plain calls, which a backend may check and compute in one step --------------------------------------------------
+def plain_calls(dtype, n, c):
+    """Scores, targets and out of calls that are plain, and of some that only look so."""
+    rng = np.random.default_rng(n * c)
+    scores, y, half = rng.standard_normal((n, c)).astype(dtype), rng.integers(0, c, n), n // 2
+    for name, array in layouts(scores):
+        yield name, array, y, None
+    for kind in (np.int8, np.uint8, np.int16, np.uint32, np.uint64, ">i8", bool, float):
+        yield f"targets {kind}", scores, y.astype(kind), None
+    yield "targets with strides", scores, y.repeat(2)[::2], None
+    yield "targets backwards", scores, y[::-1], None
+    yield "targets below 0", scores, -1 - y, None
+    yield "a target above", scores, np.where(np.arange(n) == half, c + 1, y), None
+    yield "too few targets", scores, y[:-1], None
+    yield "no rows", scores[:0], y[:0], None
+    yield "one number", scores[0, 0], y, None
+    yield "out", scores, y, np.zeros_like(scores)
+    yield "out in F order", scores, y, np.zeros_like(scores, order="F")
+    yield "out backwards", scores, y, np.zeros_like(scores)[::-1, ::-1]
+    yield "out of the other type", scores, y, np.zeros(scores.shape, np.float32 if dtype == np.float64 else np.float64)
+    yield "out of another shape", scores, y, np.zeros((n, c + 1), dtype)
+    yield "out is read-only", scores, y, np.broadcast_to(dtype(0), (n, c))
+    room = np.zeros(n * c * scores.itemsize + 1, np.uint8)
+    yield "out is not aligned", scores, y, room[1:].view(dtype).reshape(n, c)
+    yield "in place", scores, y, scores
+    yield "in the same memory", (copied := scores.copy()), y, copied[:]
+    upper, lower = np.split(np.concatenate([scores, scores]), 2)
+    yield "out beside scores", upper, y, lower
+    overlapping = np.resize(scores, (n + 1, c))
+    yield "out over scores", overlapping[:-1], y, overlapping[1:]
+    indices = np.resize(y, n * c)
+    yield "out over targets", scores, indices[:n], indices.view(dtype)[: n * c].reshape(n, c)
+
+
+@pytest.mark.parametrize("backend", ONE_OF_EACH)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "c"), [(2, 1), (33, 10), (12, 130)])
+def test_plain_calls_are_as_all_others(backend, loss, dtype, n, c, monkeypatch):
+    """The step that checks and computes changes no bit of a result, and no word of an error."""
+
+    def outcomes():
+        for name, scores, y, out in plain_calls(dtype, n, c):
+            for reduction in ("mean", "sum"):
+                more = {"reduction": reduction, "backend": backend}
+                try:
+                    yield name, loss.value(scores, y, **more)
+                    value, grad = loss.value_and_grad(scores, y, out=out, **more)
+                    yield name, value, grad.tobytes(), out is None or grad is out
+                except (TypeError, ValueError) as error:
+                    yield name, str(error), None if out is None else out.tobytes()
+
+    found = list(outcomes())
+    monkeypatch.setattr(driver, "FEW_SCORES", -1)
+    np.testing.assert_equal(list(outcomes()), found)
+
+
+def test_plain_calls_take_one_step(loss, monkeypatch):
+    scores, y = np.zeros((4, 3), np.float32), np.arange(4) % 3
+    expected = loss.value_and_grad(scores, y, sample_weight=np.ones(4))
+    monkeypatch.delattr(driver, "fold")
+    value, grad = loss.value_and_grad(scores, y)
+    assert (value, grad.tolist()) == (expected[0], expected[1].tolist())
+    assert loss.value(scores, y, reduction="sum") == pytest.approx(4 * value)

@@ -31,6 +31,15 @@ def score_rows(
     z: Array | None = None,
     entropy: Array | None = None,
 ) -> float: ...
+def plain_rows(
+    row_loss: tuple[Any, ...],
+    scores: Array,
+    targets: Array,
+    labels: int,
+    grad: Array | None,
+    mean: bool,
+    n_threads: int,
+) -> float | None: ...
 def gradient_from_stats(
     row_loss: tuple[Any, ...],
     scores: Array,

@@ -167,6 +167,16 @@ class Backend:
             rounded = weight.astype(dtype)
         return rounded, float(weight.max(initial=0)), float(rounded.sum(dtype=np.float64))
 
+    def plain_rows(
+        self, loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
+    ) -> float | None:
+        """Σ ℓ or its mean, of float32 or float64 scores and a loss without weights or other options; and its gradient.
+
+        Of the arrays only the dimensions are checked: all else is here, in one step. None where something is wrong, or
+        there is no such step; then nothing is written, and the driver goes on.
+        """
+        return None
+
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,

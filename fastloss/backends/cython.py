@@ -205,6 +205,14 @@ class CythonBackend(Backend):
         top, total = self._kernels[dtype].weigh(targets, class_weight, ignored, sample_weight, multiplier, n_threads)
         return multiplier, top, total
 
+    def plain_rows(
+        self, loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
+    ) -> float | None:
+        found: float | None = self._kernels[scores.dtype].plain_rows(
+            row_options(loss), scores, targets, loss.labels(scores.shape[1]), grad, mean, n_threads
+        )
+        return found
+
     def score_rows(
         self, loss: Any, scores: Array, targets: Array, multiplier: Array | None, scale: float,
         grad: Array | None, row_loss: Array | None, extras: dict[str, Array], n_threads: int,
