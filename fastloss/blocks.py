@@ -23,15 +23,16 @@ import numpy as np
 from fastloss._checks import Array
 from fastloss.backends import Backend
 
-CHUNK_BYTES = 36 << 20  # of scores and features in a chunk, at most
+CHUNK_BYTES = 48 << 20  # of scores and features in a chunk, at most
 CACHE_BYTES = 8 << 20  # of the same, where that leaves a chunk enough rows:
 CHUNK_ROWS = 2048  # beside products over so many, reading and writing dW once for each chunk costs little
 BLOCK = 1 << 19  # numbers in the result of one product, at most: it is added to dW from the cache
 WIDE = 1024  # columns of them, at most; and classes that a thread handles at once
+SCORES, CLASSES = 1 << 20, 2048  # the same of scores, which stay where they are: BLAS packs W anew for each block of rows
 PARTS = 8  # of a product at least, where it is large enough: any few threads get even shares
 LEAST = 256  # rows or columns of a product's result that are not split further,
 LEAST_TERMS = 1024  # and terms of its sums
-PARTIAL_BYTES = 12 << 20  # of partial sums, at most
+PARTIAL_BYTES = 8 << 20  # of partial sums, at most
 UNIT = 16  # rows: chunks are whole numbers of them, which BLAS's inner loops are
 LEAST_SCORES = 1 << 13  # of a part of the rows
 SMALL = 12 << 20  # multiplications of a product below which starting threads costs more than it brings
@@ -211,10 +212,12 @@ def cut(n: int, size: int) -> list[slice]:
     return split(n, -(-n // size))
 
 
-def grid(m: int, n: int, k: int = 0, itemsize: int = 1) -> tuple[list[slice], list[slice], list[slice]]:
+def grid(
+    m: int, n: int, k: int = 0, itemsize: int = 1, block: int = BLOCK, wide: int = WIDE
+) -> tuple[list[slice], list[slice], list[slice]]:
     """Parts of the rows, the columns and the k terms of a product (m, n); terms are split only where k is given."""
-    across, deep = max(1, -(-n // WIDE)), 1
-    down = max(1, -(-m // (BLOCK // max(1, min(n, WIDE)))))
+    across, deep = max(1, -(-n // wide)), 1
+    down = max(1, -(-m // (block // max(1, min(n, wide)))))
     while down * across * deep < PARTS:
         if k >= (deep + 1) * LEAST_TERMS and (deep + 1) * m * n * itemsize <= PARTIAL_BYTES:
             deep += 1
@@ -411,7 +414,7 @@ def sweep(
         else:
             if loaded is not None:
                 workers.run(load, blocks)
-            some_rows, some_classes, _ = grid(size, c)
+            some_rows, some_classes, _ = grid(size, c, block=SCORES, wide=CLASSES)
             workers.run(produce, list(itertools.product(some_rows, some_classes)))
             found = workers.run(turn, blocks)
         if dW is not None:
