@@ -202,7 +202,7 @@ def scores_call(
     loss.check_classes(c, y.ndim == 2)
     if y.ndim == 2:
         loss.check_probabilities()
-    weight = None if sample_weight is None else checks.weights(sample_weight, "sample_weight", n, "row of scores")
+    weight = None if sample_weight is None else checks.vector(sample_weight, "sample_weight", n, "row of scores")
     if outputs:
         check_outputs(loss, outputs)
     factor = 1.0 if upstream is None else check_upstream(upstream, reduction, n)
@@ -214,6 +214,8 @@ def scores_call(
         checks.apart(out, "out", inputs, in_place="scores")
     workers = threads.resolve(n_threads)
     backend = backends.choose(backend_name, "gradient", loss, dtype, needs(loss, y, outputs))
+    if weight is not None and (position := backend.first_unfit(weight, workers)) >= 0:
+        checks.raise_unfit(weight, position, "sample_weight")
     # Probabilities are as large as the scores: where nothing of the caller's is written, they are read once.
     unfit = None
     if y.ndim == 2 and (out is None or not want_grad) and backend.checks_as_it_reads(y, dtype):

@@ -29,6 +29,7 @@ cdef struct Found:
     vec u_others  # dense: u of all classes but the pivot, and of it
     vec u_pivot  # (LANED)
     vec spread  # Σ e_j (−d_j)
+    vec seen  # the bits of all probabilities, joined
 
 
 cdef inline bint pivots_on_top(const Options *o) noexcept nogil:
@@ -60,21 +61,40 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 # --- softcap ---------------------------------------------------------------------------------------------------------
 # c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
 # is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
-# Rows whose scores are all small beside it ("near") are bent by one polynomial of s², into which softcap, temperature and
-# log 2 are folded: bent(s) / T in steps of exponentials of 2, which are relative to a whole number of steps.
-cdef inline mask is_near_zero(const Options *o, vec size) noexcept nogil:
-    """Whether scores of at most this size are bent by a polynomial alone."""
-    return vlt(size, vset(o.near_scores))
+# Rows whose scores are all small beside it, or not much larger, are bent by one polynomial of s², into which softcap,
+# temperature and log 2 are folded: bent(s) / T in steps of exponentials of 2, which are relative to a whole number of steps.
+cdef enum:
+    FAR = 0  # how a row is bent: number by number,
+    NEAR = 1  # by a short polynomial,
+    FAIRLY_NEAR = 2  # or by a longer one
+
+
+cdef inline vec nearness(const Options *o, vec size) noexcept nogil:
+    """How rows are bent whose scores are of at most this size."""
+    return choose(vlt(size, vset(o.near_scores)), vset(NEAR),
+                  choose(vlt(size, vset(o.fairly_near_scores)), vset(FAIRLY_NEAR), vset(FAR)))
+
+
+cdef inline vec bent_steps(int near, const Options *o, vec s) noexcept nogil:
+    """bent(s) / T in steps, of rows that are near or fairly near."""
+    if near == NEAR:
+        return odd_polynomial(o.bends_near, BENDS, s)
+    return odd_polynomial(o.bends_fair, FAIR_BENDS, mul(s, vset(o.per_softcap)))
+
+
+cdef inline vec bent_maximum(const Options *o, vec m, vec near) noexcept nogil:
+    """The same of maxima, as `near` says."""
+    return choose(veq(near, vset(NEAR)), bent_steps(NEAR, o, m), bent_steps(FAIRLY_NEAR, o, m))
 
 
 cdef inline vec steps_of_origin(const Options *o, vec m, vec near) noexcept nogil:
-    """What distances from the maximum m are computed with in rows that are near, where `near` is not 0; else as below."""
-    return choose(veq(near, vset(0)), origin_of_distance(o, m), round_to_step(odd_polynomial(o.bends_near, m)))
+    """What distances from the maximum m are computed with in rows that are not far; else as below."""
+    return choose(veq(near, vset(FAR)), origin_of_distance(o, m), round_to_step(bent_maximum(o, m, near)))
 
 
-cdef inline vec from_maximum(const Options *o, vec m, vec steps) noexcept nogil:
-    """What exponentials relative to `steps` are multiplied by to be relative to the maximum m, which is near."""
-    return vexp2(sub(steps, odd_polynomial(o.bends_near, m)), vset(0))
+cdef inline vec from_maximum(const Options *o, vec m, vec near, vec steps) noexcept nogil:
+    """What exponentials relative to `steps` are multiplied by to be relative to the maximum m, in rows that are not far."""
+    return vexp2(sub(steps, bent_maximum(o, m, near)), vset(0))
 
 
 cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *slope) noexcept nogil:
@@ -114,13 +134,15 @@ cdef inline vec distance_again(const Options *o, vec kept, vec origin, vec *slop
 
 # --- softmax ---------------------------------------------------------------------------------------------------------
 cdef inline vec target_part(int layout, bint part, bint careful, const Options *o, const Walk *w, Py_ssize_t k,
-                            ivec cls) noexcept nogil:
-    """Vector k of a dense u."""
+                            ivec cls, vec *seen) noexcept nogil:
+    """Vector k of a dense u; the bits of probabilities are joined to `seen`, unless that is NULL."""
     cdef vec u
     if not o.probabilities:
         u = class_numbers(layout, part, o.class_weight, k, w)
         return choose(ieq(cls, w.target), mul(u, vset(o.weighted_target)), u) if careful else u
     u = row_numbers(layout, part, w, k)
+    if seen != NULL:
+        seen[0] = join_bits(seen[0], u)
     return u if o.class_weight == NULL else mul(u, class_numbers(layout, part, o.class_weight, k, w))
 
 
@@ -138,14 +160,14 @@ cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec 
     return is_careful(layout, w, start) or start == ifirst(pivot) // (16 * LANES) * 16
 
 
-cdef inline void general_step(int layout, bint part, bint careful, bint dense, bint near, const Options *o, const Walk *w,
+cdef inline void general_step(int layout, bint part, bint careful, bint dense, int near, const Options *o, const Walk *w,
                               Py_ssize_t k, ivec cls, ivec pivot, vec origin, Found *f, vec *keep) noexcept nogil:
     """Vector k of the first walk, and what is kept of it."""
     cdef vec d, e, u, slope
     cdef mask left_out
     d = fetch(layout, part, w, k, 0 if near else <real> -INFINITY)
     if near:  # fewer multiplications, which is what a softcap costs
-        u = odd_polynomial(o.bends_near, d)
+        u = bent_steps(near, o, d)
         slope, e = sub(vset(o.slope_unit), mul(u, u)), vexp2(u, origin)
         if part:
             e = choose(past_end(layout, w, cls), vset(0), e)
@@ -164,7 +186,7 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, b
     else:
         f.others = add(f.others, e)
     if dense:
-        u = target_part(layout, part, careful, o, w, k, cls)
+        u = target_part(layout, part, careful, o, w, k, cls, &f.seen)
         if careful and layout == LANED:
             f.u_pivot = add_where(left_out, f.u_pivot, u)
         if careful and not o.even_weights:
@@ -181,11 +203,11 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, b
 cdef inline Found nothing_found() noexcept nogil:
     cdef Found f
     cdef vec zero = vset(0)
-    f.others, f.away, f.u_others, f.u_pivot, f.spread = zero, zero, zero, zero, zero
+    f.others, f.away, f.u_others, f.u_pivot, f.spread, f.seen = zero, zero, zero, zero, zero, zero
     return f
 
 
-cdef inline Found general_block(int layout, bint careful, bint dense, bint near, bint keeps_some, const Options *o, const Walk *w,
+cdef inline Found general_block(int layout, bint careful, bint dense, int near, bint keeps_some, const Options *o, const Walk *w,
                                 Py_ssize_t start, ivec pivot, vec origin, vec *last) noexcept nogil:
     cdef Found f = nothing_found()
     cdef vec keep = vset(0)
@@ -206,21 +228,29 @@ cdef inline Found general_block(int layout, bint careful, bint dense, bint near,
     return f
 
 
+cdef inline Found general_blocks(int layout, bint careful, bint dense, int near, bint keeps_some, const Options *o,
+                                 const Walk *w, Py_ssize_t start, ivec pivot, vec origin, vec *last) noexcept nogil:
+    """`general_block` with `careful` as a constant."""
+    if careful:
+        return general_block(layout, True, dense, near, keeps_some, o, w, start, pivot, origin, last)
+    return general_block(layout, False, dense, near, keeps_some, o, w, start, pivot, origin, last)
+
+
 cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Options *o, const Walk *w, State *s,
                               vec *last) noexcept nogil:
     """Blocks of 16 vectors, whose sums are added up so that rounding does not grow with the classes. State.c: the origin."""
     cdef Found f, all = nothing_found(), lost = all
     cdef vec origin = s.c
     cdef Py_ssize_t start
+    cdef bint careful
     for start in range(0, w.vectors, 16):
-        if holds_either(layout, w, start, s.pivot) and o.slopes_in_units and w.near:
-            f = general_block(layout, True, dense, True, keeps_some, o, w, start, s.pivot, origin, last)
-        elif holds_either(layout, w, start, s.pivot):
-            f = general_block(layout, True, dense, False, keeps_some, o, w, start, s.pivot, origin, last)
-        elif o.slopes_in_units and w.near:
-            f = general_block(layout, False, dense, True, keeps_some, o, w, start, s.pivot, origin, last)
+        careful = holds_either(layout, w, start, s.pivot)
+        if o.slopes_in_units and w.near == NEAR:
+            f = general_blocks(layout, careful, dense, NEAR, keeps_some, o, w, start, s.pivot, origin, last)
+        elif o.slopes_in_units and w.near == FAIRLY_NEAR:
+            f = general_blocks(layout, careful, dense, FAIRLY_NEAR, keeps_some, o, w, start, s.pivot, origin, last)
         else:
-            f = general_block(layout, False, dense, False, keeps_some, o, w, start, s.pivot, origin, last)
+            f = general_blocks(layout, careful, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
@@ -228,10 +258,12 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
             add_block(start, f.u_others, &all.u_others, &lost.u_others)
         if dense and layout == LANED:
             all.u_pivot = add(all.u_pivot, f.u_pivot)
+        if dense and o.probabilities:
+            all.seen = join_bits(all.seen, f.seen)
         all.spread = add(all.spread, f.spread)
     # What an infinite sum lost is NaN.
     s.a, s.b = add(all.others, lost.others), choose(veq(lost.away, lost.away), add(all.away, lost.away), all.away)
-    s.more[0], s.more[1], s.more[2] = add(all.u_others, lost.u_others), all.u_pivot, all.spread
+    s.more[0], s.more[1], s.more[2], s.more[3] = add(all.u_others, lost.u_others), all.u_pivot, all.spread, all.seen
 
 
 cdef inline void open_general(int layout, bint keeps_some, const Options *o, const Walk *w, State *s, vec *last) noexcept nogil:
@@ -267,7 +299,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     if o.bends:  # the origin is rounded, the maximum's distance from it is not 0
         again = sub(again, off)
         if o.slopes_in_units:
-            again = choose(veq(s.near, zero), again, from_maximum(o, s.m, s.c))
+            again = choose(veq(s.near, vset(FAR)), again, from_maximum(o, s.m, s.near, s.c))
         others, origin = mul(others, again), add(origin, off)
         away = add(away, mul(off, add(u_others, u_pivot) if o.dense else vset(o.classes)))
     total = exact_sum(e, others, &rest)
@@ -304,7 +336,7 @@ cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, c
     cdef vec e = last if part else vload(kept(layout, w, k)), slope = vset(1), g
     if not keeps_slope(o):
         e = vexp(distance_again(o, e, origin, &slope), vset(0))
-    g = sub(mul(s.a, e), mul(s.c, target_part(layout, part, careful, o, w, k, cls) if dense else vset(o.elsewhere)))
+    g = sub(mul(s.a, e), mul(s.c, target_part(layout, part, careful, o, w, k, cls, NULL) if dense else vset(o.elsewhere)))
     return g if keeps_slope(o) else mul(g, slope)
 
 

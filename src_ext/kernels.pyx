@@ -71,7 +71,7 @@ cdef extern from "simd.h" nogil:
     vec join_bits(vec, vec) noexcept
     bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH
+    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH, FAIRLY_NEAR_TANH
     const double FL_LN2
     vec nearest_steps(vec) noexcept
     vec round_to_step(vec) noexcept
@@ -82,9 +82,10 @@ cdef extern from "simd.h" nogil:
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
-    const int BENDS
+    const int BENDS, FAIR_BENDS
     const double *fl_bends
-    vec odd_polynomial(const real *, vec) noexcept
+    const double *fl_fair_bends
+    vec odd_polynomial(const real *, int, vec) noexcept
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
@@ -539,7 +540,7 @@ cdef inline void weigh_typed(integer *p, WeighPass *w, Py_ssize_t k) noexcept no
     cdef double weight, total = 0, top = 0
     for i in range(start, stop):
         weight = w.sample_weight[i * w.sample_step] if w.sample_weight != NULL else 1
-        y = <int64_t> (<integer *> (<char *> p + i * w.targets.stride))[0]
+        y = <int64_t> (<integer *> (<char *> p + i * w.targets.stride))[0] if p != NULL else 0
         if w.ignores and y == w.ignored:
             weight = 0
         elif w.class_weight != NULL:
@@ -566,7 +567,8 @@ cdef void weigh_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
 
 def weigh(targets, class_weight, ignored, sample_weight, multiplier, int n_threads):
     """Into `multiplier`: sample weight times the weight of the target's class (float64 both, or None), 0 where the target is
-    `ignored`. Returns the largest before it was rounded, and the sum of the rounded."""
+    `ignored`; targets may be None where neither is asked for. Returns the largest before it was rounded, and the sum of the
+    rounded."""
     cdef _Loan loan = _Loan()
     cdef WeighPass w
     cdef Matrix m
@@ -579,7 +581,7 @@ def weigh(targets, class_weight, ignored, sample_weight, multiplier, int n_threa
     m = loan.numbers(sample_weight, False, sizeof(double), c"d")
     w.sample_weight, w.sample_step = <const double *> <void *> m.raw, m.column_stride
     m = loan.matrix(multiplier, True)
-    w.to = m.data
+    w.to, w.targets.size = m.data, m.columns
     w.segment = max((w.targets.size + SEGMENTS - 1) // SEGMENTS, <Py_ssize_t> SEGMENT_WORK)
     segments = (w.targets.size + w.segment - 1) // w.segment
     with nogil:

@@ -37,6 +37,7 @@ cdef enum:
     WEIGHED = 2  # the same, u being class weights that are even,
     GIVEN = 3  # or probabilities
     BENT = 4  # a softcap, and no other u than at the target
+    UNEVEN = 7  # u being class weights of which one is more than all others together
     # Of the hinge:
     PAIRED = 5  # margins of class pairs, no more
     # The logistic loss has GIVEN for targets (N, C) without weights of columns or smoothing.
@@ -55,7 +56,9 @@ cdef struct Options:
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
     real bends_near[11]  # a polynomial that bends small scores; 1 / (T log 2) included
-    real near_scores  # below this size; 0 where its coefficients would be no normal numbers, or its values too large
+    real bends_fair[21]  # the same for somewhat larger ones, of scores over the softcap
+    # Below which size; 0 where coefficients would be no normal numbers, or values too large.
+    real near_scores, fairly_near_scores
     bint slopes_in_units  # slopes are times (bent_unit / log 2)^2
     real slope_unit, per_slope_unit  # that, and 1 / that
     real per_temperature
@@ -83,8 +86,8 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         if form == PLAIN or form == GIVEN:
             o.probabilities = form == GIVEN
         return
-    if form == FLAT or form == WEIGHED or form == GIVEN or form == BENT:
-        o.bends, o.dense, o.probabilities = form == BENT, form == WEIGHED or form == GIVEN, form == GIVEN
+    if form == FLAT or form == WEIGHED or form == UNEVEN or form == GIVEN or form == BENT:
+        o.bends, o.dense, o.probabilities = form == BENT, form != FLAT and form != BENT, form == GIVEN
         o.even_weights = form == WEIGHED
         if form != FLAT:
             o.entropy = o.shard = False
@@ -109,7 +112,7 @@ cdef inline int form_of(const Options *o) noexcept nogil:
         return FLAT
     if o.entropy or o.shard or (o.bends and (o.dense or o.elsewhere != 0)):
         return ANY
-    return BENT if o.bends else GIVEN if o.probabilities else WEIGHED if o.even_weights else ANY
+    return BENT if o.bends else GIVEN if o.probabilities else WEIGHED if o.even_weights else UNEVEN
 
 
 cdef struct Walk:
@@ -127,13 +130,13 @@ cdef struct Walk:
     ivec target  # of each lane (LANED), or the same in all (ROWED)
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
-    bint near  # whether all scores are `is_near_zero`, in the general form (ROWED)
+    int near  # `nearness` of all scores, in the general form (ROWED)
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, c, c, target
-    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = NULL, 0, 0, 0, more, 0, False
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = NULL, 0, 0, 0, more, 0, 0
     return w
 
 
@@ -142,7 +145,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes = kept, src, dst, NULL, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = src, 0, 0, more, 0, False
+    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = src, 0, 0, more, 0, 0
     return w
 
 
@@ -268,8 +271,8 @@ cdef struct State:
     vec b
     vec low  # what a lacks, as rounded (hinge)
     vec c  # and in the general form
-    vec near  # not 0 where the row was bent by a polynomial, from c on (slopes_in_units)
-    vec more[3]
+    vec near  # `nearness`: how the row was bent; unless it is far, from c on (slopes_in_units)
+    vec more[4]
     ivec pivot  # the class that its sums leave out; not in the Walk, which plain rows would pay for (12 cycles each)
 
 
@@ -991,8 +994,11 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
         bends_near = 2.0**-12 <= softcap <= 2.0**15 and 1 <= softcap / temperature <= 2.0**16
         o.near_scores = <real> (softcap * NEAR_TANH) if bends_near else 0
+        o.fairly_near_scores = <real> (softcap * FAIRLY_NEAR_TANH) if bends_near else 0
         unit = softcap / temperature / FL_LN2 if bends_near else 1
         o.slope_unit, o.per_slope_unit = <real> (unit * unit), <real> (1 / (unit * unit))
+        for k in range(FAIR_BENDS):
+            o.bends_fair[k] = <real> (unit * fl_fair_bends[k])
         unit = 1 / temperature / FL_LN2 if bends_near else 0
         for k in range(BENDS):
             o.bends_near[k] = <real> (unit * fl_bends[k])

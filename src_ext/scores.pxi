@@ -180,7 +180,8 @@ cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const la
 
 cdef inline void tile_losses_case(int kind, int power, int form, bint grad, const Options *options, real *tile,
                                   int tiles, Py_ssize_t c, const lane_int *y, const real *mult, real scale,
-                                  bint all_live, real *losses, const real *more, real *extras) noexcept nogil:
+                                  bint all_live, real *losses, const real *more, real *extras,
+                                  bint *doubtful) noexcept nogil:
     # Each step is for all groups of rows before the next, so that none waits for another's result.
     cdef Options own = options[0]
     cdef const Options *o = &own
@@ -193,7 +194,7 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     cdef vec c_factor[128]
     cdef vec found[3][128]
     cdef ivec pivot[128]
-    cdef vec loss, last = vset(0), zero = vset(0)
+    cdef vec loss, last = vset(0), zero = vset(0), seen = zero
     cdef mask dead
     cdef Walk w
     cdef State s
@@ -223,6 +224,10 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
             found[0][g], found[1][g] = s.more[0], s.more[1]
         if general and o.entropy:
             found[2][g] = s.more[2]
+        if general and o.kind == SOFTMAX and o.probabilities:
+            seen = join_bits(seen, s.more[3])
+    if general and doubtful != NULL:
+        doubtful[0] = not all_below_2(seen)
     for g in range(groups):
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         if has_low(o):
@@ -262,11 +267,14 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
 
 cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssize_t c, const lane_int *y,
                       const real *mult, real scale, bint all_live, real *losses, const real *more,
-                      real *extras) noexcept nogil:
-    """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0."""
+                      real *extras, bint *doubtful=NULL) noexcept nogil:
+    """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0.
+
+    doubtful: whether a probability may be none, unless it is NULL (softmax).
+    """
     cdef Call t
     t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live = o, tile, tiles, c, y, mult, scale, all_live
-    t.losses, t.more, t.extras = losses, more, extras
+    t.losses, t.more, t.extras, t.doubtful = losses, more, extras, doubtful
     by_kind(LANED, grad, &t)
 
 
@@ -349,8 +357,13 @@ cdef void load_beside(const ScoresPass *s, Py_ssize_t row, int n, const lane_int
         load_more(rows, c, tile)
 
 
+cdef inline bint checks_apart(const ScoresPass *s) noexcept nogil:
+    """Whether probabilities are looked at a group of rows at a time, before that is computed with, and not as it is."""
+    return s.unfit != NULL and s.options.kind != SOFTMAX
+
+
 cdef void check_probabilities(const ScoresPass *s, Py_ssize_t row, int n) noexcept nogil:
-    """Look at those of n rows, before they are computed with: so they are read from memory once."""
+    """Look at those of n rows."""
     cdef Py_ssize_t c = s.scores.columns, segment = row // s.segment
     cdef Py_ssize_t found = unfit_of(s.probabilities.data + row * c, n * c, 1 if s.options.kind == LOGISTIC else <real> REAL_MAX)
     if found >= 0 and s.unfit[segment] < 0:
@@ -367,7 +380,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef real mult[256]
     cdef real losses[256]
     cdef real extras[512]
-    cdef bint wants_extras = s.z != NULL or s.entropy != NULL
+    cdef bint wants_extras = s.z != NULL or s.entropy != NULL, doubtful
     cdef double sums[16]
     cdef Py_ssize_t batch = TILE * batch_tiles(c)
     cdef real *kept_more = tile + batch * c if has_more(&s.options) else NULL
@@ -380,7 +393,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         tiles = (n + TILE - 1) // TILE
         live = tile_multipliers(s.multiplier, row, n, tiles * TILE, mult)
         convert(&s.targets, row, n, y)
-        if s.unfit != NULL:
+        if checks_apart(s):
             check_probabilities(s, row, n)
         for i in range(tiles):
             next = row + batch + i * TILE
@@ -395,8 +408,11 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
                             kept_more + i * c * TILE)
         if s.options.kind == FROM_STATS:
             more = s.probabilities.data + row
+        doubtful = False
         tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses, more,
-                    extras if wants_extras else NULL)
+                    extras if wants_extras else NULL, &doubtful if s.unfit != NULL else NULL)
+        if doubtful:
+            check_probabilities(s, row, n)
         keep_extras(s, extras, row, n)
         if grad:
             for i in range(tiles):
@@ -502,7 +518,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     # What is walked on lives in variables of its own: through a pointer it would be read anew after every store.
     cdef Walk w
     cdef State state
-    cdef vec end = vset(0)
+    cdef vec end = vset(0), seen = end
     cdef Py_ssize_t c = s.scores.columns
     cdef const stored *src = s.scores.raw + start * s.scores.row_stride
     cdef stored *dst = s.grad.raw + start * s.grad.row_stride if grad else NULL
@@ -511,7 +527,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef const real *more = NULL
     cdef int i, r
-    cdef bint general = form != PLAIN
+    cdef bint general = form != PLAIN, doubtful = False
     # Whether the last walk itself sends the gradient, but for what lies between rows.
     cdef bint past = (grad and not general and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
                       and s.streams and c >= PAST_CLASSES)
@@ -539,7 +555,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         for r in range((n + LANES - 1) // LANES):
             end = vload(m + r * LANES)
             if form == BENT:
-                vstore(near + r * LANES, choose(is_near_zero(o, transposed_max(size + r * LANES, 1)), vset(1), vset(0)))
+                vstore(near + r * LANES, nearness(o, transposed_max(size + r * LANES, 1)))
                 end = steps_of_origin(o, end, vload(near + r * LANES))
             else:
                 end = origin_of_distance(o, end)
@@ -551,6 +567,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             found[0][i] = found[1][i] = end
             u_pivot[i] = 0
         if mult[i] == 0:
+            doubtful = True
             continue
         if general:
             more = row_more(o, &s.probabilities, start + i, c, y[i])
@@ -559,7 +576,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
-            w.more_ahead, w.near = ahead * s.probabilities.row_stride, form == BENT and near[i] != 0
+            w.more_ahead, w.near = ahead * s.probabilities.row_stride, <int> near[i] if form == BENT else FAR
             pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
             u_pivot[i] = target_at(o, &w, pivot[i], y[i]) if o.dense else 0
             state.pivot = iset(pivot[i])
@@ -572,6 +589,10 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             low[i] = state.low
         if general:
             found[0][i], found[1][i] = state.more[0], state.more[2]
+            if o.kind == SOFTMAX and o.probabilities:
+                seen = join_bits(seen, state.more[3])
+    if general and o.kind == SOFTMAX and o.probabilities and s.unfit != NULL and (doubtful or not all_below_2(seen)):
+        check_probabilities(s, start, n)
     if general:
         settle_general_group(grad, o, n, first, second, low, found, u_pivot, m, origin, near, target, mult, s.scale, a, b, coefficient, losses,
                              extras)
@@ -636,6 +657,7 @@ cdef struct Call:
     # Tiles (LANED).
     real *tile
     const real *more
+    bint *doubtful
     int tiles
     Py_ssize_t c
     real scale
@@ -650,7 +672,7 @@ cdef struct Call:
 cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, const Call *t) noexcept nogil:
     if layout == LANED:
         tile_losses_case(kind, power, form, grad, t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live, t.losses,
-                         t.more, t.extras)
+                         t.more, t.extras, t.doubtful)
     else:
         group_losses_case(kind, power, form, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
                           t.extras)
@@ -668,6 +690,8 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, SOFTMAX, 1, GIVEN, False, t)
     elif MANY_FORMS and kind == SOFTMAX and form == WEIGHED and grad:
         of_kind(layout, SOFTMAX, 1, WEIGHED, True, t)
+    elif MANY_FORMS and kind == SOFTMAX and form == UNEVEN and grad:
+        of_kind(layout, SOFTMAX, 1, UNEVEN, True, t)
     elif MANY_FORMS and kind == SOFTMAX and form == BENT and grad:
         of_kind(layout, SOFTMAX, 1, BENT, True, t)
     elif kind == SOFTMAX:
@@ -752,7 +776,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
         if s.multiplier != NULL:
             for i in range(n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
-        if s.unfit != NULL:
+        if checks_apart(s):
             check_probabilities(s, row, n)
         if s.top != NULL:
             keep_group_tops(s, row, n, mult)

@@ -1016,10 +1016,25 @@ static const double fl_bends[BENDS] = {
     0x1.d6cdb982a0186p-9, -0x1.7d468c7fdfcd5p-10, 0x1.31c0fe1baace7p-11, -0x1.c85eda5c362b1p-13, 0x1.db16c18e08ce1p-15,
 #endif
 };
-FL_INLINE vec odd_polynomial(const real *of, vec x) {
-    vec z = x * x, q = vset(of[BENDS - 1]);
-#pragma GCC unroll 10
-    for (int k = BENDS - 2; k >= 0; k--) q = q * z + vset(of[k]);
+/* The same for |x| < FAIRLY_NEAR_TANH (5.6e-9; 5.0e-19). */
+#define FAIRLY_NEAR_TANH ((real)1.25)
+#define FAIR_BENDS (FASTLOSS_BITS == 32 ? 10 : 21)
+static const double fl_fair_bends[FAIR_BENDS] = {
+#if FASTLOSS_BITS == 32
+    1.0, -0x1.555556p-2, 0x1.1110dap-3, -0x1.ba0ca6p-5, 0x1.6582d6p-6, -0x1.1cd698p-7, 0x1.a930fp-9,
+    -0x1.093626p-10, 0x1.c9a646p-13, -0x1.81719cp-16,
+#else
+    1.0, -0x1.5555555555555p-2, 0x1.111111111110bp-3, -0x1.ba1ba1ba1b16bp-5, 0x1.664f48829c181p-6,
+    -0x1.226e35593464ep-7, 0x1.d6d3cffa07facp-9, -0x1.7da356edb7edfp-10, 0x1.355797fbc7225p-11,
+    -0x1.f574fd9e39ee5p-13, 0x1.964c956aa9ef1p-14, -0x1.489e23bd46ff3p-15, 0x1.07fcb782978e5p-16,
+    -0x1.9fa3e0cab89e9p-18, 0x1.381003861bb82p-19, -0x1.ac2ab571e735dp-21, 0x1.fb7af6d3499a9p-23,
+    -0x1.e58b59dd3c1b8p-25, 0x1.580aaaf53d98bp-27, -0x1.3c0de216bd361p-30, 0x1.178096a6a818bp-34,
+#endif
+};
+FL_INLINE vec odd_polynomial(const real *of, int size, vec x) {
+    vec z = x * x, q = vset(of[size - 1]);
+#pragma GCC unroll 20
+    for (int k = size - 2; k >= 0; k--) q = q * z + vset(of[k]);
     return q * x;
 }
 /* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). Not inline: it is seldom needed, and takes many registers. */

@@ -71,11 +71,11 @@ def close(found, expected, scale, eps, note):
     assert worst <= 64 * eps, f"{note}: {worst / eps:.1f} units"
 
 
-def agree(loss, scores, y, backend, note="", **more):
-    """Value, gradient and extra outputs agree with the reference on the same numbers in float64."""
+def agree(loss, scores, y, backend, note="", outputs=None, **more):
+    """Value, gradient and extra outputs (all, if None) agree with the reference on the same numbers in float64."""
     eps = float(np.finfo(np.float64 if scores.dtype == np.float64 else np.float32).eps)
     grad_eps = {2: 2.0**-9 if scores.dtype != np.float16 else 2.0**-12}.get(scores.itemsize, eps)
-    outputs = loss.extra_outputs
+    outputs = loss.extra_outputs if outputs is None else outputs
     with np.errstate(invalid="ignore"):  # of signalling NaN
         wide = np.array(scores, np.float64)
     want = loss.value_and_grad(wide, y, outputs=outputs, reduction="none", backend="reference", **more)
@@ -91,6 +91,42 @@ def agree(loss, scores, y, backend, note="", **more):
             close(have[2][name], want[2][name], np.maximum(1, np.abs(want[2][name])), eps, f"{name}, {note}")
     close(have[0], want[0], np.maximum(1, np.abs(want[0])), eps, f"value, {note}")
     return have
+
+
+#: What has a form of its own where no entropy is asked for.
+FORMS = {
+    "weights, even": {"label_smoothing": 0.1, "class_weight": lambda c: 1 + np.arange(c) / c},
+    "weights, uneven": {"label_smoothing": 0.3, "class_weight": lambda c: np.where(np.arange(c) == c // 2, 2.0 * c, 1)},
+    "weights, one alone": {"label_smoothing": 1.0, "class_weight": lambda c: (np.arange(c) == c - 1) * 3.0},
+    "weights, all": {
+        "label_smoothing": 0.1, "z_loss": 0.1, "temperature": 2.0, "class_weight": lambda c: np.arange(c) % 3 + 0.5
+    },
+    "softcap": {"softcap": 4.0},
+    "softcap, far": {"softcap": 0.7},
+    "softcap, all": {"softcap": 5.0, "z_loss": 0.1, "temperature": 0.5},
+}  # fmt: skip
+
+
+@stored
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(compiled, stored, name):
+    rng = np.random.default_rng(14)
+    for n, c in SHAPES:
+        scores, y = (2 * rng.standard_normal((n, c))).astype(stored), rng.integers(0, c, n)
+        options = {k: v(c) if callable(v) else v for k, v in FORMS[name].items()}
+        agree(fl.Softmax(**options), scores, y, compiled, f"{(n, c)}", outputs=())
+
+
+@pytest.mark.parametrize("c", [1, 5, 90, 300])
+def test_probabilities_alone(compiled, dtype, c):
+    """In a form of their own, where they are looked at as they are computed with: above 2 again."""
+    rng = np.random.default_rng(15)
+    scores, q = (2 * rng.standard_normal((37, c))).astype(dtype), rng.random((37, c)).astype(dtype)
+    weight = rng.random(c)
+    for times in (1, 5, -0.0):
+        for loss in (fl.Softmax(), fl.Softmax(class_weight=weight, temperature=3.0)):
+            skipping = {"sample_weight": np.arange(37) % 3}
+            agree(loss, scores, q * dtype(times), compiled, str(times), outputs=(), **skipping)
 
 
 @stored

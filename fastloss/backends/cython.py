@@ -199,10 +199,9 @@ class CythonBackend(Backend):
         self, targets: Array, class_weight: Array | None, ignored: int | None, sample_weight: Array | None,
         dtype: np.dtype[Any], n_threads: int = 1,
     ) -> tuple[Array, float, float]:  # fmt: skip
-        if class_weight is None and ignored is None:
-            return super().weigh(targets, None, None, sample_weight, dtype)
         multiplier = np.empty(len(targets), dtype)
-        top, total = self._kernels[dtype].weigh(targets, class_weight, ignored, sample_weight, multiplier, n_threads)
+        indices = None if class_weight is None and ignored is None else targets
+        top, total = self._kernels[dtype].weigh(indices, class_weight, ignored, sample_weight, multiplier, n_threads)
         return multiplier, top, total
 
     def plain_rows(
