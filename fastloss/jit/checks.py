@@ -62,7 +62,7 @@ def outside_kernel(dtype: str) -> Any:
 
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), types.int64, types.int64), nogil=True,
-        error_model="numpy",
+        error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
     def first_outside(indices, stop, ignored):
         for a in range(0, indices.size, BLOCK):
@@ -73,7 +73,7 @@ def outside_kernel(dtype: str) -> Any:
                         return i
         return -1
 
-    return first_outside
+    return cpu.entry(first_outside)
 
 
 def unfit_kernel(dtype: str) -> Any:
@@ -87,7 +87,10 @@ def unfit_kernel(dtype: str) -> Any:
             bad += not (x >= 0 and x <= most)
         return bad
 
-    @numba.njit(types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy")
+    @numba.njit(
+        types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy",
+        no_cfunc_wrapper=True,
+    )  # fmt: skip
     def first_unfit(numbers, most):
         for a in range(0, numbers.size, BLOCK):
             if count(numbers[a : a + BLOCK], most):
@@ -96,7 +99,7 @@ def unfit_kernel(dtype: str) -> Any:
                         return i
         return -1
 
-    return first_unfit
+    return cpu.entry(first_unfit)
 
 
 def weigh_kernel(dtype: str) -> Any:
@@ -109,7 +112,7 @@ def weigh_kernel(dtype: str) -> Any:
             types.Array(types.int64, 1, "C", readonly=True), doubles, types.boolean, types.int64, doubles,
             types.Array(number, 1, "C"),
         ),
-        nogil=True, error_model="numpy",
+        nogil=True, error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
     def weigh(targets, class_weight, ignores, ignored, sample_weight, multiplier):
         top, total = 0.0, 0.0
@@ -124,13 +127,14 @@ def weigh_kernel(dtype: str) -> Any:
             total += np.float64(multiplier[i])
         return top, total
 
-    return weigh
+    return cpu.entry(weigh)
 
 
 NONE = np.empty(0)
 INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 #: By what is quick to look up: a type's name takes NumPy longer than the check of a small call.
 INDICES = {INT64: "int64", np.dtype(np.int32): "int32"}
+FLOATS = {np.dtype(kind): (kind, float(np.finfo(kind).max)) for kind in ("float64", "float32")}
 compiled_check = functools.cache(cpu.made)
 
 
@@ -153,10 +157,10 @@ def holds(dtype: np.dtype[Any], number: int) -> bool:
 
 def first_unfit(numbers: Array, most: float) -> int | None:
     """`Backend.first_unfit`; None for arrays that are not served here."""
-    if numbers.dtype.name not in ("float64", "float32") or not (numbers.flags.c_contiguous and numbers.flags.aligned):
+    name, largest = FLOATS.get(numbers.dtype, ("", 0.0))
+    if not name or not (flags := numbers.flags).c_contiguous or not flags.aligned:
         return None
-    finite = min(most, float(np.finfo(numbers.dtype).max))
-    position: int = cpu.made(unfit_kernel, numbers.dtype.name)(numbers.reshape(-1), numbers.dtype.type(finite))
+    position: int = compiled_check(unfit_kernel, name)(numbers.reshape(-1), min(most, largest))
     return position
 
 

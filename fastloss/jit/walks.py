@@ -132,7 +132,8 @@ class Walk:
         """Whether all scores of rows from g on are near; so are rows that are skipped."""
         top, per_softcap = self.of_rows(TOP, g), self.options[rowmath.PER_SOFTCAP]
         near = (self.of_rows(REACH, g) * per_softcap < rowmath.NEAR) & (top == top)
-        return near | (self.of_rows(WEIGHT, g) == 0)
+        found: Value = near | (self.of_rows(WEIGHT, g) == 0)
+        return found
 
     def by_nearness(self, are_near: Callable[[], Any], write: Callable[[Any], None]) -> None:
         """What is written with the row mathematics of near rows, or of any."""
