@@ -21,11 +21,9 @@ from fastloss.jit.vectors import BIT, WORD, Emitter
 BLOCK = 4096
 
 
-def outside_kernel(dtype: str) -> Any:
-    """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
-    kind = getattr(types, dtype)
-
-    size = kind.bitwidth // 8
+def outside_counter(dtype: str) -> Any:
+    """Whether one of n indices from an address on is outside [0, stop) and not `ignored`."""
+    size = getattr(types, dtype).bitwidth // 8
 
     @intrinsic
     def count(typing, indices, n, stop, ignored):
@@ -59,6 +57,14 @@ def outside_kernel(dtype: str) -> Any:
             return builder.load(total)
 
         return types.boolean(types.intp, types.int64, types.int64, types.int64), body
+
+    return count
+
+
+def outside_kernel(dtype: str) -> Any:
+    """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
+    kind, count = getattr(types, dtype), outside_counter(dtype)
+    size = kind.bitwidth // 8
 
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), types.int64, types.int64), nogil=True,

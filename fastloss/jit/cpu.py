@@ -204,8 +204,8 @@ def made(factory: Callable[..., Any], *what: Any) -> Any:
 #: An ndarray begins, after what all objects have, with the address of its numbers: NumPy's C interface promises so, and
 #: what follows: the number of dimensions, the addresses of sizes and strides, the base, the type, the flags.
 HEAD = object.__basicsize__
-_STRIDES, _TYPE, _FLAGS = HEAD + 24, HEAD + 40, HEAD + 48
-_CONTIGUOUS, _ALIGNED = 0x1, 0x100
+_SIZES, _STRIDES, _TYPE, _FLAGS = HEAD + 16, HEAD + 24, HEAD + 40, HEAD + 48
+_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
 
 
 # --- calls from Python ----------------------------------------------------------------------------------------------
@@ -246,13 +246,24 @@ def stride_of(builder, array, axis, instead):
     return of_array(builder, strides, 8 * axis, instead)
 
 
-def is_fit(builder, array, kind, instead):
+def size_of(builder, array, axis, instead):
+    """How many there are along an axis; 0 for none."""
+    sizes = of_array(builder, array, _SIZES, instead)
+    return of_array(builder, sizes, 8 * axis, instead)
+
+
+def type_of(builder, array, instead):
+    """The address of its type; 0 for none."""
+    return of_array(builder, array, _TYPE, instead)
+
+
+def is_fit(builder, array, kind, instead, writeable=False):
     """Whether an array is aligned and, where a type is given by its address, of that type and in C order; none is."""
-    wanted = array.type(_ALIGNED if kind is None else _ALIGNED | _CONTIGUOUS)
+    wanted = array.type(_ALIGNED | (0 if kind is None else _CONTIGUOUS) | (_WRITEABLE if writeable else 0))
     flags = of_array(builder, array, _FLAGS, instead)
     found = builder.icmp_unsigned("==", builder.and_(flags, wanted), wanted)
     if kind is not None:
-        of_type = builder.icmp_unsigned("==", of_array(builder, array, _TYPE, instead), kind)
+        of_type = builder.icmp_unsigned("==", type_of(builder, array, instead), kind)
         found = builder.and_(found, of_type)
     return builder.or_(found, builder.icmp_unsigned("==", array, array.type(0)))
 

@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 
 from fastloss._checks import Array
 from fastloss.jit import cpu, rowmath, vectors
+from fastloss.jit.checks import outside_counter
 from fastloss.jit.rowmath import Plan
 from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
 from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
@@ -387,6 +388,8 @@ INT64 = np.dtype(np.int64)
 def starter() -> Any:
     """What Python calls: writes down what the kernels are told, and if no memory for that is given, where one thread is
     enough, runs them too. Returns Σ multiplier · ℓ; None, and does nothing, if arrays must be put in order before.
+    Where labels is not −1, targets must be below it, and nothing has been checked but dimensions: None, too, if the
+    call is not in order (`Backend.plain_rows`), or not so simple that this is clear.
     """
     # In LLVM's language: each function of ours would take Numba 25 ms, and the first result waits for all.
     kinds = [types.intp, *[cpu.OBJECT] * 8]
@@ -445,14 +448,58 @@ def starter() -> Any:
 
         return types.void(*kinds, types.float64, types.intp), body
 
-    word, double = np.int64(0), np.float64(0)
+    @intrinsic
+    def numbers_of(typing, array):
+        def body(context, builder, signature, given):
+            return Emitter(builder, "float64").load(builder.add(given[0], WORD(cpu.HEAD)), WORD, 8)
+
+        return types.intp(cpu.OBJECT), body
+
+    @intrinsic
+    def is_plain(typing, shape, scores, targets, grad):
+        def body(context, builder, signature, given):
+            shape, scores, targets, grad = given
+            e = Emitter(builder, "float64")
+            n, c, itemsize = (e.load(e.plus(shape, which, 8), WORD, 8) for which in (ROWS, CLASSES, ITEMSIZE))
+            length = builder.mul(builder.mul(n, c), itemsize)
+            kind = cpu.type_of(builder, scores, shape)
+
+            def is_size(array: Any, axis: int, size: Any) -> Any:
+                return builder.icmp_signed("==", cpu.size_of(builder, array, axis, shape), size)
+
+            def ends_before(a: Any, length: Any, b: Any) -> Any:
+                first, second = (cpu.of_array(builder, array, cpu.HEAD, shape) for array in (a, b))
+                return builder.icmp_unsigned("<=", builder.add(first, length), second)
+
+            def are_apart(a: Any, a_length: Any, b: Any, b_length: Any) -> Any:
+                return builder.or_(ends_before(a, a_length, b), ends_before(b, b_length, a))
+
+            apart = builder.and_(
+                cpu.is_fit(builder, scores, kind, shape), are_apart(grad, length, scores, length)
+            )  # fmt: skip
+            of_grad = [
+                cpu.is_fit(builder, grad, kind, shape, writeable=True), is_size(grad, 0, n), is_size(grad, 1, c),
+                are_apart(grad, length, targets, builder.mul(n, WORD(8))),
+                builder.or_(builder.icmp_signed("==", grad, scores), apart),
+            ]  # fmt: skip
+            is_none = builder.icmp_signed("==", grad, WORD(0))
+            fits = builder.or_(is_none, functools.reduce(builder.and_, of_grad))
+            return builder.and_(fits, is_size(targets, 0, n))
+
+        return types.boolean(types.intp, *[cpu.OBJECT] * 3), body
+
+    word, double, are_outside = np.int64(0), np.float64(0), outside_counter("int64")
 
     @numba.njit(
-        types.Optional(types.float64)(*kinds, types.float64, types.intp, types.boolean), nogil=True,
+        types.Optional(types.float64)(*kinds, types.float64, types.intp, types.boolean, types.intp), nogil=True,
         error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
-    def start(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, at, in_order):
+    def start(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, at, in_order, labels):
         if not in_order and not fit(shape, options, scores, targets, multiplier, grad, losses, z, entropy):
+            return None
+        if labels >= 0 and not is_plain(shape, scores, targets, grad):
+            return None
+        if labels >= 0 and are_outside(numbers_of(targets), cpu.get(shape + 8 * ROWS, word), labels, 0):
             return None
         memory = 0 if at else cpu.reserve(cpu.get(shape + 8 * BYTES, word))
         if at == memory:
@@ -572,12 +619,12 @@ def run(
     if of.workers > 1:  # they are given the job from here
         memory = np.empty(of.bytes, np.uint8)
         at = -(-cpu.address(memory) // LINE) * LINE
-    value: float | None = of.start(of.shape_at, table, scores, targets, *given, at, False)
+    value: float | None = of.start(of.shape_at, table, scores, targets, *given, at, False, -1)
     if value is None:
         targets = cpu.in_order(targets, of.real if of.probabilities else INT64)
         scores = scores if scores.flags.aligned else scores.copy()
         given = (None if multiplier is None else cpu.in_order(multiplier, of.real), *given[1:])
-        value = of.start(of.shape_at, table, scores, targets, *given, at, True)
+        value = of.start(of.shape_at, table, scores, targets, *given, at, True, -1)
     if memory is not None:
         cpu.run_kernel(of.kernel, at, of.workers)
         value = sum(of.sums.unpack_from(memory, at - cpu.address(memory) + of.sums_at), 0.0)
@@ -601,6 +648,23 @@ def score_rows(
     kept = loss.__dict__.get("_kept")  # by `Loss.once`; to ask it with a function takes a small call too long
     of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
     return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
+
+
+def plain_rows(
+    loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
+) -> float | None:
+    """`Backend.plain_rows`, for calls like one that has been: an error must not wait for a compiler."""
+    kept = loss.__dict__.get("_kept")
+    found = kept and kept.get((scores.dtype, scores.shape, False, grad is not None, False, False, n_threads))
+    if not found or found[0].workers > 1 or not scores.size:
+        return None
+    of, table = found
+    n, c = scores.shape
+    value: float | None = of.start(
+        of.shape_at, table, scores, targets, None, grad, None, None, None, 1 / n if mean else 1.0, 0, False,
+        loss.labels(c),
+    )  # fmt: skip
+    return value / n if mean and value is not None else value
 
 
 TRANSFORMS = {
