@@ -85,13 +85,37 @@ def outside_kernel(dtype: str) -> Any:
 def unfit_kernel(dtype: str) -> Any:
     """The position of the first number that is not in [0, most]; −1: there is none."""
     kind = getattr(types, dtype)
+    size = kind.bitwidth // 8
 
-    @cpu.reducer
-    def count(numbers, most):
-        bad = 0
-        for x in numbers:
-            bad += not (x >= 0 and x <= most)
-        return bad
+    @intrinsic
+    def are_unfit(typing, numbers, n, most):
+        def body(context, builder, signature, given):
+            at, n, most = given
+            e = Emitter(builder, dtype)
+            place = cgutils.alloca_once(builder, ir.VectorType(BIT, e.lanes))
+            builder.store(place.type.pointee(None), place)
+            limit, zero = e.splat(most), e.lift(0, e.vector)
+
+            def look(x: Any, zero: Any, limit: Any) -> Any:
+                below = builder.fcmp_unordered("<", x, zero)  # NaN is, too
+                return builder.or_(below, builder.fcmp_unordered(">", x, limit))
+
+            def look_at(vectors: list[Any]) -> None:
+                for k in vectors:
+                    bad = look(e.load(e.plus(at, k, e.lanes * size)), zero, limit)
+                    builder.store(builder.or_(builder.load(place), bad), place)
+
+            whole = builder.sdiv(n, WORD(e.lanes))
+            e.each(WORD(0), whole, 4, look_at)
+            some = builder.bitcast(builder.load(place), ir.IntType(e.lanes))
+            total = cgutils.alloca_once(builder, BIT)
+            builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
+            with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
+                bad = look(e.load(e.plus(at, k, size), e.real), e.lift(0, e.real), most)
+                builder.store(builder.or_(builder.load(total), bad), total)
+            return builder.load(total)
+
+        return types.boolean(types.intp, types.int64, kind), body
 
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy",
@@ -99,7 +123,7 @@ def unfit_kernel(dtype: str) -> Any:
     )  # fmt: skip
     def first_unfit(numbers, most):
         for a in range(0, numbers.size, BLOCK):
-            if count(numbers[a : a + BLOCK], most):
+            if are_unfit(numbers.ctypes.data + a * size, min(BLOCK, numbers.size - a), most):
                 for i in range(a, min(a + BLOCK, numbers.size)):
                     if not (numbers[i] >= 0 and numbers[i] <= most):
                         return i
