@@ -438,12 +438,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def why_not_writeable(path: Path) -> str | None:
+    """Why no file can be written there; None if one can. Results are moved there from a file beside it."""
+    if path.is_dir():
+        return "which is a folder"
+    if not path.parent.is_dir():
+        return f"but there is no folder {path.parent}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"but nothing may be written to {path.parent}"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; the exit status is returned."""
     options = parser().parse_args(arguments)
     minutes = (2.0 if options.quick else 7.5) if options.minutes is None else options.minutes
     if not minutes > 0:
         parser().error(f"--minutes is {minutes}; it must be above 0")
+    if options.out is not None:
+        why = why_not_writeable(options.out)
+        if why is not None:
+            parser().error(f"--out is {options.out}, {why}; it must name a file in a folder that can be written to")
     reason = device.why_not()
     if reason is not None:
         print(f"fastloss.gpucheck needs an NVIDIA GPU: {reason}", file=sys.stderr)

@@ -205,6 +205,27 @@ def test_help_and_bad_arguments(capsys):
         assert end.value.code == 2
 
 
+def test_out_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    """It is said before anything runs, a GPU or none."""
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(gpucheck.device, "why_not", lambda: pytest.fail("something ran"))
+        for path, why in (
+            (tmp_path / "missing" / "out.json", "there is no folder"), (tmp_path, "is a folder"),
+            (tmp_path / "file" / "out.json", "there is no folder"),
+        ):  # fmt: skip
+            with pytest.raises(SystemExit) as end:
+                gpucheck.main(["--out", str(path)])
+            assert end.value.code == 2
+            said = capsys.readouterr().err
+            assert str(path) in said
+            assert why in said
+    monkeypatch.setattr(gpucheck.device, "why_not", lambda: "none here")
+    assert gpucheck.main(["--out", str(tmp_path / "out.json")]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 #: The command for arrays of float32 alone.
 OF_FLOAT32 = """
 import sys

@@ -22,7 +22,9 @@ vectors.VECTOR_BYTES, vectors.WIDE = int(sys.argv[1]), False
 import numpy as np
 import fastloss as fl
 rng = np.random.default_rng(0)
-for loss in (fl.Softmax(), fl.Hinge(power=2), fl.Hinge(over="max"), fl.Softmax(label_smoothing=0.1)):
+losses = [fl.Softmax(), fl.Hinge(power=2), fl.Hinge(over="max"), fl.Softmax(label_smoothing=0.1)]
+losses += [fl.Softmax(softcap=9.0), fl.Softmax(softcap=9.0, label_smoothing=0.1)]
+for loss in losses:
     for c in (5, 35):
         scores, y = rng.normal(0, 3, (70, c)).astype(sys.argv[2]), rng.integers(0, c, 70)
         (value, grad), (expected, expected_grad) = (
@@ -45,6 +47,36 @@ print(fl.Softmax().value(scores, y, backend="numba", n_threads=3))
 def test_narrower_vectors(size, dtype):
     """Those of processors without AVX-512."""
     subprocess.run([sys.executable, "-c", NARROW, str(size), dtype], check=True)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_arrays_that_are_put_in_order(n_threads):
+    """The kernels read flags, strides and types of arrays themselves."""
+    rng = np.random.default_rng(0)
+    scores, y = rng.normal(size=(9000, 10)).astype("f"), np.arange(9000) % 10
+    expected = fl.Softmax().value_and_grad(scores, y, backend="numba", n_threads=n_threads)
+    shifted = np.zeros(scores.nbytes + 1, np.uint8)[1:].view("f").reshape(scores.shape)
+    at = np.zeros(y.nbytes + 1, np.uint8)[1:].view(np.int64)
+    shifted[...], at[...] = scores, y
+    assert not shifted.flags.aligned
+    assert not at.flags.aligned
+    weights = np.ones(18000)[::2]
+    for given, targets in (
+        (scores, at), (shifted, y), (scores, np.repeat(y, 2)[::2]), (scores, y.astype(">i8")), (scores, y.astype("u1")),
+        (scores, y.astype(np.longlong)), (np.asfortranarray(scores), y), (scores[::-1], y[::-1]),
+    ):  # fmt: skip
+        found = fl.Softmax().value_and_grad(
+            given, targets, sample_weight=weights, backend="numba", n_threads=n_threads
+        )  # fmt: skip
+        np.testing.assert_allclose(found[0], expected[0], 1e-6)
+        np.testing.assert_array_equal(found[1] if given.strides[0] > 0 else found[1][::-1], expected[1])
+
+
+def test_probabilities_of_another_byte_order():
+    expected, given = np.array([[0.25, 0.75]]), np.array([[0.25, 0.75]], ">f8")
+    backend = fl.backends.get("numba")
+    assert backend.first_unfit(given) == backend.first_unfit(expected) == -1
+    assert backend.first_unfit(-given) == 0
 
 
 def test_threads_that_fell_asleep_are_woken_and_are_dismissed_at_the_end():

@@ -35,7 +35,8 @@ class NumbaBackend(reference.ReferenceBackend):
         self._features = import_module("fastloss.jit.features")
         self._scores = import_module("fastloss.jit.scores")
         self._sparse = import_module("fastloss.jit.sparse")
-        self.score_rows = self._scores.score_rows  # type: ignore[method-assign]  # a frame less
+        self.plain_rows = self._scores.plain_rows  # type: ignore[method-assign]  # a frame less
+        self.score_rows = self._scores.score_rows  # type: ignore[method-assign]
 
     def __str__(self) -> str:
         return f"compiled as it is used by Numba {self._version}"

@@ -26,7 +26,7 @@ import numpy as np
 
 from fastloss.gpu import device
 from fastloss.jit import rowmath
-from fastloss.jit.rowmath import MARGIN, PER_TEMPERATURE, TERMS
+from fastloss.jit.rowmath import MARGIN, TERMS
 
 #: What a call wants and has, as bits of `flags`.
 GRADIENT, WEIGHTED, PULLED, SHARED_TOTAL, VALUES, ROW_LOSS, LSE, ENTROPY, ARGMAX, WRITES_VALUE = (
@@ -654,7 +654,7 @@ def _combiner(plan: Plan) -> Any:
     exp, none, log2 = device.exp, -np.inf, float(np.log(2))
     kind, dense, smooths, general = plan.row.kind, plan.row.dense, plan.row.smooths, plan.row.general
     rounder = rowmath.CONSTANTS[np.float64 if plan.dtype == "float64" else np.float32].rounder
-    width, per_temperature = plan.row.terms + 1, PER_TEMPERATURE
+    width, unit = plan.row.terms + 1, plan.row.unit
 
     scope: dict[str, Any] = {}
     more = "".join(f", state[{k}] + own[{k}]" for k in range(2, width))
@@ -695,7 +695,7 @@ def _combiner(plan: Plan) -> Any:
     def bent(state, m, own, own_m, known, own_known, count, options):
         d = 0.0
         if own_m > none and own_m != m:
-            d = (float(own_known[0]) - known[0]) * options[per_temperature]
+            d = (float(own_known[0]) - known[0]) * options[unit]
         w = exp(d)
         found, tops, away, u_others, u_tops = (own[0] + own[1]) * w, own[2], own[3], own[4], own[5]
         spread = w * (own[6] - d * (own[0] + own[1] + tops)) if w > 0.0 else 0.0

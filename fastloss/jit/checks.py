@@ -21,11 +21,9 @@ from fastloss.jit.vectors import BIT, WORD, Emitter
 BLOCK = 4096
 
 
-def outside_kernel(dtype: str) -> Any:
-    """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
-    kind = getattr(types, dtype)
-
-    size = kind.bitwidth // 8
+def outside_counter(dtype: str) -> Any:
+    """Whether one of n indices from an address on is outside [0, stop) and not `ignored`."""
+    size = getattr(types, dtype).bitwidth // 8
 
     @intrinsic
     def count(typing, indices, n, stop, ignored):
@@ -60,9 +58,17 @@ def outside_kernel(dtype: str) -> Any:
 
         return types.boolean(types.intp, types.int64, types.int64, types.int64), body
 
+    return count
+
+
+def outside_kernel(dtype: str) -> Any:
+    """The position of the first index outside [0, stop) that is not `ignored`; −1: none."""
+    kind, count = getattr(types, dtype), outside_counter(dtype)
+    size = kind.bitwidth // 8
+
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), types.int64, types.int64), nogil=True,
-        error_model="numpy",
+        error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
     def first_outside(indices, stop, ignored):
         for a in range(0, indices.size, BLOCK):
@@ -73,30 +79,57 @@ def outside_kernel(dtype: str) -> Any:
                         return i
         return -1
 
-    return first_outside
+    return cpu.entry(first_outside)
 
 
 def unfit_kernel(dtype: str) -> Any:
     """The position of the first number that is not in [0, most]; −1: there is none."""
     kind = getattr(types, dtype)
+    size = kind.bitwidth // 8
 
-    @cpu.reducer
-    def count(numbers, most):
-        bad = 0
-        for x in numbers:
-            bad += not (x >= 0 and x <= most)
-        return bad
+    @intrinsic
+    def are_unfit(typing, numbers, n, most):
+        def body(context, builder, signature, given):
+            at, n, most = given
+            e = Emitter(builder, dtype)
+            place = cgutils.alloca_once(builder, ir.VectorType(BIT, e.lanes))
+            builder.store(place.type.pointee(None), place)
+            limit, zero = e.splat(most), e.lift(0, e.vector)
 
-    @numba.njit(types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy")
+            def look(x: Any, zero: Any, limit: Any) -> Any:
+                below = builder.fcmp_unordered("<", x, zero)  # NaN is, too
+                return builder.or_(below, builder.fcmp_unordered(">", x, limit))
+
+            def look_at(vectors: list[Any]) -> None:
+                for k in vectors:
+                    bad = look(e.load(e.plus(at, k, e.lanes * size)), zero, limit)
+                    builder.store(builder.or_(builder.load(place), bad), place)
+
+            whole = builder.sdiv(n, WORD(e.lanes))
+            e.each(WORD(0), whole, 4, look_at)
+            some = builder.bitcast(builder.load(place), ir.IntType(e.lanes))
+            total = cgutils.alloca_once(builder, BIT)
+            builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
+            with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
+                bad = look(e.load(e.plus(at, k, size), e.real), e.lift(0, e.real), most)
+                builder.store(builder.or_(builder.load(total), bad), total)
+            return builder.load(total)
+
+        return types.boolean(types.intp, types.int64, kind), body
+
+    @numba.njit(
+        types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy",
+        no_cfunc_wrapper=True,
+    )  # fmt: skip
     def first_unfit(numbers, most):
         for a in range(0, numbers.size, BLOCK):
-            if count(numbers[a : a + BLOCK], most):
+            if are_unfit(numbers.ctypes.data + a * size, min(BLOCK, numbers.size - a), most):
                 for i in range(a, min(a + BLOCK, numbers.size)):
                     if not (numbers[i] >= 0 and numbers[i] <= most):
                         return i
         return -1
 
-    return first_unfit
+    return cpu.entry(first_unfit)
 
 
 def weigh_kernel(dtype: str) -> Any:
@@ -109,7 +142,7 @@ def weigh_kernel(dtype: str) -> Any:
             types.Array(types.int64, 1, "C", readonly=True), doubles, types.boolean, types.int64, doubles,
             types.Array(number, 1, "C"),
         ),
-        nogil=True, error_model="numpy",
+        nogil=True, error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
     def weigh(targets, class_weight, ignores, ignored, sample_weight, multiplier):
         top, total = 0.0, 0.0
@@ -124,13 +157,14 @@ def weigh_kernel(dtype: str) -> Any:
             total += np.float64(multiplier[i])
         return top, total
 
-    return weigh
+    return cpu.entry(weigh)
 
 
 NONE = np.empty(0)
 INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 #: By what is quick to look up: a type's name takes NumPy longer than the check of a small call.
 INDICES = {INT64: "int64", np.dtype(np.int32): "int32"}
+FLOATS = {np.dtype(kind): (kind, float(np.finfo(kind).max)) for kind in ("float64", "float32")}
 compiled_check = functools.cache(cpu.made)
 
 
@@ -153,10 +187,10 @@ def holds(dtype: np.dtype[Any], number: int) -> bool:
 
 def first_unfit(numbers: Array, most: float) -> int | None:
     """`Backend.first_unfit`; None for arrays that are not served here."""
-    if numbers.dtype.name not in ("float64", "float32") or not (numbers.flags.c_contiguous and numbers.flags.aligned):
+    name, largest = FLOATS.get(numbers.dtype, ("", 0.0))
+    if not name or not (flags := numbers.flags).c_contiguous or not flags.aligned:
         return None
-    finite = min(most, float(np.finfo(numbers.dtype).max))
-    position: int = cpu.made(unfit_kernel, numbers.dtype.name)(numbers.reshape(-1), numbers.dtype.type(finite))
+    position: int = compiled_check(unfit_kernel, name)(numbers.reshape(-1), min(most, largest))
     return position
 
 

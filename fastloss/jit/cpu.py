@@ -28,7 +28,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
 
 from fastloss._checks import Array
 from fastloss.jit import rowmath
@@ -201,8 +201,78 @@ def made(factory: Callable[..., Any], *what: Any) -> Any:
         return _made(factory, *what)
 
 
-#: An ndarray begins, after what all objects have, with the address of its numbers: NumPy's C interface promises so.
-_HEAD = object.__basicsize__
+#: An ndarray begins, after what all objects have, with the address of its numbers: NumPy's C interface promises so, and
+#: what follows: the number of dimensions, the addresses of sizes and strides, the base, the type, the flags.
+HEAD = object.__basicsize__
+_SIZES, _STRIDES, _TYPE, _FLAGS = HEAD + 16, HEAD + 24, HEAD + 40, HEAD + 48
+_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
+
+
+# --- calls from Python ----------------------------------------------------------------------------------------------
+class Object(types.Type):  # type: ignore[misc]
+    """Any object, as the address that it is at; None is 0. Numba's own way takes as long for an array as a small call
+    may take: what a kernel has to know of one it reads itself. Whoever calls keeps it meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(name="fastloss.Object")
+
+
+@register_model(Object)
+class _ObjectModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.IntType(64))
+
+
+@unbox(Object)
+def _unbox(kind, found, c):
+    address = c.builder.ptrtoint(found, ir.IntType(64))
+    is_none = c.builder.icmp_unsigned("==", found, c.pyapi.borrow_none())
+    return NativeValue(c.builder.select(is_none, address.type(0), address))
+
+
+OBJECT = Object()
+
+
+def of_array(builder, array, offset, instead):
+    """A word of an array at an address, or 0 where that is 0 (`instead`: words that can be read then)."""
+    is_none = builder.icmp_unsigned("==", array, array.type(0))
+    place = builder.add(builder.select(is_none, instead, array), array.type(offset))
+    return builder.select(is_none, array.type(0), builder.load(builder.inttoptr(place, array.type.as_pointer())))
+
+
+def stride_of(builder, array, axis, instead):
+    """A stride, in bytes; 0 for none."""
+    strides = of_array(builder, array, _STRIDES, instead)
+    return of_array(builder, strides, 8 * axis, instead)
+
+
+def size_of(builder, array, axis, instead):
+    """How many there are along an axis; 0 for none."""
+    sizes = of_array(builder, array, _SIZES, instead)
+    return of_array(builder, sizes, 8 * axis, instead)
+
+
+def type_of(builder, array, instead):
+    """The address of its type; 0 for none."""
+    return of_array(builder, array, _TYPE, instead)
+
+
+def is_fit(builder, array, kind, instead, writeable=False):
+    """Whether an array is aligned and, where a type is given by its address, of that type and in C order; none is."""
+    wanted = array.type(_ALIGNED | (0 if kind is None else _CONTIGUOUS) | (_WRITEABLE if writeable else 0))
+    flags = of_array(builder, array, _FLAGS, instead)
+    found = builder.icmp_unsigned("==", builder.and_(flags, wanted), wanted)
+    if kind is not None:
+        of_type = builder.icmp_unsigned("==", type_of(builder, array, instead), kind)
+        found = builder.and_(found, of_type)
+    return builder.or_(found, builder.icmp_unsigned("==", array, array.type(0)))
+
+
+def entry(function: Any) -> Callable[..., Any]:
+    """A function compiled for one signature, without the choice among several that Numba makes at each call."""
+    (found,) = function.overloads.values()
+    point: Callable[..., Any] = found.entry_point
+    return point
 
 
 # --- memory by address ----------------------------------------------------------------------------------------------
@@ -274,6 +344,29 @@ def swap_if(context, address, old, new):
 
 
 @intrinsic
+def reserve(context, size):
+    """The address of new memory, to be freed by `release`; 0 if there is none."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.IntType(8).as_pointer(), [args[0].type])
+        found = builder.call(cgutils.get_or_insert_function(builder.module, kind, "malloc"), args)
+        return builder.ptrtoint(found, args[0].type)
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def release(context, address):
+    def generate(context, builder, signature, args):
+        pointer = ir.IntType(8).as_pointer()
+        free = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer]), "free")
+        builder.call(free, [builder.inttoptr(args[0], pointer)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
 def pause(context):
     """Nothing, for a moment in which another thread of the same core has the more."""
 
@@ -301,7 +394,7 @@ def call_address(context, address, job, k):
 @helper
 def numbers_of(array):
     """Where the numbers of an array begin that is given as its `reference`; 0 for none."""
-    return get(array + _HEAD, np.int64(0)) if array else 0
+    return get(array + HEAD, np.int64(0)) if array else 0
 
 
 @helper
@@ -341,7 +434,7 @@ _Pointer = ctypes.c_size_t.from_address
 
 def address(array: Array | None) -> int:
     """Where an array's numbers begin; 0 for none. NumPy's own ways to it take as long as a small call may take."""
-    return 0 if array is None else _Pointer(id(array) + _HEAD).value
+    return 0 if array is None else _Pointer(id(array) + HEAD).value
 
 
 def reference(array: Array | None) -> int:

@@ -19,8 +19,8 @@ no term cancels another:
 - Exponentials of the plain softmax are of s less a multiple of log 2 near the maximum, a difference that is never
   rounded, and are raised by a power of two, so that sums of the smallest lose nothing (`origin`).
 - Its loss is log1p of the sum of the others over that of the maximum; the target's entry is −Σ of the others.
-- The general softmax takes exponentials of d_j = (bent(s_j) − bent(m)) / T. With u the target vector, U = Σ u,
-  L = log Σ exp(d) and z = bent(m) / T + L:
+- The general softmax takes exponentials of d_j = (bent(s_j) − bent(m)) / T, where bent(s) = softcap tanh(s / softcap).
+  With u the target vector, U = Σ u, L = log Σ exp(d) and z = bent(m) / T + L:
       ℓ = U L − Σ u_j d_j + λ z²     gradient = ((U + 2 λ z) p − u) / T · bent'(s)     entropy = L − Σ p_j d_j
   U p − u cancels only where one class has nearly all of both: its entry is made of sums. If u is the same for all
   classes but the target ("flat"), only the target can be that class.
@@ -48,6 +48,10 @@ TERMS = 6
 KNOWN = 3
 #: Where options are in the tuple of numbers that helpers get.
 MARGIN, PER_CLASS, CLASSES, AT_TARGET, ELSEWHERE, Z_LOSS, SOFTCAP, PER_TEMPERATURE = range(8)
+#: With a softcap, in places that only other losses have: 1 / softcap, and softcap / T.
+PER_SOFTCAP, UNIT = MARGIN, PER_CLASS
+#: Of the softcap: scores less than that are bent by a polynomial alone.
+NEAR = 0.5
 
 
 class Plan(NamedTuple):
@@ -104,6 +108,16 @@ class Plan(NamedTuple):
         return self.kind not in ("hinge", "lse") and not self.is_apart
 
     @property
+    def bends_again(self) -> bool:
+        """Whether a softcap is computed once more for the gradient: where walks go over u."""
+        return self.softcap and (self.dense or self.smooths)
+
+    @property
+    def unit(self) -> int:
+        """The option that differences of bent scores are multiplied by (general softmax)."""
+        return UNIT if self.softcap else PER_TEMPERATURE
+
+    @property
     def terms(self) -> int:
         """How many of the terms are not 0."""
         if self.is_apart:
@@ -153,7 +167,10 @@ def numbers_of(loss: Any, classes: int, real: Any) -> np.ndarray[Any, Any]:
         found[ELSEWHERE] = loss.label_smoothing / classes
         found[AT_TARGET] = 1 - loss.label_smoothing + loss.label_smoothing / classes
         found[Z_LOSS], found[PER_TEMPERATURE] = loss.z_loss, 1 / loss.temperature
-        found[SOFTCAP] = 1 if loss.softcap is None else loss.softcap
+        if loss.softcap is not None:
+            found[SOFTCAP], found[PER_SOFTCAP] = loss.softcap, 1 / loss.softcap
+            found[UNIT] = loss.softcap / loss.temperature
+            found = np.minimum(found, np.finfo(real).max)
     elif loss.kind == "logistic":
         found[AT_TARGET], found[ELSEWHERE] = loss.smoothed
         found[PER_CLASS] = 1 / classes if loss.over == "mean" else 1
@@ -223,7 +240,7 @@ class Constants(NamedTuple):
     sqrt_half: int
     exp: tuple[float, ...]  # (exp(r) − 1 − r) / r² for at most half a step, at Chebyshev points
     log: tuple[float, ...]  # fdlibm's series
-    tanh: tuple[float, ...]  # (tanh(x) / x − 1) / x² below 1/2, at Chebyshev points of x²
+    tanh: tuple[float, ...]  # (tanh(x) / x − 1) / x² below NEAR, at Chebyshev points of x²
 
 
 CONSTANTS = {
@@ -272,7 +289,7 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
     rounder, per_log2, high, low = real(k.rounder), real(1.4426950408889634), real(k.log2_high), real(k.log2_low)
     least = real(k.rounder - (k.bias - 1))
     near = real(k.near * k.near)
-    raised = real(k.raised)
+    raised, limit = real(k.raised), real(NEAR)
     exp_series = _polynomial(jit, tuple(map(real, k.exp)))
     log_series = _polynomial(jit, tuple(map(real, k.log)))
     tanh_series = _polynomial(jit, tuple(map(real, k.tanh)))
@@ -339,24 +356,32 @@ def functions(jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespac
 
     log = jit(log)
 
+    def tanh_near(x):
+        # tanh(x) and its slope, for |x| < NEAR.
+        z = x * x
+        t = tanh_series(z) * z * x + x
+        return t, one - t * t
+
+    tanh_near = jit(tanh_near)
+
     def tanh(x):
-        # tanh(x), and 1 − |tanh(x)| in full.
+        # Both for any x: the slope is in full, however small it is.
         size = choose(x >= zero, x, -x)
         e = exp(-two * size, rounder)
         r = one / (one + e)
-        far = (one - e) * r
-        z = x * x
-        close = tanh_series(z) * z * x + x
-        return choose(size < half, close, choose(x >= zero, far, -far)), two * e * r
+        t, slope = tanh_near(x)
+        far, short = (one - e) * r, two * e * r
+        is_near = size < limit
+        return choose(is_near, t, choose(x >= zero, far, -far)), choose(is_near, slope, short * (two - short))
 
     tanh = jit(tanh)
     return SimpleNamespace(
         exact_sum=exact_sum, number_or_zero=number_or_zero, exp=exp, quick_exp=quick_exp, origin=origin, log=log,
-        tanh=tanh, rounder=rounder, per_class=per_class,
+        tanh=tanh, tanh_near=tanh_near, rounder=rounder, per_class=per_class,
     )  # fmt: skip
 
 
-def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> SimpleNamespace:
+def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, near: bool = False) -> SimpleNamespace:
     """The helpers of a plan; see the module.
 
     Parameters
@@ -366,6 +391,8 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
         Compiles a function for calls from kernels, without any leave to reorder arithmetic; or the identity.
     tools : namespace
         As `plain_tools` describes.
+    near : bool
+        For rows all of whose scores are less than NEAR of the softcap: `step` and `close`, with half the work.
 
     Returns
     -------
@@ -405,7 +432,7 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace) -> Simple
     elif plan.kind == "hinge max":
         _hinge_max(plan, jit, tools, f, made)
     elif plan.kind == "softmax" and plan.general:
-        _general(plan, jit, tools, f, made)
+        _general(plan, jit, tools, f, made, near)
     elif plan.kind == "softmax":
         _softmax(jit, tools, f, made)
     elif plan.kind == "logistic":
@@ -494,22 +521,26 @@ def _transform(
 
 
 # The general form. Terms: Σ e of those that are not 1; how many are 1; Σ u (−d), flat: Σ (−d); dense: Σ u where e is
-# not 1, and where it is; Σ e (−d).
+# not 1, and where it is; Σ e (−d). With a softcap, known[0] is tanh of the maximum; what is kept are exponentials times
+# slopes or, where u is not 0 but at the target, the scores.
 def _general(
-    plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace
+    plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace, near: bool
 ) -> None:
     real, choose = tools.real, tools.choose
     zero, one, two, nan = real(0), real(1), real(2), real(np.nan)
-    exp, log, exact_sum, tanh, rounder = f.quick_exp, f.log, f.exact_sum, f.tanh, f.rounder
+    exp, log, exact_sum, rounder, tanh, tanh_near = f.quick_exp, f.log, f.exact_sum, f.rounder, f.tanh, f.tanh_near
     dense, probabilities, weights, smooths = plan.dense, plan.probabilities, plan.weights, plan.smooths
     entropy, has_cap, z_loss, shard = plan.entropy, plan.softcap, plan.z_loss, plan.shard
+    keeps_slope, unit = has_cap and not plan.bends_again, plan.unit
 
     def bent(s, options):
-        # c · tanh(s / c), and its slope; infinite scores stay as they are.
+        # What is in units of T, or with a softcap of softcap / T; and the slope. Infinite scores stay as they are.
+        if near:
+            return tanh_near(s * options[PER_SOFTCAP])
         if has_cap:
-            t, short = tanh(s / options[SOFTCAP])
+            t, slope = tanh(s * options[PER_SOFTCAP])
             is_finite = s - s == zero
-            return choose(is_finite, t * options[SOFTCAP], s), choose(is_finite, short * (two - short), one)
+            return choose(is_finite, t, s), choose(is_finite, slope, one)
         return s, one
 
     bent = jit(bent)
@@ -530,7 +561,8 @@ def _general(
         return bent(m, options)[0], zero, zero
 
     def step(x, q, w, is_target, known, options):
-        d = (bent(x, options)[0] - known[0]) * options[PER_TEMPERATURE]
+        at, slope = bent(x, options)
+        d = (at - known[0]) * options[unit]
         e = exp(d, rounder)
         is_top = e == one
         away, u_others, u_tops, spread = zero, zero, zero, zero
@@ -542,7 +574,7 @@ def _general(
             away = -d
         if entropy:
             spread = -product(e, d)
-        kept = x if has_cap else e
+        kept = e * slope if keeps_slope else x if has_cap else e
         return kept, choose(is_top, zero, e), choose(is_top, one, zero), away, u_others, u_tops, spread
 
     def settle(m, sy, own, known, sums, low, factor, options):
@@ -555,14 +587,14 @@ def _general(
             u = u_others + u_tops
         else:
             at, slope = bent(sy, options)
-            d = (at - known[0]) * options[PER_TEMPERATURE]
+            d = (at - known[0]) * options[unit]
             e = exp(d, rounder)
             u_others = options[ELSEWHERE] * (options[CLASSES] - one)
             u_tops = least
             u = least + u_others
             # least is (1 − ε) + ε / C, whose second part is among the others.
             away = (options[ELSEWHERE] * away if smooths else zero) - product(least - options[ELSEWHERE], d)
-        z = known[0] * options[PER_TEMPERATURE] + size
+        z = known[0] * options[unit] + size
         loss = u * size + away
         top_pull = u_others - u_tops * others
         if z_loss:
@@ -579,9 +611,9 @@ def _general(
 
     def close(kept, q, w, is_target, known, numbers, options):
         e, slope = kept, one
-        if has_cap:
-            s, slope = bent(kept, options)
-            e = exp((s - known[0]) * options[PER_TEMPERATURE], rounder)
+        if has_cap and not keeps_slope:
+            at, slope = bent(kept, options)
+            e = exp((at - known[0]) * options[unit], rounder)
         if dense:
             u = target_part(q, w, is_target, options)
             g = choose(e == numbers[3], numbers[1], numbers[0] * e - numbers[2] * u)
@@ -593,6 +625,8 @@ def _general(
 
     def from_stats(x, w, m, pull, share, options):
         s, slope = bent(x, options)
+        if has_cap:
+            s = s * options[SOFTCAP]
         g = exp((s - m) * options[PER_TEMPERATURE], rounder) * pull
         if weights or smooths:
             g -= target_part(zero, w, False, options) * share

@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 
 from fastloss._checks import Array
 from fastloss.jit import cpu, rowmath, vectors
+from fastloss.jit.checks import outside_counter
 from fastloss.jit.rowmath import Plan
 from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
 from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
@@ -222,9 +223,11 @@ def end_streams(typing):
 ) = range(17)  # fmt: skip
 #: After them, for each thread, a line with the number of segments of its part that are taken.
 PARTS = 3 * LINE
-JOB = f"=16qd{PARTS - 17 * 8}x"
 #: Words that follow from the shape, made once, at the address SHAPE. Places are after the job's.
-SEGMENT, SEGMENTS_AT, ROWS, CLASSES, GROUP, SUMS_AT, SCRATCH, SCRATCH_STEP, WORKERS = range(9)
+(
+    SEGMENT, SEGMENTS_AT, ROWS, CLASSES, GROUP, SUMS_AT, SCRATCH, SCRATCH_STEP, WORKERS, KERNEL, BYTES, ITEMSIZE, REAL,
+    PROBABILITIES, IS_LARGE,
+) = range(15)  # fmt: skip
 HEADER = 2 * LINE  # of a thread's scratch: sums of losses, a float64 for each lane
 
 
@@ -379,9 +382,144 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
     return cpu.Kernel(kernel)
 
 
+INT64 = np.dtype(np.int64)
+
+
+def starter() -> Any:
+    """What Python calls: writes down what the kernels are told, and if no memory for that is given, where one thread is
+    enough, runs them too. Returns Σ multiplier · ℓ; None, and does nothing, if arrays must be put in order before.
+    Where labels is not −1, targets must be below it, and nothing has been checked but dimensions: None, too, if the
+    call is not in order (`Backend.plain_rows`), or not so simple that this is clear.
+    """
+    # In LLVM's language: each function of ours would take Numba 25 ms, and the first result waits for all.
+    kinds = [types.intp, *[cpu.OBJECT] * 8]
+
+    @intrinsic
+    def fit(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy):
+        def body(context, builder, signature, given):
+            shape, _, scores, targets, multiplier = given[:5]
+            e = Emitter(builder, "float64")
+            real, probabilities = (e.load(e.plus(shape, which, 8), WORD, 8) for which in (REAL, PROBABILITIES))
+            of_targets = builder.select(builder.icmp_signed("!=", probabilities, WORD(0)), real, WORD(id(INT64)))
+            found = [
+                cpu.is_fit(builder, array, kind, shape)
+                for array, kind in ((scores, None), (targets, of_targets), (multiplier, real))
+            ]
+            return functools.reduce(builder.and_, found)
+
+        return types.boolean(*kinds), body
+
+    @intrinsic
+    def tell(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job):
+        def body(context, builder, signature, given):
+            shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job = given
+            e = Emitter(builder, "float64")
+
+            def of_shape(which: int) -> Any:
+                return e.load(e.plus(shape, which, 8), WORD, 8)
+
+            def stride(array: Any, axis: int) -> Any:
+                return cpu.stride_of(builder, array, axis, shape)
+
+            def numbers(array: Any) -> Any:
+                return cpu.of_array(builder, array, cpu.HEAD, shape)
+
+            def is_same(a: Any, b: Any) -> Any:
+                return builder.icmp_signed("==", a, b)
+
+            itemsize, row = of_shape(ITEMSIZE), builder.mul(of_shape(CLASSES), of_shape(ITEMSIZE))
+            column_step = builder.select(is_same(grad, WORD(0)), itemsize, stride(grad, 1))
+            is_dense = builder.and_(is_same(stride(grad, 0), row), is_same(column_step, itemsize))
+            streams = builder.and_(is_dense, builder.icmp_signed("!=", numbers(grad), numbers(scores)))
+            has_index = is_same(of_shape(PROBABILITIES), WORD(0))
+            words = {
+                SCORES: scores, ROW_STEP: stride(scores, 0), COLUMN_STEP: stride(scores, 1), GRADS: grad,
+                GRADS_ROW_STEP: stride(grad, 0), GRADS_COLUMN_STEP: column_step,
+                TARGETS: builder.select(has_index, targets, WORD(0)), MULTIPLIER: multiplier, LOSSES: losses,
+                LOSSES_STEP: stride(losses, 0), Z_AT: z, ENTROPY_AT: entropy,
+                Q: builder.select(has_index, WORD(0), targets), OPTIONS: options,
+                STREAMS: builder.select(streams, of_shape(IS_LARGE), WORD(0)), SHAPE: shape, SCALE: scale,
+            }  # fmt: skip
+            for which, word in words.items():
+                e.store(word, e.plus(job, which, 8), 8)
+            with e.loop(WORD(0), of_shape(WORKERS), 1) as k:
+                e.store(WORD(0), builder.add(e.plus(job, k, LINE), WORD(PARTS)), 8)
+            return context.get_dummy_value()
+
+        return types.void(*kinds, types.float64, types.intp), body
+
+    @intrinsic
+    def numbers_of(typing, array):
+        def body(context, builder, signature, given):
+            return Emitter(builder, "float64").load(builder.add(given[0], WORD(cpu.HEAD)), WORD, 8)
+
+        return types.intp(cpu.OBJECT), body
+
+    @intrinsic
+    def is_plain(typing, shape, scores, targets, grad):
+        def body(context, builder, signature, given):
+            shape, scores, targets, grad = given
+            e = Emitter(builder, "float64")
+            n, c, itemsize = (e.load(e.plus(shape, which, 8), WORD, 8) for which in (ROWS, CLASSES, ITEMSIZE))
+            length = builder.mul(builder.mul(n, c), itemsize)
+            kind = cpu.type_of(builder, scores, shape)
+
+            def is_size(array: Any, axis: int, size: Any) -> Any:
+                return builder.icmp_signed("==", cpu.size_of(builder, array, axis, shape), size)
+
+            def ends_before(a: Any, length: Any, b: Any) -> Any:
+                first, second = (cpu.of_array(builder, array, cpu.HEAD, shape) for array in (a, b))
+                return builder.icmp_unsigned("<=", builder.add(first, length), second)
+
+            def are_apart(a: Any, a_length: Any, b: Any, b_length: Any) -> Any:
+                return builder.or_(ends_before(a, a_length, b), ends_before(b, b_length, a))
+
+            apart = builder.and_(
+                cpu.is_fit(builder, scores, kind, shape), are_apart(grad, length, scores, length)
+            )  # fmt: skip
+            of_grad = [
+                cpu.is_fit(builder, grad, kind, shape, writeable=True), is_size(grad, 0, n), is_size(grad, 1, c),
+                are_apart(grad, length, targets, builder.mul(n, WORD(8))),
+                builder.or_(builder.icmp_signed("==", grad, scores), apart),
+            ]  # fmt: skip
+            is_none = builder.icmp_signed("==", grad, WORD(0))
+            fits = builder.or_(is_none, functools.reduce(builder.and_, of_grad))
+            return builder.and_(fits, is_size(targets, 0, n))
+
+        return types.boolean(types.intp, *[cpu.OBJECT] * 3), body
+
+    word, double, are_outside = np.int64(0), np.float64(0), outside_counter("int64")
+
+    @numba.njit(
+        types.Optional(types.float64)(*kinds, types.float64, types.intp, types.boolean, types.intp), nogil=True,
+        error_model="numpy", no_cfunc_wrapper=True,
+    )  # fmt: skip
+    def start(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, at, in_order, labels):
+        if not in_order and not fit(shape, options, scores, targets, multiplier, grad, losses, z, entropy):
+            return None
+        if labels >= 0 and not is_plain(shape, scores, targets, grad):
+            return None
+        if labels >= 0 and are_outside(numbers_of(targets), cpu.get(shape + 8 * ROWS, word), labels, 0):
+            return None
+        memory = 0 if at else cpu.reserve(cpu.get(shape + 8 * BYTES, word))
+        if at == memory:
+            raise MemoryError
+        job = at if at else (memory + LINE - 1) // LINE * LINE
+        tell(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job)
+        total = 0.0
+        if not at:
+            cpu.call_address(cpu.get(shape + 8 * KERNEL, word), job, 0)
+            sums = job + cpu.get(shape + 8 * SUMS_AT, word)
+            for k in range(cpu.get(shape + 8 * SEGMENTS_AT, word)):
+                total += cpu.get(sums + 8 * k, double)
+            cpu.release(memory)
+        return total
+
+    return cpu.entry(start)
+
+
 # --- from Python ----------------------------------------------------------------------------------------------------
 PARALLEL = 1 << 15  # numbers for each thread, at least
-INT64 = np.dtype(np.int64)
 NO_TARGETS = np.empty(0, np.int64)
 
 
@@ -410,18 +548,15 @@ class Types(NamedTuple):
 class Call(NamedTuple):
     """What follows from a plan, the type and shape of scores, and the number of threads."""
 
+    start: Any  # `starter`
     kernel: cpu.Kernel
     probabilities: bool
     real: Any  # the compute type
-    itemsize: int
-    job: Struct
     shape: Array  # words for the kernel,
     shape_at: int
-    taken: tuple[int, ...]  # segments, by each thread: none
     sums_at: int
     sums: Struct
     bytes: int
-    is_large: bool  # a gradient goes past the caches
     workers: int
 
 
@@ -445,11 +580,14 @@ def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bo
     step = -(-step // LINE) * LINE
     sums = PARTS + workers * LINE
     scratch = -(-(sums + segments * 8) // LINE) * LINE
-    shape = np.array([segment, segments, n, c, group, sums, scratch, step, workers])
-    job, is_large = Struct(JOB + f"q{LINE - 8}x" * workers), not tiled and n * c * itemsize > STREAM_BYTES
+    memory, is_large = scratch + workers * step + LINE, not tiled and n * c * itemsize > STREAM_BYTES
+    shape = np.array([
+        segment, segments, n, c, group, sums, scratch, step, workers, kernel.address, memory, itemsize, id(real),
+        plan.probabilities, is_large,
+    ])  # fmt: skip
     return Call(
-        kernel, plan.probabilities, real, itemsize, job, shape, cpu.address(shape), (0,) * workers, sums,
-        Struct(f"={segments}d"), scratch + workers * step + LINE, is_large, workers,
+        cpu.made(starter), kernel, plan.probabilities, real, shape, cpu.address(shape), sums, Struct(f"={segments}d"),
+        memory, workers,
     )  # fmt: skip
 
 
@@ -477,39 +615,20 @@ def run(
     grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None,
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
-    n, c = scores.shape
-    if not n:
-        return 0.0
-    q = None
-    if of.probabilities:
-        q = cpu.in_order(targets, of.real)
-    else:
-        targets = cpu.in_order(targets, INT64)
-    if not scores.flags.aligned:
-        scores = scores.copy()
-    if multiplier is not None:
-        multiplier = cpu.in_order(multiplier, of.real)
-    address = cpu.address
-    steps = (0, of.itemsize) if grad is None else grad.strides
-    streams = (
-        of.is_large and grad is not None and steps == (c * of.itemsize, of.itemsize)
-        and address(grad) != address(scores)
-    )  # fmt: skip
-    memory: Any = np.empty(of.bytes, np.uint8)
-    at = address(memory)
-    start = -at % LINE
-    at += start
-    of.job.pack_into(  # arrays are `cpu.reference`s, which takes too long to call
-        memory, start, id(scores), *scores.strides, 0 if grad is None else id(grad), *steps, id(targets),
-        0 if multiplier is None else id(multiplier), 0 if losses is None else id(losses),
-        0 if losses is None else losses.strides[0], 0 if z is None else id(z), 0 if entropy is None else id(entropy),
-        0 if q is None else id(q), id(table), streams, of.shape_at, scale, *of.taken,
-    )  # fmt: skip
-    if of.workers == 1:
-        of.kernel.call(at, 0)
-    else:
+    memory, at, given = None, 0, (multiplier, grad, losses, z, entropy, scale)
+    if of.workers > 1:  # they are given the job from here
+        memory = np.empty(of.bytes, np.uint8)
+        at = -(-cpu.address(memory) // LINE) * LINE
+    value: float | None = of.start(of.shape_at, table, scores, targets, *given, at, False, -1)
+    if value is None:
+        targets = cpu.in_order(targets, of.real if of.probabilities else INT64)
+        scores = scores if scores.flags.aligned else scores.copy()
+        given = (None if multiplier is None else cpu.in_order(multiplier, of.real), *given[1:])
+        value = of.start(of.shape_at, table, scores, targets, *given, at, True, -1)
+    if memory is not None:
         cpu.run_kernel(of.kernel, at, of.workers)
-    return sum(of.sums.unpack_from(memory, start + of.sums_at), 0.0)
+        value = sum(of.sums.unpack_from(memory, at - cpu.address(memory) + of.sums_at), 0.0)
+    return value
 
 
 def raw(array: Array) -> Array:
@@ -529,6 +648,23 @@ def score_rows(
     kept = loss.__dict__.get("_kept")  # by `Loss.once`; to ask it with a function takes a small call too long
     of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
     return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
+
+
+def plain_rows(
+    loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
+) -> float | None:
+    """`Backend.plain_rows`, for calls like one that has been: an error must not wait for a compiler."""
+    kept = loss.__dict__.get("_kept")
+    found = kept and kept.get((scores.dtype, scores.shape, False, grad is not None, False, False, n_threads))
+    if not found or found[0].workers > 1 or not scores.size:
+        return None
+    of, table = found
+    n, c = scores.shape
+    value: float | None = of.start(
+        of.shape_at, table, scores, targets, None, grad, None, None, None, 1 / n if mean else 1.0, 0, False,
+        loss.labels(c),
+    )  # fmt: skip
+    return value / n if mean and value is not None else value
 
 
 TRANSFORMS = {

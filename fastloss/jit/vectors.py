@@ -189,6 +189,15 @@ class Emitter:
         function = self.intrinsic("maximum", kind, [kind, kind])
         return Value(self, self.b.call(function, [self.lift(a, kind), self.lift(b, kind)], fastmath=("nsz",)))
 
+    def size_of(self, x: Value) -> Value:
+        """|x|."""
+        return Value(self, self.b.call(self.intrinsic("fabs", x.v.type, [x.v.type]), [x.v]))
+
+    def all_of(self, truths: Value) -> Any:
+        """Whether all lanes are true."""
+        whole = self.b.bitcast(truths.v, ir.IntType(self.lanes))
+        return self.b.icmp_signed("==", whole, whole.type(-1))
+
     def _bits(self, x: Any) -> Value:
         return Value(self, self.b.bitcast(x.v, self.integers))
 

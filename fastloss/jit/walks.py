@@ -14,6 +14,7 @@ without loss. Only a block that has the target, or the row's end, looks at which
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ AT_ONCE = 4  # vectors
 LOWS, LAST, SLOTS = TERMS, TERMS + 1, TERMS + 2
 #: What is known of the rows of a group: where in `work` the numbers begin, one for each row.
 (
-    TOP, OWN_SCORE, FACTOR, OWN_MARGIN, KNOWN, SUMS, LOW, LOSS, Z, ENTROPY, ENTRY, NUMBERS, WEIGHT, WORK,
-) = (TILE * k for k in (0, 1, 2, 3, 4, 7, 13, 14, 15, 16, 17, 18, 22, 23))  # fmt: skip
+    TOP, OWN_SCORE, FACTOR, OWN_MARGIN, KNOWN, SUMS, LOW, LOSS, Z, ENTROPY, ENTRY, NUMBERS, WEIGHT, REACH, WORK,
+) = (TILE * k for k in (0, 1, 2, 3, 4, 7, 13, 14, 15, 16, 17, 18, 22, 23, 24))  # fmt: skip
 #: Where class weights, or margins of class pairs row by row, begin in the options.
 TABLE = 8
 
@@ -80,6 +81,8 @@ class Walk:
         self.e, self.plan, self.stored, self.given = e, plan, Stored(e, stored), given
         self.wants_gradient, self.skips = wants_gradient, skips
         self.row = rowmath.build(plan, lambda function: function, e.tools())
+        #: The same for rows whose scores are all small beside the softcap.
+        self.near = rowmath.build(plan, lambda function: function, e.tools(), near=True) if plan.softcap else self.row
         self.options = tuple(Value(e, e.splat(e.load(e.plus(given.table, k, e.size), e.real))) for k in range(TABLE))
         self.has_index = plan.has_index
         #: Whether the target's score is looked up.
@@ -119,6 +122,30 @@ class Walk:
             for k, x in enumerate(self.row.aim(m, sy, self.of_rows(FACTOR, g), self.options)):
                 self.keep(KNOWN + k * TILE, g, x)
 
+    # --- a softcap ---
+    def _reach(self, so_far: Any, x: Value) -> None:
+        """The largest |s|; NaN is none, but is the maximum then."""
+        size, reach = self.e.size_of(x), self.e.get(so_far)
+        self.e.set(so_far, self.e.choose(reach < size, size, reach))
+
+    def _are_near(self, g: Any) -> Value:
+        """Whether all scores of rows from g on are near; so are rows that are skipped."""
+        top, per_softcap = self.of_rows(TOP, g), self.options[rowmath.PER_SOFTCAP]
+        near = (self.of_rows(REACH, g) * per_softcap < rowmath.NEAR) & (top == top)
+        found: Value = near | (self.of_rows(WEIGHT, g) == 0)
+        return found
+
+    def by_nearness(self, are_near: Callable[[], Any], write: Callable[[Any], None]) -> None:
+        """What is written with the row mathematics of near rows, or of any."""
+        if not self.plan.softcap:
+            write(self.row)
+            return
+        with self.e.b.if_else(are_near(), likely=True) as (near, far):
+            with near:
+                write(self.near)
+            with far:
+                write(self.row)
+
     def settle(self, g: Any, sums: list[Value], low: Value) -> None:
         """Rows from g on, a row in each lane."""
         e, plan = self.e, self.plan
@@ -140,10 +167,10 @@ class Walk:
             for which, x in ((ENTRY, entry), *((NUMBERS + k * TILE, x) for k, x in enumerate(numbers))):
                 self.keep(which, g, x)
 
-    def step(self, x: Any, q: Any, w: Any, is_target: Any, known: Any, product: tuple[Any, Any]) -> Any:
+    def step(self, row: Any, x: Any, q: Any, w: Any, is_target: Any, known: Any, product: tuple[Any, Any]) -> Any:
         """`rowmath`'s, or what is left of it once 1 + e has its place in a product."""
         if not self.grows:
-            return self.row.step(x, q, w, is_target, known, self.options)
+            return row.step(x, q, w, is_target, known, self.options)
         kept, found, exp, _ = self.row.open(x, q, w, is_target, known, self.options)
         for place, number in zip(product, self.row.grow(*map(self.e.get, product), exp), strict=True):
             self.e.set(place, number)
@@ -205,7 +232,7 @@ class Walk:
             return
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
             y = self._targets_from(g) if self.has_own else None
-            top, (own, margin) = e.sums(1, -np.inf)[0], e.sums(2)
+            top, (own, margin, reach) = e.sums(1, -np.inf)[0], e.sums(3)
             margins = plan.counts_target and plan.pairs
 
             def look(classes: list[Any]) -> None:
@@ -213,6 +240,8 @@ class Walk:
                     x = Value(e, e.load(self._at(k, g)))
                     if plan.looks:
                         e.set(top, self.row.top(e.get(top), x))
+                    if plan.softcap:
+                        self._reach(reach, x)
                     if y is not None:
                         e.set(own, e.choose(self._class(k) == y, x, e.get(own)))
                         if margins:
@@ -221,6 +250,8 @@ class Walk:
             e.each(WORD(0), self.given.c, 2, look)
             if plan.looks:
                 self.keep(TOP, g, e.get(top))
+            if plan.softcap:
+                self.keep(REACH, g, e.get(reach))
             if y is not None:
                 self.keep(OWN_SCORE, g, e.get(own))
             if margins:
@@ -237,17 +268,17 @@ class Walk:
             low = e.sums(1)[0]
             product, product_low = e.sums(1, 1)[0], e.sums(1)[0]
 
-            def step(k: Any) -> list[Any]:
+            def step(row: Any, k: Any) -> list[Any]:
                 at = self._at(k, g)
                 is_target = False if y is None else self._class(k) == y
                 x, q = Value(e, e.load(at)), self._more_at(k, g)
-                kept, *terms = self.step(x, q, self._weight_of(k), is_target, known, (product, product_low))
+                kept, *terms = self.step(row, x, q, self._weight_of(k), is_target, known, (product, product_low))
                 if self.wants_gradient:
                     e.store(e.lift(kept, e.vector), at)
                 return list(terms[: plan.terms])
 
-            def open_classes(classes: list[Any]) -> None:
-                found = [step(k) for k in classes]
+            def open_classes(row: Any, classes: list[Any]) -> None:
+                found = [step(row, k) for k in classes]
                 if self.is_max:
                     for terms in found:
                         e.set(sums[0], row.top(e.get(sums[0]), terms[0]))
@@ -265,7 +296,10 @@ class Walk:
                     both = found[0][t] + found[1][t] if len(found) == 2 else found[0][t]
                     e.set(sums[t], e.get(sums[t]) + both)
 
-            e.each(WORD(0), self.given.c, 2, open_classes)
+            def open_rows(row: Any) -> None:
+                e.each(WORD(0), self.given.c, 2, functools.partial(open_classes, row))
+
+            self.by_nearness(lambda: e.all_of(self._are_near(g)), open_rows)
             if self.grows:  # of 64 classes at most: no product is too large
                 total, lost = row.logged(e.get(product), e.get(product_low), e.get(sums[0]))
                 e.set(sums[0], total)
@@ -281,7 +315,7 @@ class Walk:
             entry = self.of_rows(ENTRY, g)
             dead = self.of_rows(WEIGHT, g) == 0 if self.skips else False
 
-            def close(classes: list[Any]) -> None:
+            def close(row: Any, classes: list[Any]) -> None:
                 for k in classes:
                     at = self._at(k, g)
                     is_target = False if y is None else self._class(k) == y
@@ -293,7 +327,13 @@ class Walk:
                         found = e.choose(is_target, entry, found)
                     e.store(e.choose(dead, self.zero, found).v, at)
 
-            e.each(WORD(0), self.given.c, 2, close)
+            def close_rows(row: Any) -> None:
+                e.each(WORD(0), self.given.c, 2, functools.partial(close, row))
+
+            if plan.bends_again:
+                self.by_nearness(lambda: e.all_of(self._are_near(g)), close_rows)
+            else:
+                close_rows(row)
 
     def _tiled_close_max(self) -> None:
         # The gradient goes to the lowest class whose margin is the largest, or the first NaN.
@@ -333,7 +373,7 @@ class Walk:
         self._rowed_look()
         self.aim()
         with self._each_live_row() as r:
-            self._rowed_open(r)
+            self.by_nearness(lambda: self._is_near(r), functools.partial(self._rowed_open, r))
         self._fold_and_settle()
         if self.wants_gradient:
             self._rowed_close()
@@ -364,22 +404,30 @@ class Walk:
         with self._each_live_row() as r:
             source = self._row(given.rows, given.rows_step, r)
             if plan.looks:
-                tops = e.sums(AT_ONCE, -np.inf)
+                tops, reaches = e.sums(AT_ONCE, -np.inf), e.sums(AT_ONCE)
 
                 def look(vectors: list[Any]) -> None:
-                    for top, k in zip(tops, vectors, strict=False):
+                    for top, reach, k in zip(tops, reaches, vectors, strict=False):
                         x = Value(e, self.stored.load(self._vector(source, k, self.stored.size)))
                         e.set(top, self.row.top(e.get(top), x))
+                        if plan.softcap:
+                            self._reach(reach, x)
 
                 e.each(WORD(0), self.whole, AT_ONCE, look)
                 with e.b.if_then(self.has_end):
-                    x = self.stored.load(self._vector(source, self.whole, self.stored.size), self.end)
-                    x = e.choose(Value(e, self.end), Value(e, x), e.value(-np.inf))
+                    x = Value(e, self.stored.load(self._vector(source, self.whole, self.stored.size), self.end))
+                    if plan.softcap:
+                        self._reach(reaches[0], x)
+                    x = e.choose(Value(e, self.end), x, e.value(-np.inf))
                     e.set(tops[0], self.row.top(e.get(tops[0]), x))
                 found = e.get(tops[0])
                 for top in tops[1:]:
                     found = self.row.top(found, e.get(top))
                 e.store(found.v, self._slot(0, r))
+            if plan.softcap:
+                for reach in reaches[1:]:
+                    self._reach(reaches[0], e.get(reach))
+                e.store(e.get(reaches[0]).v, self._slot(1, r))
             if self.has_own:
                 y = self._target(r)
                 e.store(self.stored.one(e.plus(source, y, self.stored.size)), self.field(OWN_SCORE, r))
@@ -389,6 +437,9 @@ class Walk:
         if plan.looks:
             with e.loop(WORD(0), given.n, e.lanes) as g:
                 self.keep(TOP, g, self._folded(0, g, self.row.top))
+                if plan.softcap:
+                    self.keep(REACH, g, self._folded(1, g, lambda a, b: e.choose(a < b, b, a)))
+                    self.keep(REACH, g, e.choose(self._are_near(g), e.value(1), self.zero))
 
     def _folded(self, which: int, g: Any, join: Callable[[Any, Any], Any]) -> Any:
         """A vector of each of the rows from g on, folded over its lanes: a row in each lane."""
@@ -425,8 +476,12 @@ class Walk:
         first = e.splat(e.lane(e.b.mul(k, WORD(e.lanes))))
         return Value(e, e.b.add(first, e.each_lane(e.integer)))
 
-    def _rowed_open(self, r: Any) -> None:
-        e, plan, given, row, stored = self.e, self.plan, self.given, self.row, self.stored
+    def _is_near(self, r: Any) -> Any:
+        e = self.e
+        return e.b.fcmp_ordered("!=", e.load(self.field(REACH, r), e.real), e.lift(0, e.real))
+
+    def _rowed_open(self, r: Any, row: Any) -> None:
+        e, plan, given, stored = self.e, self.plan, self.given, self.stored
         exact_sum, number_or_zero = row.functions.exact_sum, row.functions.number_or_zero
         b, terms = e.b, plan.terms
         source = self._row(given.rows, given.rows_step, r)
@@ -450,7 +505,7 @@ class Walk:
                 x = e.choose(Value(e, mask), x, e.value(-np.inf))
             q, w = self._numbers_of_classes(more, k, mask)
             is_target = self._classes(k) == lane_y if careful and excludes else False
-            kept, *found = self.step(x, q, w, is_target, known, product)
+            kept, *found = self.step(row, x, q, w, is_target, known, product)
             kept = e.lift(kept, e.vector)
             if self.wants_gradient and mask is None:
                 kept_type.store(kept, self._vector(kept_at, k, kept_type.size))
@@ -577,7 +632,7 @@ class Walk:
             def put(k: Any, x: Any, mask: Any = None) -> None:
                 stored.store(e.lift(x, e.vector), self._vector(to, k, stored.size), mask)
 
-            def close_row() -> None:
+            def close_row(row: Any) -> None:
                 if self.is_max:
                     self._close_max(r, to, kept_at, put)
                     return
@@ -611,7 +666,10 @@ class Walk:
 
             with b.if_else(self._is_live(r)) as (live, dead):
                 with live:
-                    close_row()
+                    if plan.bends_again:
+                        self.by_nearness(lambda: self._is_near(r), close_row)
+                    else:
+                        close_row(row)
                 with dead:
                     clear_row()
 
