@@ -554,6 +554,40 @@ def test_compile_without_graph_breaks(loss, backend, options):
         close(found, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_may_be_compiled():
+    """Once, those with a gradient raised, in PyTorch's words of `setup_context`."""
+    func = torch.func
+    scores, input, linear, _, target, weight = (t.detach() for t in problem())
+
+    def total(loss):
+        return lambda s: (loss(s, target, weight=weight, reduction="none") ** 2).sum()
+
+    def layer(loss):
+        return lambda w: loss(input, w, target)
+
+    def second(loss):
+        return func.grad(lambda w: func.grad(layer(loss))(w).sum())
+
+    hinges = adapter.multi_margin_loss, F.multi_margin_loss
+    for make, ours, theirs, leaf in (
+        (lambda f: func.grad(total(f)), adapter.cross_entropy, F.cross_entropy, scores),
+        (lambda f: func.jacrev(func.grad(total(f))), adapter.cross_entropy, F.cross_entropy, scores),
+        (lambda f: func.vmap(func.grad(partial(f, target=target[0]))), *hinges, scores),
+        (lambda f: func.grad(layer(f)), adapter.linear_cross_entropy, F.linear_cross_entropy, linear),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(make(ours), fullgraph=True, backend="aot_eager")
+        close(compiled(leaf), make(theirs)(leaf))
+    for transform, message in (
+        (second(adapter.linear_cross_entropy), "no second derivatives"),
+        (func.hessian(layer(adapter.linear_cross_entropy)), "no forward mode"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=message):
+            torch.compile(transform, fullgraph=True, backend="aot_eager")(linear)
+
+
 def test_autocast():
     """16-bit scores give a float32 loss; a layer's tensors may be of several types, and are not rounded."""
     scores, input, linear, _, target, _ = (t.detach().float() if t.is_floating_point() else t for t in problem())

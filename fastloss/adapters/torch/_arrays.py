@@ -24,7 +24,11 @@ Tensor: TypeAlias = Any
 
 #: The largest number of each type; a loss above it is infinite.
 MOST = {t: torch.finfo(t).max for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-NUMPY = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8"), torch.float16: np.dtype("f2")}
+NUMPY: dict[Any, np.dtype[Any]] = {
+    torch.float32: np.dtype("f4"),
+    torch.float64: np.dtype("f8"),
+    torch.float16: np.dtype("f2"),
+}
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 
 
