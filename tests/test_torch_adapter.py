@@ -554,6 +554,40 @@ def test_compile_without_graph_breaks(loss, backend, options):
         close(found, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_may_be_compiled():
+    """Once, those with a gradient raised, in PyTorch's words of `setup_context`."""
+    func = torch.func
+    scores, input, linear, _, target, weight = (t.detach() for t in problem())
+
+    def total(loss):
+        return lambda s: (loss(s, target, weight=weight, reduction="none") ** 2).sum()
+
+    def layer(loss):
+        return lambda w: loss(input, w, target)
+
+    def second(loss):
+        return func.grad(lambda w: func.grad(layer(loss))(w).sum())
+
+    hinges = adapter.multi_margin_loss, F.multi_margin_loss
+    for make, ours, theirs, leaf in (
+        (lambda f: func.grad(total(f)), adapter.cross_entropy, F.cross_entropy, scores),
+        (lambda f: func.jacrev(func.grad(total(f))), adapter.cross_entropy, F.cross_entropy, scores),
+        (lambda f: func.vmap(func.grad(partial(f, target=target[0]))), *hinges, scores),
+        (lambda f: func.grad(layer(f)), adapter.linear_cross_entropy, F.linear_cross_entropy, linear),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(make(ours), fullgraph=True, backend="aot_eager")
+        close(compiled(leaf), make(theirs)(leaf))
+    for transform, message in (
+        (second(adapter.linear_cross_entropy), "no second derivatives"),
+        (func.hessian(layer(adapter.linear_cross_entropy)), "no forward mode"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=message):
+            torch.compile(transform, fullgraph=True, backend="aot_eager")(linear)
+
+
 def test_autocast():
     """16-bit scores give a float32 loss; a layer's tensors may be of several types, and are not rounded."""
     scores, input, linear, _, target, _ = (t.detach().float() if t.is_floating_point() else t for t in problem())
@@ -838,6 +872,61 @@ def test_the_samples_of_pytorch_for_its_functions(name):
                     torch.testing.assert_close(found, wanted.to(dtype), rtol=2e-2, atol=2e-3, equal_nan=True)
             count += 1
     assert count > 20
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_references_of_pytorch(dtype):
+    """The functions that PyTorch tests its losses against, over a grid of options and shapes: values and gradients."""
+    common = pytest.importorskip("torch.testing._internal.common_nn", reason="PyTorch's references need expecttest")
+    references = common.loss_reference_fns
+    if "LinearCrossEntropyLoss" not in references:
+        pytest.skip("this PyTorch has no reference for linear_cross_entropy")
+
+    def check(name, tensors, target, **options):
+        ours, theirs = getattr(adapter, name[0]), references[name[1]]
+        results = []
+        for loss, wide in ((ours, lambda x: x), (theirs, lambda x: x.double() if x.is_floating_point() else x)):
+            leaves = [wide(t.detach().clone()).requires_grad_() for t in tensors]
+            given = {key: wide(o) if isinstance(o, torch.Tensor) else o for key, o in options.items()}
+            value = loss(*leaves, wide(target), **given)
+            moves = value.requires_grad  # the reference of the hinge does not, where no margin is short of it
+            grads = torch.autograd.grad(value.sum(), leaves) if moves else map(torch.zeros_like, leaves)
+            results.append([value.detach(), *grads])
+        for found, wanted in zip(*results, strict=True):
+            assert found.dtype == dtype
+            close(found, wanted.to(dtype), options)
+
+    for reduction, weight in itertools.product(REDUCTIONS, ("none", "positive")):
+        shapes = (4, 7), (33, 40), (3, 5, 4), (2, 7, 3, 5), (2, 3, 1, 4, 2)
+        for shape, smoothing in itertools.product(shapes, (0, 0.3)):
+            scores, n_classes = torch.randn(shape).to(dtype), shape[1]
+            options = {
+                "reduction": reduction, "label_smoothing": smoothing,
+                "weight": class_weight(weight, n_classes, dtype),
+            }  # fmt: skip
+            names = "cross_entropy", "CrossEntropyLoss"
+            target = torch.randint(0, n_classes, shape[:1] + shape[2:])
+            check(names, [scores], target, **options)
+            target.view(-1)[::3] = -100
+            check(names, [scores], target, **options)
+            check(names, [scores], torch.rand(shape).softmax(1).to(dtype), **options)
+        for shape, p, margin in itertools.product([(1, 2), (4, 7), (33, 40), (5,)], (1, 2), (1, 0.5, -1)):
+            options = {
+                "reduction": reduction, "p": p, "margin": margin, "weight": class_weight(weight, shape[-1], dtype)
+            }  # fmt: skip
+            target = torch.randint(0, shape[-1], shape[:-1])
+            check(("multi_margin_loss", "MultiMarginLoss"), [grid_tensor(*shape, dtype=dtype)], target, **options)
+        for n, d, n_classes, positions in ((7, 4, 6, ()), (70, 16, 100, ()), (5, 3, 4, (2, 3))):
+            tensors = [grid_tensor(n, d, dtype=dtype), grid_tensor(n_classes, *positions, d, dtype=dtype)]
+            options = {
+                "reduction": reduction, "weight": class_weight(weight, n_classes, dtype), "label_smoothing": 0.1,
+                "linear_bias": grid_tensor(n_classes, *positions, dtype=dtype),
+            }  # fmt: skip
+            target = torch.randint(0, n_classes, (n, *positions))
+            check(("linear_cross_entropy", "LinearCrossEntropyLoss"), tensors, target, **options)
+            q = torch.rand(n, n_classes, *positions).softmax(1).to(dtype)
+            check(("linear_cross_entropy", "LinearCrossEntropyLoss"), tensors, q, **options)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 import weakref
@@ -21,7 +22,13 @@ except ImportError as error:
 
 Tensor: TypeAlias = Any
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+#: The largest number of each type; a loss above it is infinite.
+MOST = {t: torch.finfo(t).max for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+NUMPY: dict[Any, np.dtype[Any]] = {
+    torch.float32: np.dtype("f4"),
+    torch.float64: np.dtype("f8"),
+    torch.float16: np.dtype("f2"),
+}
 LARGE = 1 << 22  # bytes of a gradient from which on its memory is kept for the next
 
 
@@ -34,22 +41,22 @@ def bfloat16() -> np.dtype[Any]:
     return dtype
 
 
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return bfloat16() if dtype is torch.bfloat16 else NUMPY[dtype]
+
+
 def as_array(tensor: Tensor) -> Array:
-    """The tensor's memory as an array: never a copy, but where PyTorch has put off a change of sign."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
+    """The memory of a tensor on the CPU as an array: never a copy, but where PyTorch has put off a change of sign."""
+    if tensor.dtype is torch.bfloat16:  # which NumPy does not know, and which has no sign to put off
         array: Array = tensor.view(torch.int16).numpy().view(bfloat16())
     else:
-        array = tensor.numpy()
+        array = tensor.numpy(force=True)  # which is of a tensor that requires a gradient, too
     return array
 
 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A loss; infinite where it is too large for its type, as in PyTorch."""
-    if dtype is torch.float32 and -FLOAT32_MAX < value < FLOAT32_MAX:  # at once, in a third of the time
+    if abs(value) < MOST[dtype]:  # at once, in a third of the time
         return torch.scalar_tensor(value, dtype=dtype, device="cpu")
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu").to(dtype)
 
@@ -76,18 +83,19 @@ class _Reserve:
         self._lock = threading.Lock()
 
     def empty(self) -> None:
-        self._memory = np.empty(0, np.uint8)
+        self._memory = np.empty(0, np.uint8)  # from an address that begins a cache line
         self._lent: Callable[[], Array | None] = lambda: None
 
-    def lend(self, size: int) -> Tensor:
-        """A tensor of that many bytes, aligned to cache lines."""
+    def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array there, whose holder keeps the memory: PyTorch, as long as there is a tensor in it."""
+        size = math.prod(shape) * dtype.itemsize
         with self._lock:
-            if self._lent() is not None or len(self._memory) < size + 64:
-                self._memory = np.empty(size + 64, np.uint8)
-            start = -self._memory.ctypes.data % 64
-            loan = self._memory[start : start + size]
-            self._lent = weakref.ref(loan)  # PyTorch holds it as long as there is a tensor in this memory
-            return torch.from_numpy(loan)
+            if self._lent() is not None or len(self._memory) < size:
+                fresh = np.empty(size + 64, np.uint8)
+                self._memory = fresh[-fresh.ctypes.data % 64 :]
+            loan: Array = np.ndarray(shape, dtype, self._memory)
+            self._lent = weakref.ref(loan)
+            return loan
 
 
 _reserve = _Reserve()
@@ -110,8 +118,9 @@ def empty_cache() -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """A tensor with x's shape and dtype and the strides that `torch.empty_like` gives."""
-    size = x.numel() * x.element_size()
-    if size < LARGE:
+    if x.nbytes < LARGE:
         return torch.empty_like(x)
+    if x.is_contiguous():
+        return as_tensor(_reserve.lend(x.shape, numpy_dtype(x.dtype)))
     strides = torch.empty_like(x, device="meta").stride()
-    return _reserve.lend(size).view(x.dtype).as_strided(x.shape, strides)
+    return as_tensor(_reserve.lend((x.numel(),), numpy_dtype(x.dtype))).as_strided(x.shape, strides)

@@ -32,7 +32,7 @@ def checked_reduction(reduction: str, size_average: bool | None, reduce: bool | 
 
 def check_tensors(**tensors: Tensor | None) -> None:
     """Raise for what is no tensor, of no type of floats, or where fastloss cannot compute."""
-    first = None
+    first, elsewhere = None, False
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -40,12 +40,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} is {type(tensor).__name__}; it must be a tensor")
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}; it must be dense ({name}.to_dense())")
-        if tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
-            cuda.require(name, tensor)
-        if first is not None and tensor.device != first[1].device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but {first[0]} on {first[1].device}; they must be on one device"
-            )
+        if elsewhere or not tensor.is_cpu:  # objects for devices would take a third of the time of these checks
+            elsewhere = True
+            if tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
+                cuda.require(name, tensor)
+            if first is not None and tensor.device != first[1].device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, but {first[0]} on {first[1].device}; they must be on one device"
+                )
         first = first or (name, tensor)
         if name != "target" and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; it must be float32, float64, bfloat16 or float16")

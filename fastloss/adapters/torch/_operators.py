@@ -23,12 +23,6 @@ def _is_batch(tensor: Tensor) -> bool:
     return _functorch is not None and bool(_functorch.is_legacy_batchedtensor(tensor))
 
 
-def _functionalizing() -> bool:
-    """Whether the innermost transform is one that asks for operators alone."""
-    top = _functorch.peek_interpreter_stack()
-    return bool(top is not None and top.key() == _functorch.TransformType.Functionalize)
-
-
 def _is_plain(tensors: Any) -> bool:
     """Whether nothing watches tensors of the CPU or CUDA but autograd: no compiler, transform, mode, or subclass."""
     if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -59,6 +53,40 @@ def _check_tangents(tensors: Any) -> None:
         _no_forward_mode()
 
 
+_library = torch.library.Library("fastloss", "FRAGMENT")
+
+
+def _autograd(name: str, save: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """What an operator is for autograd, at each of the levels that `torch.func` makes.
+
+    `torch.library.register_autograd` gives a function of all levels, which compiled transforms turn away.
+    """
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *arguments, keyset, graded = given
+        op = getattr(torch.ops.fastloss, name).default
+        # PyTorch switches both modes off for a function's forward pass; levels further out have derivatives, too.
+        with torch.set_grad_enabled(graded), forward_ad._set_fwd_grad_enabled(True), below():
+            output = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        save(ctx, arguments, output)
+        return output
+
+    def back(ctx: Any, *upstream: Any) -> Any:
+        return *backward(ctx, *upstream), None, None
+
+    below, forward_ad = torch._C._AutoDispatchBelowAutograd, torch.autograd.forward_ad
+    members = {"forward": staticmethod(forward), "backward": staticmethod(back), "jvp": staticmethod(_no_forward_mode)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    apply = super(torch.autograd.Function, function).apply  # which knows of no levels
+
+    def call(keyset: Any, *arguments: Any) -> Any:
+        graded = torch.is_grad_enabled() and transforming is not None and transforming()
+        with torch._functorch.utils.enable_single_level_autograd_function():
+            return apply(*arguments, keyset, graded)
+
+    return call
+
+
 class _Operator:
     """A function of tensors and options as an operator of `torch.library`, and the shortest way to it.
 
@@ -82,19 +110,11 @@ class _Operator:
         torch.library.impl(name, "cpu")(function)
         torch.library.impl(name, "cuda")(getattr(cuda, function.__name__))
         torch.library.register_fake(name)(fake)
-        torch.library.register_autograd(name, backward, setup_context=save)
+        _library.impl(name, _autograd(function.__name__, save, backward), "Autograd", with_keyset=True)
         self._name, self._eager = function.__name__, eager
         self._n_tensors = schema.count("Tensor", 0, schema.index("str kind"))
         namespace = torch.ops.fastloss
         self.op = getattr(namespace, function.__name__).default
-        members = {
-            "forward": staticmethod(self.op),
-            "setup_context": staticmethod(save),
-            "backward": staticmethod(backward),
-            "jvp": staticmethod(_no_forward_mode),
-            "generate_vmap_rule": True,
-        }
-        self._transformable = type(function.__name__, (torch.autograd.Function,), members)
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self._n_tensors]
@@ -104,10 +124,6 @@ class _Operator:
                 return getattr(_room(tensors[0]), self._name)(*arguments)
             if self._eager is not None:
                 return self._eager(*arguments)
-        elif (
-            transforming is not None and not torch.compiler.is_compiling() and transforming() and not _functionalizing()
-        ):
-            return self._transformable.apply(*arguments)  # type: ignore[attr-defined]
         return self.op(*arguments)
 
 
