@@ -248,7 +248,7 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         if o.slopes_in_units and w.near == NEAR:
             f = general_blocks(layout, careful, dense, NEAR, keeps_some, o, w, start, s.pivot, origin, last)
         elif o.slopes_in_units and w.near == FAIRLY_NEAR:
-            f = general_blocks(layout, careful, dense, FAIRLY_NEAR, keeps_some, o, w, start, s.pivot, origin, last)
+            f = general_block(layout, True, dense, FAIRLY_NEAR, keeps_some, o, w, start, s.pivot, origin, last)
         else:
             f = general_blocks(layout, careful, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)

@@ -690,7 +690,7 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, SOFTMAX, 1, GIVEN, False, t)
     elif MANY_FORMS and kind == SOFTMAX and form == WEIGHED and grad:
         of_kind(layout, SOFTMAX, 1, WEIGHED, True, t)
-    elif MANY_FORMS and kind == SOFTMAX and form == UNEVEN and grad:
+    elif MANY_FORMS and STORED_IS_REAL and kind == SOFTMAX and form == UNEVEN and grad:
         of_kind(layout, SOFTMAX, 1, UNEVEN, True, t)
     elif MANY_FORMS and kind == SOFTMAX and form == BENT and grad:
         of_kind(layout, SOFTMAX, 1, BENT, True, t)

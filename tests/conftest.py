@@ -52,13 +52,13 @@ NUMBA_SAMPLE = re.compile(
 )
 
 
-# Levels below the best are one source with it: `make test` leaves out what takes longest and differs in loading alone;
-# of those between the best and the least, all options at all shapes.
+# Levels below the best are one source with it: `make test` leaves out what takes longest and differs in loading alone,
+# all options at all shapes, and what threads, peers and the layers above do with any level.
 LOWER = [name for name in COMPILED[1:] if name != "numba"]
 LOWER_IN_FULL = re.compile(
-    r"test_(hinge|softmax|logistic|transforms)\[({0})-(float64|float32-F).*\]"
-    r"|test_shapes\[({0})-.*(float16|float64)\]|test_shapes\[({1})-.*\]|test_large_gradients_\w+\[.*-({0})\]".format(
-        "|".join(LOWER) or "none", "|".join(LOWER[:-1]) or "none"
+    r"(test_(shapes|scores|peer_agrees|dual|steps|every_loss_on|numerical_gradient|row_multipliers|values_of|large_gradients)\w*"
+    r"\[(.*-)?({0})(-.*)?\]|test_(hinge|softmax|logistic|transforms)\[({0})-(float64|float32-F).*\])".format(
+        "|".join(LOWER) or "none"
     )
 )
 

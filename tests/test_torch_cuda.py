@@ -201,6 +201,10 @@ class Elsewhere(torch.Tensor):
     def device(self):
         return torch.device(self.place)
 
+    @property
+    def is_cpu(self):
+        return self.device.type == "cpu"
+
 
 def elsewhere(tensor, place):
     found = tensor.as_subclass(Elsewhere)
