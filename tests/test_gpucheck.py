@@ -91,6 +91,7 @@ def test_scores_are_timed_beside_copies_and_peers(cpu, loss):
     assert entry["bytes"] == 2 * 32 * 16 * 4
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 def test_compiled_peers_do_the_same_job(cpu):
     pytest.importorskip("torch")

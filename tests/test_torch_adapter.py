@@ -170,6 +170,7 @@ def test_linear_losses(n, d, n_classes, many, dtype):
             check(adapter.linear_multi_margin_loss, hinge, target, p=2, margin=0.5, **options)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:linear_cross_entropy")  # PyTorch's, of options that it does not take here
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "MultiMarginLoss", "LinearCrossEntropyLoss"])
 def test_samples_of_pytorch_itself(name):

@@ -419,7 +419,9 @@ def cifar10(tmp_path_factory):
     return data.load_cifar10(folder)
 
 
-@pytest.mark.parametrize(("loss", "least"), [("softmax", 0.40), ("hinge", 0.36)])
+@pytest.mark.parametrize(
+    ("loss", "least"), [("softmax", 0.40), pytest.param("hinge", 0.36, marks=pytest.mark.full)]
+)
 def test_recipes_learn_cifar10(cifar10, loss, least):
     assert cifar10.X_train.shape == (50000, 3072)
     assert np.bincount(cifar10.y_train).tolist() == [5000] * 10
