@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -21,6 +22,30 @@ from fastloss.jit.vectors import BIT, WORD, Emitter
 BLOCK = 4096
 
 
+def any_of(
+    e: Emitter, at: Any, n: Any, size: int, of_vector: Callable[[Any], Any], of_number: Callable[[Any], Any]
+) -> Any:
+    """Whether any of n numbers from an address on is what one function tells of a vector, the other of one number."""
+    builder = e.b
+    truths = ir.VectorType(BIT, e.lanes)
+    found = cgutils.alloca_once(builder, truths)
+    builder.store(truths(None), found)
+
+    def look(vectors: list[Any]) -> None:
+        for k in vectors:
+            bad = of_vector(e.plus(at, k, e.lanes * size))
+            builder.store(builder.or_(builder.load(found), bad), found)
+
+    whole = builder.sdiv(n, WORD(e.lanes))
+    e.each(WORD(0), whole, 4, look)
+    some = builder.bitcast(builder.load(found), ir.IntType(e.lanes))
+    total = cgutils.alloca_once(builder, BIT)
+    builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
+    with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
+        builder.store(builder.or_(builder.load(total), of_number(e.plus(at, k, size))), total)
+    return builder.load(total)
+
+
 def outside_counter(dtype: str) -> Any:
     """Whether one of n indices from an address on is outside [0, stop) and not `ignored`."""
     size = getattr(types, dtype).bitwidth // 8
@@ -30,31 +55,18 @@ def outside_counter(dtype: str) -> Any:
         def body(context, builder, signature, given):
             at, n, stop, ignored = given
             e = Emitter(builder, "float64" if size == 8 else "float32")
-            truths = ir.VectorType(BIT, e.lanes)
             limit = e.splat(e.lane(e.least(stop, WORD(2 ** (8 * size - 1) - 1))))
             passed = e.splat(e.lane(ignored))  # where the type is too small for it, it is given as 0, which is inside
-            place = cgutils.alloca_once(builder, truths)
-            builder.store(truths(None), place)
 
-            def look(vectors: list[Any]) -> None:
-                for k in vectors:
-                    x = e.load(e.plus(at, k, e.lanes * size), e.integers, size)
-                    # A negative one is large without its sign.
-                    out = builder.icmp_unsigned(">=", x, limit)
-                    bad = builder.and_(out, builder.icmp_signed("!=", x, passed))
-                    builder.store(builder.or_(builder.load(place), bad), place)
+            def look(x: Any, limit: Any, passed: Any) -> Any:
+                # A negative one is large without its sign.
+                return builder.and_(builder.icmp_unsigned(">=", x, limit), builder.icmp_signed("!=", x, passed))
 
-            whole = builder.sdiv(n, WORD(e.lanes))
-            e.each(WORD(0), whole, 4, look)
-            some = builder.bitcast(builder.load(place), ir.IntType(e.lanes))
-            total = cgutils.alloca_once(builder, BIT)
-            builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
-            with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
-                x = e.load(e.plus(at, k, size), e.integer, size)
-                x = e.word(x)
-                bad = builder.and_(builder.icmp_unsigned(">=", x, stop), builder.icmp_signed("!=", x, ignored))
-                builder.store(builder.or_(builder.load(total), bad), total)
-            return builder.load(total)
+            return any_of(
+                e, at, n, size,
+                lambda place: look(e.load(place, e.integers, size), limit, passed),
+                lambda place: look(e.word(e.load(place, e.integer, size)), stop, ignored),
+            )  # fmt: skip
 
         return types.boolean(types.intp, types.int64, types.int64, types.int64), body
 
@@ -92,28 +104,17 @@ def unfit_kernel(dtype: str) -> Any:
         def body(context, builder, signature, given):
             at, n, most = given
             e = Emitter(builder, dtype)
-            place = cgutils.alloca_once(builder, ir.VectorType(BIT, e.lanes))
-            builder.store(place.type.pointee(None), place)
             limit, zero = e.splat(most), e.lift(0, e.vector)
 
             def look(x: Any, zero: Any, limit: Any) -> Any:
                 below = builder.fcmp_unordered("<", x, zero)  # NaN is, too
                 return builder.or_(below, builder.fcmp_unordered(">", x, limit))
 
-            def look_at(vectors: list[Any]) -> None:
-                for k in vectors:
-                    bad = look(e.load(e.plus(at, k, e.lanes * size)), zero, limit)
-                    builder.store(builder.or_(builder.load(place), bad), place)
-
-            whole = builder.sdiv(n, WORD(e.lanes))
-            e.each(WORD(0), whole, 4, look_at)
-            some = builder.bitcast(builder.load(place), ir.IntType(e.lanes))
-            total = cgutils.alloca_once(builder, BIT)
-            builder.store(builder.icmp_unsigned("!=", some, some.type(0)), total)
-            with e.loop(builder.mul(whole, WORD(e.lanes)), n, 1) as k:
-                bad = look(e.load(e.plus(at, k, size), e.real), e.lift(0, e.real), most)
-                builder.store(builder.or_(builder.load(total), bad), total)
-            return builder.load(total)
+            return any_of(
+                e, at, n, size,
+                lambda place: look(e.load(place), zero, limit),
+                lambda place: look(e.load(place, e.real), e.lift(0, e.real), most),
+            )  # fmt: skip
 
         return types.boolean(types.intp, types.int64, kind), body
 
