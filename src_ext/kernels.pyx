@@ -283,26 +283,25 @@ cdef class _Loan:
 # --- targets and other indices -------------------------------------------------------------------------------------
 cdef inline Py_ssize_t outside_typed(integer *p, Py_ssize_t stride, Py_ssize_t n, uint64_t stop, bint ignores,
                                      int64_t ignored) noexcept nogil:
+    cdef integer beside[1024]
+    cdef integer *block
     cdef Py_ssize_t i, k, size
-    cdef int64_t v
     cdef bint bad
     for i in range(0, n, 1024):  # by blocks, so that the test vectorises and the position is found afterwards
-        size = min(1024, n - i)
-        bad = False
+        size, block, bad = min(1024, n - i), p + i, False
+        if stride != sizeof(integer):
+            block = beside
+            for k in range(size):
+                block[k] = (<integer *> (<char *> p + (i + k) * stride))[0]
         if ignores:
             for k in range(size):
-                v = <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0]
-                bad |= (<uint64_t> v >= stop) & (v != ignored)
-        elif stride == sizeof(integer):
-            for k in range(size):
-                bad |= <uint64_t> <int64_t> p[i + k] >= stop
+                bad |= (<uint64_t> <int64_t> block[k] >= stop) & (<int64_t> block[k] != ignored)
         else:
             for k in range(size):
-                bad |= <uint64_t> <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0] >= stop
+                bad |= <uint64_t> <int64_t> block[k] >= stop
         if bad:
             for k in range(size):
-                v = <int64_t> (<integer *> (<char *> p + (i + k) * stride))[0]
-                if <uint64_t> v >= stop and not (ignores and v == ignored):
+                if <uint64_t> <int64_t> block[k] >= stop and not (ignores and <int64_t> block[k] == ignored):
                     return i + k
     return -1
 
