@@ -30,8 +30,12 @@ _COMPUTE: dict[np.dtype[Any], np.dtype[Any]] = {
 def compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
     """The float type that values of `dtype` are computed in: float32 for 16-bit floats and uint8, else float64."""
     known = _COMPUTE.get(dtype)
-    if known is not None:
-        return known
+    if known is None:
+        known = _COMPUTE[dtype] = _compute_dtype(dtype, name)
+    return known
+
+
+def _compute_dtype(dtype: np.dtype[Any], name: str) -> np.dtype[Any]:
     if dtype.kind == "f" and dtype.itemsize in (4, 8):
         return dtype.newbyteorder("=")
     if (dtype.kind == "f" and dtype.itemsize == 2) or dtype.name == "bfloat16" or dtype == np.uint8:

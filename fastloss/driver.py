@@ -184,14 +184,15 @@ def scores_call(
         type(scores) is np.ndarray
         and type(targets) is np.ndarray
         and scores.size <= FEW_SCORES
-        and scores.dtype in FLOATS
+        and (scores.dtype in FLOATS or scores.dtype.kind in "fV")  # bfloat16's kind
         and scores.ndim == 2
         and targets.ndim == 1
         and (out is None or (type(out) is np.ndarray and out.ndim == 2))
         and not (loss.general or outputs or reduction == "none")
         and sample_weight is upstream is loss.class_weight is loss.ignore_index is None
     ):
-        backend = backends.choose(backend_name, "gradient", loss, scores.dtype, ())
+        dtype = scores.dtype if scores.dtype in FLOATS else checks.compute_dtype(scores.dtype, "scores")
+        backend = backends.choose(backend_name, "gradient", loss, dtype, ())
         grad = np.empty(scores.shape, scores.dtype) if want_grad and out is None else out
         found = backend.plain_rows(loss, scores, targets, grad, reduction == "mean", threads.resolve(n_threads))
         if found is not None:

@@ -556,6 +556,7 @@ def plain_calls(dtype, n, c):
     yield "out in F order", scores, y, np.zeros_like(scores, order="F")
     yield "out backwards", scores, y, np.zeros_like(scores)[::-1, ::-1]
     yield "out of the other type", scores, y, np.zeros(scores.shape, np.float32 if dtype == np.float64 else np.float64)
+    yield "out of integers", scores, y, np.zeros(scores.shape, f"i{scores.itemsize}")
     yield "out of another shape", scores, y, np.zeros((n, c + 1), dtype)
     yield "out is read-only", scores, y, np.broadcast_to(dtype(0), (n, c))
     room = np.zeros(n * c * scores.itemsize + 1, np.uint8)
@@ -575,7 +576,15 @@ def plain_calls(dtype, n, c):
 @pytest.mark.parametrize(("n", "c"), [(2, 1), (33, 10), (12, 130)])
 def test_plain_calls_are_as_all_others(backend, loss, dtype, n, c, monkeypatch):
     """The step that checks and computes changes no bit of a result, and no word of an error."""
+    check_plain_calls(backend, loss, dtype, n, c, monkeypatch)
 
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_plain_calls_of_16_bits(dtype, monkeypatch):
+    check_plain_calls(ONE_OF_EACH[0], fl.Softmax(), dtype, 12, 130, monkeypatch)
+
+
+def check_plain_calls(backend, loss, dtype, n, c, monkeypatch):
     def outcomes():
         for name, scores, y, out in plain_calls(dtype, n, c):
             for reduction in ("mean", "sum"):

@@ -6,6 +6,7 @@ are computed by XLA). Where results differ, on purpose:
 
 - a class index outside `[0, C)` is an error that names its position (optax: NaN, or counted from the end), but for rows
   that `where` leaves out;
+- so is a probability that is negative or not finite (optax computes with it);
 - probability 0 times a score of −inf is 0 (optax: NaN), and a target that `where` leaves out gives +inf (optax: its
   score still counts);
 - at ties and kinks `multiclass_hinge_loss` takes one class's gradient: the lowest index, and none at the kink itself

@@ -170,7 +170,7 @@ class Backend:
     def plain_rows(
         self, loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
     ) -> float | None:
-        """Σ ℓ or its mean, of float32 or float64 scores and a loss without weights or other options; and its gradient.
+        """Σ ℓ or its mean, of scores that are floats and a loss without weights or other options; and its gradient.
 
         Of the arrays only the dimensions are checked: all else is here, in one step. None where something is wrong, or
         there is no such step; then nothing is written, and the driver goes on.

@@ -207,7 +207,15 @@ class CythonBackend(Backend):
     def plain_rows(
         self, loss: Any, scores: Array, targets: Array, grad: Array | None, mean: bool, n_threads: int
     ) -> float | None:
-        found: float | None = self._kernels[scores.dtype].plain_rows(
+        kernels = self._kernels[scores.dtype]
+        if kernels is None:
+            return None
+        if scores.itemsize == 2:
+            if grad is not None and grad.dtype != scores.dtype:  # whose bits would be taken for the same
+                return None
+            in_place, scores = grad is scores, bits(scores)
+            grad = scores if in_place else bits(grad)
+        found: float | None = kernels.plain_rows(
             row_options(loss), scores, targets, loss.labels(scores.shape[1]), grad, mean, n_threads
         )
         return found

@@ -62,7 +62,7 @@ def scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def as_tensor(array: Array) -> Tensor:
-    if array.itemsize == 2 and array.dtype.name == "bfloat16":
+    if array.dtype.kind == "V":  # bfloat16's, of NumPy's kinds; its name takes longer
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 

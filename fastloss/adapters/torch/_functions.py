@@ -11,7 +11,7 @@ from fastloss import _checks as checks
 from fastloss.adapters.torch import _cuda as cuda
 from fastloss.adapters.torch._arrays import Tensor, torch
 from fastloss.adapters.torch._compute import Options
-from fastloss.adapters.torch._operators import linear_loss, scores_loss, transforming
+from fastloss.adapters.torch._operators import is_everyday, linear_loss, scores_loss, transforming
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEFAULT_IGNORED = -100
@@ -119,7 +119,9 @@ def hinge_options(p: int, margin: float, reduction: str) -> Options:
 
 def _is_wide(input: Tensor) -> bool:
     """Whether the loss is float32 because of autocast, as PyTorch's losses are."""
-    return bool(input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type))
+    if input.dtype.itemsize != 2:
+        return False
+    return bool(torch.is_autocast_enabled("cpu" if input.is_cpu else input.device.type))  # a name that takes longer
 
 
 def _no_scores(input: Tensor) -> ValueError:
@@ -179,15 +181,18 @@ def cross_entropy(
     (2.04, torch.Size([1, 3]))
     """
     reduction = checked_reduction(reduction, size_average, reduce)
-    check_tensors(input=input, target=target, weight=weight)
-    shape = input.shape
-    axis = 1 if len(shape) > 1 else 0
-    if not shape or shape[axis] == 0:
-        raise _no_scores(input)
-    _check_target(target, shape[:axis] + shape[axis + 1 :], shape, True)
-    check_weight(weight, shape[axis])
+    everyday = weight is None and is_everyday(input, target)
+    if not everyday:
+        check_tensors(input=input, target=target, weight=weight)
+        shape = input.shape
+        axis = 1 if len(shape) > 1 else 0
+        if not shape or shape[axis] == 0:
+            raise _no_scores(input)
+        _check_target(target, shape[:axis] + shape[axis + 1 :], shape, True)
+        check_weight(weight, shape[axis])
     options = _entropy_options(target, ignore_index, label_smoothing, reduction)
-    return scores_loss(input, target, weight, *options, _is_wide(input))
+    call = scores_loss.eager if everyday else scores_loss
+    return call(input, target, weight, *options, _is_wide(input))
 
 
 def multi_margin_loss(
@@ -225,16 +230,19 @@ def multi_margin_loss(
     0.325
     """
     reduction = checked_reduction(reduction, size_average, reduce)
-    check_tensors(input=input, target=target, weight=weight)
-    shape = input.shape
-    if len(shape) > 2:
-        raise ValueError(f"input has shape {tuple(shape)}; it must be (C,) or (N, C)")
-    if 0 in shape[-1:]:
-        raise _no_scores(input)
-    batch = shape[:-1]
-    _check_target(target, target.shape if target.shape == (1,) and not batch else batch, shape, False)
-    check_weight(weight, shape[-1] if shape else 1)
-    return scores_loss(input, target, weight, *hinge_options(p, margin, reduction), _is_wide(input))
+    everyday = weight is None and is_everyday(input, target)
+    if not everyday:
+        check_tensors(input=input, target=target, weight=weight)
+        shape = input.shape
+        if len(shape) > 2:
+            raise ValueError(f"input has shape {tuple(shape)}; it must be (C,) or (N, C)")
+        if 0 in shape[-1:]:
+            raise _no_scores(input)
+        batch = shape[:-1]
+        _check_target(target, target.shape if target.shape == (1,) and not batch else batch, shape, False)
+        check_weight(weight, shape[-1] if shape else 1)
+    call = scores_loss.eager if everyday else scores_loss
+    return call(input, target, weight, *hinge_options(p, margin, reduction), _is_wide(input))
 
 
 def _layer_loss(

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastloss.adapters.torch import _compute as compute
 from fastloss.adapters.torch import _cuda as cuda
-from fastloss.adapters.torch._arrays import Tensor, torch
+from fastloss.adapters.torch._arrays import MOST, Tensor, torch
 from fastloss.adapters.torch._compute import Options
 from fastloss.adapters.torch._second import scores_products
 
@@ -21,6 +21,32 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _is_batch(tensor: Tensor) -> bool:
     """Whether a factor stands for a batch of them, as in `torch.autograd.grad(..., is_grads_batched=True)`."""
     return _functorch is not None and bool(_functorch.is_legacy_batchedtensor(tensor))
+
+
+def is_everyday(input: Tensor, target: Tensor) -> bool:
+    """Whether tensors are what nearly all calls have, of which nothing else is to be checked: a matrix of scores that
+    requires a gradient, and int64 class indices for its rows, on the CPU, where nothing watches but autograd.
+
+    Checks one by one took up to a tenth of a call with scores in the caches, where they are not.
+    """
+    if torch.compiler.is_compiling() or type(input) not in PLAIN or type(target) is not torch.Tensor:
+        return False
+    if transforming is None or _modes is None or transforming() or _modes() or torch.jit.is_tracing():
+        return False
+    shape = input.shape
+    return bool(
+        input.requires_grad
+        and torch.is_grad_enabled()
+        and input.is_cpu
+        and target.is_cpu
+        and input.dtype in MOST
+        and target.dtype is torch.int64
+        and input.layout is torch.strided is target.layout
+        and len(shape) == 2
+        and shape[1] > 0
+        and target.shape == shape[:1]
+        and not _is_batch(input)
+    )
 
 
 def _is_plain(tensors: Any) -> bool:
@@ -111,7 +137,8 @@ class _Operator:
         torch.library.impl(name, "cuda")(getattr(cuda, function.__name__))
         torch.library.register_fake(name)(fake)
         _library.impl(name, _autograd(function.__name__, save, backward), "Autograd", with_keyset=True)
-        self._name, self._eager = function.__name__, eager
+        self._name = function.__name__
+        self.eager: Any = eager
         self._n_tensors = schema.count("Tensor", 0, schema.index("str kind"))
         namespace = torch.ops.fastloss
         self.op = getattr(namespace, function.__name__).default
@@ -122,8 +149,8 @@ class _Operator:
             if not torch.is_grad_enabled():
                 _check_tangents(tensors)
                 return getattr(_room(tensors[0]), self._name)(*arguments)
-            if self._eager is not None:
-                return self._eager(*arguments)
+            if self.eager is not None:
+                return self.eager(*arguments)
         return self.op(*arguments)
 
 
