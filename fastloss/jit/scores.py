@@ -247,9 +247,7 @@ def tiled_largest(e: Emitter, at: Any, step: Any, n: Any, c: Any, work: Any, fou
         e.store_some(lanes, e.plus(found, g, 8), e.first(builder.sub(n, g)), 8)
 
 
-def rowed_largest(
-    e: Emitter, stored: Stored, at: Any, step: Any, n: Any, c: Any, work: Any, found: Any
-) -> None:
+def rowed_largest(e: Emitter, stored: Stored, at: Any, step: Any, n: Any, c: Any, work: Any, found: Any) -> None:
     """Of each row of contiguous numbers."""
     builder = e.b
     whole, left = builder.sdiv(c, WORD(e.lanes)), builder.srem(c, WORD(e.lanes))
@@ -721,19 +719,21 @@ def call_of(
     )  # fmt: skip
 
 
-def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
-    """The plan of a loss (`which` as in `rowmath.plan_of`), and its options: made once."""
+def prepared(
+    loss: Any, classes: int, real: Any, probabilities: bool, z: bool = False, entropy: bool = False
+) -> tuple[Plan, Array]:
+    """The plan of a loss, and its options: made once."""
 
     def make() -> tuple[Plan, Array]:
-        plan = rowmath.plan_of(loss, *which)
+        plan = rowmath.plan_of(loss, probabilities, z, entropy, whole=True)
         return plan, options_of(loss, classes, plan, real)
 
-    found: tuple[Plan, Array] = loss.once(("plan", classes, real, which), make)
+    found: tuple[Plan, Array] = loss.once(("plan", classes, real, probabilities, z, entropy), make)
     return found
 
 
 def call_for(loss: Any, *key: Any) -> tuple[Call, Array]:
-    """The call of a loss, and its options, for a type, a shape, probabilities, gradient, z, entropy, largest, threads."""
+    """The call of a loss, and its options, for scores of a type and shape: what `score_rows` asks for, in order."""
     dtype, (n, c), probabilities, wants_gradient, z, entropy, largest, n_threads = key
     plan, table = prepared(loss, c, Types.of(dtype).real, probabilities, z, entropy)
     found: tuple[Call, Array] = loss.once(
