@@ -34,7 +34,7 @@ from fastloss.jit.rowmath import Plan
 from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
 from fastloss.jit.walks import AT_ONCE, ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
 
-FEW = 2  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty
+FEW = 3  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty (C = 33: half the speed)
 GROUP_ROWS = 32  # of a rowed group, at most,
 GROUP_BYTES = 24 << 10  # and what they take
 SEGMENTS = 64  # at most,
