@@ -20,6 +20,7 @@ from fastloss.jit import cpu
 from fastloss.jit.vectors import BIT, WORD, Emitter
 
 BLOCK = 4096
+PARALLEL = 1 << 18  # numbers for each thread, at least
 
 
 def any_of(
@@ -186,13 +187,24 @@ def holds(dtype: np.dtype[Any], number: int) -> bool:
     return 0 <= number < 1 << bits if dtype.kind == "u" else -(1 << bits - 1) <= number < 1 << bits - 1
 
 
-def first_unfit(numbers: Array, most: float) -> int | None:
+def first_unfit(numbers: Array, n_threads: int, most: float) -> int | None:
     """`Backend.first_unfit`; None for arrays that are not served here."""
     name, largest = FLOATS.get(numbers.dtype, ("", 0.0))
     if not name or not (flags := numbers.flags).c_contiguous or not flags.aligned:
         return None
-    position: int = compiled_check(unfit_kernel, name)(numbers.reshape(-1), min(most, largest))
-    return position
+    every, kernel, most = numbers.reshape(-1), compiled_check(unfit_kernel, name), min(most, largest)
+    threads = min(n_threads, every.size // PARALLEL)
+    if threads <= 1:
+        position: int = kernel(every, most)
+        return position
+    found: list[int] = []
+
+    def look(first: int, last: int) -> None:
+        if (position := kernel(every[first:last], most)) >= 0:
+            found.append(first + position)
+
+    cpu.run(look, every.size, threads)
+    return min(found, default=-1)
 
 
 def weigh(
