@@ -14,7 +14,7 @@ import pytest
 
 import fastloss as fl
 from fastloss import losses
-from fastloss.jit import cpu
+from fastloss.jit import checks, cpu
 
 NARROW = """
 import sys
@@ -49,6 +49,17 @@ print(fl.Softmax().value(scores, y, backend="numba", n_threads=3))
 def test_narrower_vectors(size, dtype):
     """Those of processors without AVX-512."""
     subprocess.run([sys.executable, "-c", NARROW, str(size), dtype], check=True)
+
+
+def test_threads_find_the_first_number_that_is_unfit(monkeypatch):
+    monkeypatch.setattr(checks, "PARALLEL", 1000)
+    numbers = np.random.default_rng(0).random((5003, 1))
+    assert checks.first_unfit(numbers, 3, np.inf) == -1
+    for places in ([5002], [0, 5000], [4999, 1234, 4000], range(2600, 5003)):
+        bad = numbers.copy()
+        bad[list(places)] = np.resize([np.nan, -1.0, np.inf], (len(places), 1))
+        for n_threads in (1, 2, 3):
+            assert checks.first_unfit(bad, n_threads, np.inf) == min(places)
 
 
 @pytest.mark.parametrize(
