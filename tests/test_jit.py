@@ -51,6 +51,7 @@ def test_narrower_vectors(size, dtype):
     subprocess.run([sys.executable, "-c", NARROW, str(size), dtype], check=True)
 
 
+@pytest.mark.full
 def test_threads_find_the_first_number_that_is_unfit(monkeypatch):
     monkeypatch.setattr(checks, "PARALLEL", 1000)
     numbers = np.random.default_rng(0).random((5003, 1))
@@ -128,8 +129,6 @@ def test_threads_that_fell_asleep_are_woken_and_are_dismissed_at_the_end():
 
 def test_threads_are_shared_by_callers_and_kept():
     rng = np.random.default_rng(0)
-    from fastloss.jit import cpu
-
     loss, scores, y = fl.Softmax(), rng.normal(size=(9000, 10)).astype("f"), rng.integers(0, 10, 9000)
     expected = loss.value(scores, y, backend="numba", n_threads=1)
     found = []
@@ -152,8 +151,6 @@ def test_threads_are_shared_by_callers_and_kept():
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 def test_every_bad_target_is_found(dtype):
     rng = np.random.default_rng(0)
-    from fastloss.jit import checks
-
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     for n in (0, 1, 7, 8, 65, 4097):
         for stop in (1, 5, 2**31 - 1, 2**40):
