@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     general: bool = False  # softmax: options or an extra output beyond the plain form
     probabilities: bool = False  # u comes with the rows
     weights: bool = False  # class weights are part of u; logistic: of targets 0 and of targets 1
-    even: bool = False  # such weights of which none is more than all others together
+    pivots: bool = False  # general: sums leave out the target (else, how many have the maximum is counted)
     smooths: bool = False  # u of other classes than the target is not 0 (not with probabilities)
     softcap: bool = False
     entropy: bool = False
@@ -82,7 +82,12 @@ class Plan(NamedTuple):
     @property
     def has_target(self) -> bool:
         """Whether the gradient's entry at the target is settled with the row, and the walk must know the class."""
-        return self.kind in ("softmax", "hinge", "hinge max") and (self.even or not self.dense) and not self.shard
+        return self.kind in ("softmax", "hinge", "hinge max") and (self.pivots or not self.dense) and not self.shard
+
+    @property
+    def even(self) -> bool:
+        """Whether of class weights none is more than all others together, which is made use of."""
+        return self.pivots and self.weights
 
     @property
     def has_own(self) -> bool:
@@ -142,12 +147,14 @@ def plan_of(
     classes of a row are of the row's maximum (else, of parts of a row, Σ u of each part is wanted)."""
     if loss.kind == "softmax":
         weights = loss.class_weight is not None and bool(loss.weighs_inside(probabilities))
+        general = bool(loss.general) or probabilities or z or entropy or shard
+        leaves_one = not (probabilities or shard) and (not weights or are_even(loss.class_weight))
         return Plan(
             "softmax",
-            general=bool(loss.general) or probabilities or z or entropy or shard,
+            general=general,
             probabilities=probabilities,
             weights=weights,
-            even=whole and weights and not (probabilities or shard) and are_even(loss.class_weight),
+            pivots=whole and general and leaves_one,
             smooths=loss.label_smoothing > 0,
             softcap=loss.softcap is not None,
             entropy=entropy,
@@ -541,9 +548,9 @@ def _transform(
         made.step, made.settle, made.close = jit(step_log), jit(settle_log), jit(close_log)
 
 
-# The general form. Terms: Σ e of those that are not 1; how many are 1; Σ u (−d), flat: Σ (−d); dense, but not even: Σ u
-# where e is not 1, and where it is; Σ e (−d). With a softcap, known[0] is tanh of the maximum; what is kept are
-# exponentials times slopes or, where u is not 0 but at the target, the scores.
+# The general form. Terms: Σ e of those that are not 1, and how many are (`pivots`: Σ e but for the target's, and 0);
+# Σ u (−d), flat: Σ (−d); dense, but not even: Σ u where e is not 1, and where it is; Σ e (−d). With a softcap, known[0]
+# is tanh of the maximum; what is kept are exponentials times slopes or, where u is not 0 but at the target, the scores.
 def _general(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace, near: bool
 ) -> None:
@@ -551,7 +558,7 @@ def _general(
     zero, one, two, nan = real(0), real(1), real(2), real(np.nan)
     exp, log, exact_sum, rounder, tanh, tanh_near = f.quick_exp, f.log, f.exact_sum, f.rounder, f.tanh, f.tanh_near
     dense, probabilities, weights, smooths = plan.dense, plan.probabilities, plan.weights, plan.smooths
-    even, sums_u = plan.even, plan.dense and not plan.even
+    pivots, even, sums_u = plan.pivots, plan.even, plan.dense and not plan.even
     entropy, has_cap, z_loss, shard = plan.entropy, plan.softcap, plan.z_loss, plan.shard
     keeps_slope, unit = has_cap and not plan.bends_again, plan.unit
 
@@ -586,7 +593,7 @@ def _general(
         at, slope = bent(x, options)
         d = (at - known[0]) * options[unit]
         e = exp(d, rounder)
-        is_top = e == one
+        is_top = is_target if pivots else e == one
         away, u_others, u_tops, spread = zero, zero, zero, zero
         if dense:
             u = target_part(q, w, is_target, options)
@@ -598,20 +605,23 @@ def _general(
         if entropy:
             spread = -product(e, d)
         kept = e * slope if keeps_slope else x if has_cap else e
-        return kept, choose(is_top, zero, e), choose(is_top, one, zero), away, u_others, u_tops, spread
+        count = zero if pivots else choose(is_top, one, zero)
+        return kept, choose(is_top, zero, e), count, away, u_others, u_tops, spread
 
     def settle(m, sy, own, known, sums, low, factor, options):
         others, tops, away, u_others, u_tops = sums[0] + low, sums[1], sums[2], sums[3], sums[4]
         rest = others + (tops - one)
-        total, lost = exact_sum(tops, others)
-        size, _ = log(total, lost / total, zero)
         e, d, slope, least = zero, zero, one, options[AT_TARGET]
-        if sums_u:
-            u = u_others + u_tops
-        else:
+        if not sums_u:
             at, slope = bent(sy, options)
             d = (at - known[0]) * options[unit]
             e = exp(d, rounder)
+        top = e if pivots else one
+        total, lost = exact_sum(e if pivots else tops, others)
+        size, _ = log(total, lost / total, zero)
+        if sums_u:
+            u = u_others + u_tops
+        else:
             weight = own if even else one
             u_others = options[ELSEWHERE] * (options[CLASSES] - weight)
             if even:
@@ -622,15 +632,15 @@ def _general(
             u = least + u_others
         z = known[0] * options[unit] + size
         loss = u * size + away
-        top_pull = u_others - u_tops * others
+        top_pull = u_others * top - u_tops * others
         if z_loss:
             loss += options[Z_LOSS] * (z * z)
             more = two * options[Z_LOSS] * z
             u += more
-            top_pull += more
+            top_pull += more * top
         factor = factor * options[PER_TEMPERATURE]
         pull, top, mark = factor * u / total, factor * top_pull / total, choose(tops == one, one, nan)
-        entry = choose(e == mark, top, pull * e - factor * least) * slope
+        entry = (top if pivots else choose(e == mark, top, pull * e - factor * least)) * slope
         if shard:
             return away, m, rest, zero, zero, zero, zero, zero
         return loss, z, size + sums[5] / total, entry, pull, top, factor, mark
