@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import fastloss as fl
 from fastloss import losses
-from fastloss.jit import cpu
+from fastloss.jit import checks, cpu
 
 NARROW = """
 import sys
@@ -25,11 +26,12 @@ rng = np.random.default_rng(0)
 losses = [fl.Softmax(), fl.Hinge(power=2), fl.Hinge(over="max"), fl.Softmax(label_smoothing=0.1)]
 losses += [fl.Softmax(softcap=9.0), fl.Softmax(softcap=9.0, label_smoothing=0.1)]
 for loss in losses:
-    for c in (5, 35):
+    for c in (5, 35, 67):
         scores, y = rng.normal(0, 3, (70, c)).astype(sys.argv[2]), rng.integers(0, c, 70)
-        (value, grad), (expected, expected_grad) = (
-            loss.value_and_grad(scores, y, backend=backend) for backend in ("numba", "reference")
+        (value, grad, more), (expected, expected_grad, expected_more) = (
+            loss.value_and_grad(scores, y, backend=backend, outputs=("argmax",)) for backend in ("numba", "reference")
         )
+        np.testing.assert_array_equal(more["argmax"], expected_more["argmax"])
         np.testing.assert_allclose(value, expected, 1e-6)
         np.testing.assert_allclose(grad, expected_grad, 1e-5, 1e-7)
 """
@@ -47,6 +49,43 @@ print(fl.Softmax().value(scores, y, backend="numba", n_threads=3))
 def test_narrower_vectors(size, dtype):
     """Those of processors without AVX-512."""
     subprocess.run([sys.executable, "-c", NARROW, str(size), dtype], check=True)
+
+
+@pytest.mark.full
+def test_threads_find_the_first_number_that_is_unfit(monkeypatch):
+    monkeypatch.setattr(checks, "PARALLEL", 1000)
+    numbers = np.random.default_rng(0).random((5003, 1))
+    assert checks.first_unfit(numbers, 3, np.inf) == -1
+    for places in ([5002], [0, 5000], [4999, 1234, 4000], range(2600, 5003)):
+        bad = numbers.copy()
+        bad[list(places)] = np.resize([np.nan, -1.0, np.inf], (len(places), 1))
+        for n_threads in (1, 2, 3):
+            assert checks.first_unfit(bad, n_threads, np.inf) == min(places)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", *(pytest.param(name, marks=pytest.mark.full) for name in ("float64", "float16", "bfloat16"))],
+)
+def test_the_largest_class(dtype):
+    """The first that has the maximum, wherever in a vector or a block it is, or the first NaN; 0 in skipped rows."""
+    kind, weight = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype), np.arange(130) % 5 > 0
+    for c in (1, 3, 16, 17, 48, 49, 64, 65, 101, 257):
+        rng, places, row = np.random.default_rng(c), np.arange(130) % c, np.arange(130)
+        scores = rng.integers(-2, 3, (130, c)).astype(np.float32)
+        scores[row[:65], places[:65]] = np.nan
+        scores[row[20:90], places[20:90][::-1]] = np.inf
+        scores[90:110] = -np.inf
+        scores[110:] = -1.0
+        scores[row[110:], places[110:]] = 1.0
+        expected = scores.argmax(axis=1)
+        for given in (scores.astype(kind), np.asfortranarray(scores.astype(kind))):
+            for skipped in (None, weight):
+                _, _, found = fl.Softmax().value_and_grad(
+                    given, places, outputs=("argmax",), sample_weight=skipped, backend="numba", n_threads=1
+                )
+                of_live = expected if skipped is None else np.where(skipped, expected, 0)
+                np.testing.assert_array_equal(found["argmax"], of_live)
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
@@ -90,8 +129,6 @@ def test_threads_that_fell_asleep_are_woken_and_are_dismissed_at_the_end():
 
 def test_threads_are_shared_by_callers_and_kept():
     rng = np.random.default_rng(0)
-    from fastloss.jit import cpu
-
     loss, scores, y = fl.Softmax(), rng.normal(size=(9000, 10)).astype("f"), rng.integers(0, 10, 9000)
     expected = loss.value(scores, y, backend="numba", n_threads=1)
     found = []
@@ -114,8 +151,6 @@ def test_threads_are_shared_by_callers_and_kept():
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 def test_every_bad_target_is_found(dtype):
     rng = np.random.default_rng(0)
-    from fastloss.jit import checks
-
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     for n in (0, 1, 7, 8, 65, 4097):
         for stop in (1, 5, 2**31 - 1, 2**40):

@@ -3,6 +3,8 @@
 Rows are walked over in two parts, whose terms are added as a GPU's threads would, and held against 50 digits.
 """
 
+import itertools
+
 import mpmath
 import numpy as np
 import pytest
@@ -33,10 +35,10 @@ def keep(function):
     return function
 
 
-def evaluate(loss, scores, target, entropy=False):
+def evaluate(loss, scores, target, entropy=False, whole=False):
     """A row by the helpers: loss, gradient, z and entropy."""
     real, c = scores.dtype.type, len(scores)
-    plan = rowmath.plan_of(loss, np.ndim(target) == 1, entropy=entropy)
+    plan = rowmath.plan_of(loss, np.ndim(target) == 1, entropy=entropy, whole=whole)
     row = rowmath.build(plan, keep, rowmath.plain_tools(real))
     options = tuple(rowmath.numbers_of(loss, c, real))
     zero, one = real(0), real(1)
@@ -50,6 +52,7 @@ def evaluate(loss, scores, target, entropy=False):
         w = rowmath.table_of(loss, c, plan).astype(real).reshape(2, c).T
     elif plan.weights:
         w = loss.class_weight.astype(real)
+        own = w[target] if plan.even else own
     m = zero
     for k in range(c if plan.looks else 0):
         m = row.top(m, scores[k]) if k else scores[0]
@@ -97,13 +100,14 @@ def quiet():
 @pytest.mark.parametrize(("spread", "offset"), [(1, 0), (4, 100), (30, 0), (8, -1000)])
 def test_against_50_digits(name, dtype, spread, offset):
     rng, loss = np.random.default_rng(5), LOSSES[name]
-    for target in range(7):
+    wholes = {False, rowmath.plan_of(loss, False, whole=True).pivots}
+    for target, whole in itertools.product(range(7), wholes):
         scores = (rng.standard_normal(7) * spread + offset).astype(dtype)
         if loss.kind == "softmax" and loss.softcap is not None:
             scores = (scores - dtype(offset)).astype(dtype)
         with mpmath.workdps(50):
             true, true_gradient = exact_row(loss, scores, target)
-            found, gradient, _, _ = evaluate(loss, scores, target)
+            found, gradient, _, _ = evaluate(loss, scores, target, whole=whole)
             unit = np.finfo(dtype).eps * 2.0 ** np.floor(np.log2(max(1.0, abs(float(true)))))
             assert abs(mpmath.mpf(float(found)) - true) <= (2 if name in PLAIN else 8) * unit
             largest = max(max(abs(float(g)) for g in true_gradient), float(np.finfo(dtype).tiny))

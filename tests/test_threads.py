@@ -336,7 +336,9 @@ def test_fork_while_another_thread_computes(backend):
 
 
 @needs_fork
-@pytest.mark.parametrize("layer", [pytest.param("workqueue", marks=pytest.mark.full), "omp"])
+@pytest.mark.parametrize(
+    "layer", ["omp", *(pytest.param(name, marks=pytest.mark.full) for name in ("workqueue", "tbb"))]
+)
 def test_run_time_compilation_is_safe_whatever_the_threading_layer(layer):
     """The first calls of a process, which compile, from four threads at once; then children, which compile others."""
     code = """

@@ -53,7 +53,7 @@ class NumbaBackend(reference.ReferenceBackend):
         return super().first_outside(indices, stop, ignored) if position is None else position
 
     def first_unfit(self, numbers: Array, n_threads: int = 1, most: float = np.inf) -> int:
-        position: int | None = self._checks.first_unfit(numbers, most)
+        position: int | None = self._checks.first_unfit(numbers, n_threads, most)
         return super().first_unfit(numbers, n_threads, most) if position is None else position
 
     def weigh(

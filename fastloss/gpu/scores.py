@@ -930,9 +930,10 @@ def narrow(x):
 
 # --- how kernels are launched ----------------------------------------------------------------------------------------
 def threads_bound(plan: Plan) -> int:
-    """The most threads of a block, on any GPU: half as many for what would else spill registers."""
-    plain = not plan.row.general and plan.dtype != "float64" and plan.row.kind != "hinge max"
-    return device.MOST_THREADS if plain else device.MOST_THREADS // 2
+    """The most threads of a block, on any GPU: fewer for what would else spill registers."""
+    is_double = plan.dtype == "float64"
+    plain = not plan.row.general and not is_double and plan.row.kind != "hinge max"
+    return device.MOST_THREADS // (1 if plain else 4 if is_double and plan.row.softcap else 2)
 
 
 @functools.lru_cache(maxsize=512)

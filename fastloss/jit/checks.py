@@ -20,6 +20,7 @@ from fastloss.jit import cpu
 from fastloss.jit.vectors import BIT, WORD, Emitter
 
 BLOCK = 4096
+PARALLEL = 1 << 18  # numbers for each thread, at least
 
 
 def any_of(
@@ -94,9 +95,9 @@ def outside_kernel(dtype: str) -> Any:
     return cpu.entry(first_outside)
 
 
-def unfit_kernel(dtype: str) -> Any:
-    """The position of the first number that is not in [0, most]; −1: there is none."""
-    kind = getattr(types, dtype)
+def unfit_search(dtype: str) -> Any:
+    """The position of the first of n numbers from an address on that is not in [0, most]; −1: there is none."""
+    kind, zero = getattr(types, dtype), getattr(np, dtype)(0)
     size = kind.bitwidth // 8
 
     @intrinsic
@@ -118,19 +119,54 @@ def unfit_kernel(dtype: str) -> Any:
 
         return types.boolean(types.intp, types.int64, kind), body
 
+    @cpu.helper
+    def search(at, n, most):
+        for a in range(0, n, BLOCK):
+            if are_unfit(at + a * size, min(BLOCK, n - a), most):
+                for i in range(a, min(a + BLOCK, n)):
+                    x = cpu.get(at + i * size, zero)
+                    if not (x >= 0 and x <= most):
+                        return i
+        return -1
+
+    return search
+
+
+def unfit_kernel(dtype: str) -> Any:
+    """The same of an array, from Python."""
+    kind, search = getattr(types, dtype), cpu.made(unfit_search, dtype)
+
     @numba.njit(
         types.int64(types.Array(kind, 1, "C", readonly=True), kind), nogil=True, error_model="numpy",
         no_cfunc_wrapper=True,
     )  # fmt: skip
     def first_unfit(numbers, most):
-        for a in range(0, numbers.size, BLOCK):
-            if are_unfit(numbers.ctypes.data + a * size, min(BLOCK, numbers.size - a), most):
-                for i in range(a, min(a + BLOCK, numbers.size)):
-                    if not (numbers[i] >= 0 and numbers[i] <= most):
-                        return i
-        return -1
+        return search(numbers.ctypes.data, numbers.size, most)
 
     return cpu.entry(first_unfit)
+
+
+#: What threads are told that look together: words, `most` the bits of a float64. After them is what each part has.
+NUMBERS, COUNT, N_PARTS, TAKEN, MOST, FOUND = range(6)
+
+
+def unfit_parts_kernel(dtype: str) -> Any:
+    """The work of one thread: parts of an array; of each that position in the array, its length if there is none."""
+    real, search, word, double = getattr(np, dtype), cpu.made(unfit_search, dtype), np.int64(0), np.float64(0)
+    size = np.dtype(real).itemsize
+
+    @numba.cfunc(types.void(types.intp, types.intp), error_model="numpy")
+    def look(job, worker):
+        numbers, n, parts = cpu.get(job, word), cpu.get(job + 8 * COUNT, word), cpu.get(job + 8 * N_PARTS, word)
+        most = real(cpu.get(job + 8 * MOST, double))
+        part = cpu.take(job + 8 * TAKEN)
+        while part < parts:
+            first, stop = part * n // parts, (part + 1) * n // parts
+            position = search(numbers + first * size, stop - first, most)
+            cpu.put(job + 8 * (FOUND + part), first + position if position >= 0 else n)
+            part = cpu.take(job + 8 * TAKEN)
+
+    return cpu.Kernel(look)
 
 
 def weigh_kernel(dtype: str) -> Any:
@@ -186,13 +222,21 @@ def holds(dtype: np.dtype[Any], number: int) -> bool:
     return 0 <= number < 1 << bits if dtype.kind == "u" else -(1 << bits - 1) <= number < 1 << bits - 1
 
 
-def first_unfit(numbers: Array, most: float) -> int | None:
+def first_unfit(numbers: Array, n_threads: int, most: float) -> int | None:
     """`Backend.first_unfit`; None for arrays that are not served here."""
     name, largest = FLOATS.get(numbers.dtype, ("", 0.0))
     if not name or not (flags := numbers.flags).c_contiguous or not flags.aligned:
         return None
-    position: int = compiled_check(unfit_kernel, name)(numbers.reshape(-1), min(most, largest))
-    return position
+    n, most = numbers.size, min(most, largest)
+    threads = min(n_threads, n // PARALLEL)
+    if threads <= 1:
+        position: int = compiled_check(unfit_kernel, name)(numbers.reshape(-1), most)
+        return position
+    job = np.zeros(FOUND + cpu.SHARES * threads, np.int64)
+    job[:FOUND] = cpu.address(numbers), n, len(job) - FOUND, 0, np.float64(most).view(np.int64)
+    cpu.run_kernel(compiled_check(unfit_parts_kernel, name), cpu.address(job), threads)
+    first = int(job[FOUND:].min())
+    return first if first < n else -1
 
 
 def weigh(

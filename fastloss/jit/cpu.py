@@ -380,15 +380,16 @@ def pause(context):
 
 
 @intrinsic
-def call_address(context, address, job, k):
-    """Call the compiled function of two whole numbers at an address."""
+def call_address(context, address, *words):
+    """Call the compiled function of so many whole numbers at an address."""
 
     def generate(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [args[1].type, args[2].type])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        given = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [word.type for word in given])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp, types.intp), generate
+    return types.void(types.intp, types.StarArgTuple(words)), generate
 
 
 @helper

@@ -286,7 +286,7 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                         row = X + at * row_step
                         if copy_row:
                             to = copies + n * row_bytes
-                            products.call(copy_row, row, features, 0, feature_step, 0, to, 0, 0)
+                            cpu.call_address(copy_row, row, features, 0, feature_step, 0, to, 0, 0)
                             row = to
                         place[n], address[n], work[WEIGHT + n], work[FACTOR + n] = i, row, m, m
                         if not probable:
@@ -310,7 +310,7 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                 for b in range(told(shape, N_DOTS)):
                     row = told(shape, DOTS) + 32 * b
                     function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
-                    products.call(
+                    cpu.call_address(
                         function, address_at, filled, tile_at + first * step, tile_rows, centre, packed + start * size,
                         whole, left,
                     )  # fmt: skip
@@ -327,7 +327,7 @@ def segment_kernel(plan: rowmath.Plan, compute: str, wants_gradient: bool) -> An
                     for b in range(told(shape, N_OUTERS)):
                         row = told(shape, OUTERS) + 32 * b
                         function, first, start = cpu.get(row, word), cpu.get(row + 8, word), cpu.get(row + 16, word)
-                        products.call(
+                        cpu.call_address(
                             function, address_at, n, tile_at + first * step, tile_rows, centre, dW_at + start * size,
                             whole, left,
                         )  # fmt: skip

@@ -167,7 +167,7 @@ _SIGNATURE = types.void(*[types.intp] * len(Product._fields))
 
 
 def compiled(product: Callable[[_Emitter, int, Product], None], kind: Kind, classes: int) -> Any:
-    """The product for a block of so many classes, as a function of C; `call` calls it by its `address`."""
+    """The product for a block of so many classes, as a function of C; called by its `address`."""
 
     def body(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         product(_Emitter(kind, builder), classes, Product(*arguments))
@@ -182,15 +182,3 @@ def compiled(product: Callable[[_Emitter, int, Product], None], kind: Kind, clas
         emitted(rows, n, scores, stride, centre, panel, whole, left)
 
     return function
-
-
-@intrinsic
-def call(typing, address, rows, n, scores, stride, centre, panel, whole, left):
-    """Call the compiled product at an address."""
-
-    def body(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function = ir.FunctionType(ir.VoidType(), [WORD] * len(Product._fields))
-        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, *_SIGNATURE.args), body

@@ -23,7 +23,8 @@ no term cancels another:
   With u the target vector, U = Σ u, L = log Σ exp(d) and z = bent(m) / T + L:
       ℓ = U L − Σ u_j d_j + λ z²     gradient = ((U + 2 λ z) p − u) / T · bent'(s)     entropy = L − Σ p_j d_j
   U p − u cancels only where one class has nearly all of both: its entry is made of sums. If u is the same for all
-  classes but the target ("flat"), only the target can be that class.
+  classes but the target ("flat"), or made of class weights none of which is more than all others together ("even"),
+  only the target can be that class.
 - Hinge: m_j = (s_j + edge) − rest, where s_y − Δ is −edge + rest, exactly. The sum is exact where m_j is small beside
   s_j; `not m_j <= 0` is active, so that NaN is never swallowed.
 - Logistic: with e = exp(−|s|), `away` the weight of the side that s is on and `near` that of the other,
@@ -50,6 +51,7 @@ KNOWN = 3
 MARGIN, PER_CLASS, CLASSES, AT_TARGET, ELSEWHERE, Z_LOSS, SOFTCAP, PER_TEMPERATURE = range(8)
 #: With a softcap, in places that only other losses have: 1 / softcap, and softcap / T.
 PER_SOFTCAP, UNIT = MARGIN, PER_CLASS
+#: Of the softmax CLASSES is Σ class weights, where these are even.
 #: Of the softcap: scores less than that are bent by a polynomial alone.
 NEAR = 0.5
 
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
     general: bool = False  # softmax: options or an extra output beyond the plain form
     probabilities: bool = False  # u comes with the rows
     weights: bool = False  # class weights are part of u; logistic: of targets 0 and of targets 1
+    pivots: bool = False  # general: sums leave out the target (else, how many have the maximum is counted)
     smooths: bool = False  # u of other classes than the target is not 0 (not with probabilities)
     softcap: bool = False
     entropy: bool = False
@@ -79,7 +82,17 @@ class Plan(NamedTuple):
     @property
     def has_target(self) -> bool:
         """Whether the gradient's entry at the target is settled with the row, and the walk must know the class."""
-        return self.kind in ("softmax", "hinge", "hinge max") and not self.dense and not self.shard
+        return self.kind in ("softmax", "hinge", "hinge max") and (self.pivots or not self.dense) and not self.shard
+
+    @property
+    def even(self) -> bool:
+        """Whether of class weights none is more than all others together, which is made use of."""
+        return self.pivots and self.weights
+
+    @property
+    def has_own(self) -> bool:
+        """Whether `settle` takes a number of the target's own: its class weight, or its margin with itself."""
+        return self.even or self.counts_target
 
     @property
     def has_index(self) -> bool:
@@ -127,14 +140,21 @@ class Plan(NamedTuple):
         return 6 if self.general else 2 if self.kind in ("log p", "lse") else 1
 
 
-def plan_of(loss: Any, probabilities: bool, z: bool = False, entropy: bool = False, shard: bool = False) -> Plan:
-    """The plan of a loss; `z` and `entropy`: the row's log Σ exp or entropy is wanted too."""
+def plan_of(
+    loss: Any, probabilities: bool, z: bool = False, entropy: bool = False, shard: bool = False, whole: bool = False
+) -> Plan:
+    """The plan of a loss; `z` and `entropy`: the row's log Σ exp or entropy is wanted too; `whole`: the terms of all
+    classes of a row are of the row's maximum (else, of parts of a row, Σ u of each part is wanted)."""
     if loss.kind == "softmax":
+        weights = loss.class_weight is not None and bool(loss.weighs_inside(probabilities))
+        general = bool(loss.general) or probabilities or z or entropy or shard
+        leaves_one = not (probabilities or shard) and (not weights or are_even(loss.class_weight))
         return Plan(
             "softmax",
-            general=bool(loss.general) or probabilities or z or entropy or shard,
+            general=general,
             probabilities=probabilities,
-            weights=loss.class_weight is not None and bool(loss.weighs_inside(probabilities)),
+            weights=weights,
+            pivots=whole and general and leaves_one,
             smooths=loss.label_smoothing > 0,
             softcap=loss.softcap is not None,
             entropy=entropy,
@@ -158,12 +178,20 @@ def plan_of(loss: Any, probabilities: bool, z: bool = False, entropy: bool = Fal
     )
 
 
+def are_even(weights: np.ndarray[Any, Any]) -> bool:
+    """Whether no class has more than half of all class weights, whose sum is a number of every compute type."""
+    total = float(weights.sum(dtype=np.float64))
+    return bool(weights.max(initial=0) <= total / 2 <= np.finfo(np.float32).max / 4)
+
+
 def numbers_of(loss: Any, classes: int, real: Any) -> np.ndarray[Any, Any]:
     """The options of a loss that are numbers, as the helpers take them (as a tuple of `real`)."""
     found = np.zeros(8)
     found[CLASSES] = classes
     found[PER_CLASS] = found[PER_TEMPERATURE] = 1
     if loss.kind == "softmax":
+        if loss.class_weight is not None and are_even(loss.class_weight):
+            found[CLASSES] = loss.class_weight.sum(dtype=np.float64)
         found[ELSEWHERE] = loss.label_smoothing / classes
         found[AT_TARGET] = 1 - loss.label_smoothing + loss.label_smoothing / classes
         found[Z_LOSS], found[PER_TEMPERATURE] = loss.z_loss, 1 / loss.temperature
@@ -403,7 +431,7 @@ def build(plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, near: boo
         step(x, q, w, is_target, known, options) → kept, and TERMS terms. q: the class's probability, or margin of the
             pair; w: its weight (logistic: what targets 0 and 1 count there); each is 0 where the plan has none.
         settle(m, sy, own, known, sums, low, factor, options) → loss, z, entropy, entry, and 4 numbers for `close`.
-            sums: TERMS numbers; low: what the first lacks, as rounded; own: the margin of the target with itself.
+            sums: TERMS numbers; low: what the first lacks, as rounded; own: see `Plan.has_own`.
             With `plan.shard`, z is m, entropy the sum of the exponentials but for one maximum, and loss Σ u (−d).
         close(kept, q, w, is_target, known, numbers, options) → an entry of the gradient. Where the plan has a target,
             its entry there is `entry` instead.
@@ -520,9 +548,9 @@ def _transform(
         made.step, made.settle, made.close = jit(step_log), jit(settle_log), jit(close_log)
 
 
-# The general form. Terms: Σ e of those that are not 1; how many are 1; Σ u (−d), flat: Σ (−d); dense: Σ u where e is
-# not 1, and where it is; Σ e (−d). With a softcap, known[0] is tanh of the maximum; what is kept are exponentials times
-# slopes or, where u is not 0 but at the target, the scores.
+# The general form. Terms: Σ e of those that are not 1, and how many are (`pivots`: Σ e but for the target's, and 0);
+# Σ u (−d), flat: Σ (−d); dense, but not even: Σ u where e is not 1, and where it is; Σ e (−d). With a softcap, known[0]
+# is tanh of the maximum; what is kept are exponentials times slopes or, where u is not 0 but at the target, the scores.
 def _general(
     plan: Plan, jit: Callable[..., Any], tools: SimpleNamespace, f: SimpleNamespace, made: SimpleNamespace, near: bool
 ) -> None:
@@ -530,6 +558,7 @@ def _general(
     zero, one, two, nan = real(0), real(1), real(2), real(np.nan)
     exp, log, exact_sum, rounder, tanh, tanh_near = f.quick_exp, f.log, f.exact_sum, f.rounder, f.tanh, f.tanh_near
     dense, probabilities, weights, smooths = plan.dense, plan.probabilities, plan.weights, plan.smooths
+    pivots, even, sums_u = plan.pivots, plan.even, plan.dense and not plan.even
     entropy, has_cap, z_loss, shard = plan.entropy, plan.softcap, plan.z_loss, plan.shard
     keeps_slope, unit = has_cap and not plan.bends_again, plan.unit
 
@@ -564,47 +593,54 @@ def _general(
         at, slope = bent(x, options)
         d = (at - known[0]) * options[unit]
         e = exp(d, rounder)
-        is_top = e == one
+        is_top = is_target if pivots else e == one
         away, u_others, u_tops, spread = zero, zero, zero, zero
         if dense:
             u = target_part(q, w, is_target, options)
             away = -product(u, d)
-            u_others, u_tops = choose(is_top, zero, u), choose(is_top, u, zero)
+            if sums_u:
+                u_others, u_tops = choose(is_top, zero, u), choose(is_top, u, zero)
         elif smooths:
             away = -d
         if entropy:
             spread = -product(e, d)
         kept = e * slope if keeps_slope else x if has_cap else e
-        return kept, choose(is_top, zero, e), choose(is_top, one, zero), away, u_others, u_tops, spread
+        count = zero if pivots else choose(is_top, one, zero)
+        return kept, choose(is_top, zero, e), count, away, u_others, u_tops, spread
 
     def settle(m, sy, own, known, sums, low, factor, options):
         others, tops, away, u_others, u_tops = sums[0] + low, sums[1], sums[2], sums[3], sums[4]
         rest = others + (tops - one)
-        total, lost = exact_sum(tops, others)
-        size, _ = log(total, lost / total, zero)
         e, d, slope, least = zero, zero, one, options[AT_TARGET]
-        if dense:
-            u = u_others + u_tops
-        else:
+        if not sums_u:
             at, slope = bent(sy, options)
             d = (at - known[0]) * options[unit]
             e = exp(d, rounder)
-            u_others = options[ELSEWHERE] * (options[CLASSES] - one)
+        top = e if pivots else one
+        total, lost = exact_sum(e if pivots else tops, others)
+        size, _ = log(total, lost / total, zero)
+        if sums_u:
+            u = u_others + u_tops
+        else:
+            weight = own if even else one
+            u_others = options[ELSEWHERE] * (options[CLASSES] - weight)
+            if even:
+                least = least * weight
+            else:  # least is (1 − ε) + ε / C, whose second part is among the others
+                away = (options[ELSEWHERE] * away if smooths else zero) - product(least - options[ELSEWHERE], d)
             u_tops = least
             u = least + u_others
-            # least is (1 − ε) + ε / C, whose second part is among the others.
-            away = (options[ELSEWHERE] * away if smooths else zero) - product(least - options[ELSEWHERE], d)
         z = known[0] * options[unit] + size
         loss = u * size + away
-        top_pull = u_others - u_tops * others
+        top_pull = u_others * top - u_tops * others
         if z_loss:
             loss += options[Z_LOSS] * (z * z)
             more = two * options[Z_LOSS] * z
             u += more
-            top_pull += more
+            top_pull += more * top
         factor = factor * options[PER_TEMPERATURE]
         pull, top, mark = factor * u / total, factor * top_pull / total, choose(tops == one, one, nan)
-        entry = choose(e == mark, top, pull * e - factor * least) * slope
+        entry = (top if pivots else choose(e == mark, top, pull * e - factor * least)) * slope
         if shard:
             return away, m, rest, zero, zero, zero, zero, zero
         return loss, z, size + sums[5] / total, entry, pull, top, factor, mark
@@ -616,7 +652,9 @@ def _general(
             e = exp((at - known[0]) * options[unit], rounder)
         if dense:
             u = target_part(q, w, is_target, options)
-            g = choose(e == numbers[3], numbers[1], numbers[0] * e - numbers[2] * u)
+            g = numbers[0] * e - numbers[2] * u
+            if sums_u:
+                g = choose(e == numbers[3], numbers[1], g)
         elif smooths:
             g = numbers[0] * e - numbers[2] * options[ELSEWHERE]
         else:

@@ -16,6 +16,7 @@ helps the others when it is done. Rows of multiplier 0 are not read, or what com
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ from fastloss.jit import cpu, rowmath, vectors
 from fastloss.jit.checks import outside_counter
 from fastloss.jit.rowmath import Plan
 from fastloss.jit.vectors import LINE, WORD, Emitter, Stored
-from fastloss.jit.walks import ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
+from fastloss.jit.walks import AT_ONCE, ENTROPY, FACTOR, LOSS, SLOTS, TABLE, TILE, WEIGHT, WORK, Group, Walk, Z
 
-FEW = 2  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty
+FEW = 3  # vectors of classes up to which rows are tiled: shorter rows would leave lanes empty (C = 33: half the speed)
 GROUP_ROWS = 32  # of a rowed group, at most,
 GROUP_BYTES = 24 << 10  # and what they take
 SEGMENTS = 64  # at most,
@@ -215,19 +216,132 @@ def end_streams(typing):
     return types.void(), body
 
 
+# --- the largest class ----------------------------------------------------------------------------------------------
+def tiled_largest(e: Emitter, at: Any, step: Any, n: Any, c: Any, work: Any, found: Any) -> None:
+    """Of each row of a tile."""
+    builder, none = e.b, vectors.Value(e, e.lift(0, e.integers))
+    words = ir.VectorType(WORD, e.lanes)
+    with e.loop(WORD(0), n, e.lanes) as g:
+        top, place = e.sums(1, -np.inf)[0], cgutils.alloca_once(builder, e.integers)
+        builder.store(none.v, place)
+
+        def score(k: Any) -> vectors.Value:
+            return vectors.Value(e, e.load(e.plus(builder.add(at, builder.mul(k, step)), g, e.size)))
+
+        def look(classes: list[Any]) -> None:
+            for k in classes:
+                e.set(top, e.larger(e.get(top), score(k)))
+
+        def search(classes: list[Any]) -> None:
+            for k in classes:
+                k = builder.sub(builder.sub(c, WORD(1)), k)  # from the last on
+                x, here = score(k), vectors.Value(e, e.splat(e.lane(k)))
+                before = vectors.Value(e, builder.load(place))
+                builder.store(e.choose((x == e.get(top)) | (x != x), here, before).v, place)
+
+        e.each(WORD(0), c, 2, look)
+        e.each(WORD(0), c, 2, search)
+        is_dead = vectors.Value(e, e.load(e.plus(work, builder.add(g, WORD(WEIGHT)), e.size))) == 0
+        lanes = e.choose(is_dead, none, vectors.Value(e, builder.load(place))).v
+        lanes = lanes if e.size == 8 else builder.sext(lanes, words)
+        e.store_some(lanes, e.plus(found, g, 8), e.first(builder.sub(n, g)), 8)
+
+
+def rowed_largest(e: Emitter, stored: Stored, at: Any, step: Any, n: Any, c: Any, work: Any, found: Any) -> None:
+    """Of each row of contiguous numbers."""
+    builder = e.b
+    whole, left = builder.sdiv(c, WORD(e.lanes)), builder.srem(c, WORD(e.lanes))
+    end, has_end = e.first(left), builder.icmp_signed(">", left, WORD(0))
+    with e.loop(WORD(0), n, 1) as r:
+        source, place = builder.add(at, builder.mul(r, step)), cgutils.alloca_once(builder, WORD)
+
+        def score(k: Any, mask: Any = None, source: Any = source) -> vectors.Value:
+            return vectors.Value(e, stored.load(e.plus(source, k, e.lanes * stored.size), mask))
+
+        def look(vectors_: list[Any]) -> None:
+            for top, k in zip(tops, vectors_, strict=False):
+                e.set(top, e.larger(e.get(top), score(k)))
+
+        tops = e.sums(AT_ONCE, -np.inf)
+        e.each(WORD(0), whole, AT_ONCE, look)
+        with builder.if_then(has_end):
+            x = e.choose(vectors.Value(e, end), score(whole, end), e.value(-np.inf))
+            e.set(tops[0], e.larger(e.get(tops[0]), x))
+        top = functools.reduce(e.larger, map(e.get, tops))
+        lanes = e.lanes
+        while lanes > 1:  # each lane with that half as far again
+            lanes //= 2
+            top = e.larger(top, vectors.Value(e, e.shuffle(top.v, top.v, [k ^ lanes for k in range(e.lanes)])))
+
+        def search(is_here: Callable[[vectors.Value], vectors.Value]) -> None:
+            """The first that is here, in blocks: none is looked at after that which has it."""
+
+            def within(some: list[Any], mask: Any = None) -> None:
+                with builder.if_then(builder.icmp_signed("<", builder.load(place), WORD(0))):
+                    bits = WORD(0)
+                    for k, vector in enumerate(some):
+                        here = is_here(score(vector, mask))
+                        if mask is not None:
+                            here = here & vectors.Value(e, mask)
+                        part = builder.zext(builder.bitcast(here.v, ir.IntType(e.lanes)), WORD)
+                        bits = builder.or_(bits, builder.shl(part, WORD(k * e.lanes)))
+                    with builder.if_then(builder.icmp_unsigned("!=", bits, WORD(0))):
+                        first = builder.cttz(bits, ir.IntType(1)(1))
+                        builder.store(builder.add(builder.mul(some[0], WORD(e.lanes)), first), place)
+
+            e.each(WORD(0), whole, AT_ONCE, within)
+            with builder.if_then(has_end):
+                within([whole], end)
+
+        builder.store(WORD(0), place)
+        weight = e.load(e.plus(work, builder.add(r, WORD(WEIGHT)), e.size), e.real)
+        with builder.if_then(builder.fcmp_unordered("!=", weight, e.lift(0, e.real))):
+            builder.store(WORD(-1), place)
+            one = builder.extract_element(top.v, ir.IntType(32)(0))
+            with builder.if_else(builder.fcmp_ordered("==", one, one), likely=True) as (usual, unusual):
+                with usual:
+                    search(lambda x: x == top)
+                with unusual:
+                    search(lambda x: x != x)
+        e.store(builder.load(place), e.plus(found, r, 8), 8)
+
+
+def largest_kernel(dtype: str, real: str, tiled: bool) -> Any:
+    """The lowest class that has a row's maximum, or the first NaN, for n rows that are given at an address, in either
+    layout: whole numbers of 64 bits at another; 0 for rows of weight 0 in `work`."""
+
+    @intrinsic
+    def emitted(typing, at, step, n, c, work, found):
+        def body(context, builder, signature, given):
+            e = Emitter(builder, real)
+            if tiled:
+                tiled_largest(e, *given)
+            else:
+                rowed_largest(e, Stored(e, dtype), *given)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), body
+
+    @numba.cfunc(types.void(*[types.intp] * 6), error_model="numpy")
+    def find(at, step, n, c, work, found):
+        emitted(at, step, n, c, work, found)
+
+    return find
+
+
 # --- the kernel -----------------------------------------------------------------------------------------------------
 #: What a kernel is told of a call: words, at an address. Arrays are `cpu.reference`s.
 (
     SCORES, ROW_STEP, COLUMN_STEP, GRADS, GRADS_ROW_STEP, GRADS_COLUMN_STEP, TARGETS, MULTIPLIER, LOSSES, LOSSES_STEP,
-    Z_AT, ENTROPY_AT, Q, OPTIONS, STREAMS, SHAPE, SCALE,
-) = range(17)  # fmt: skip
+    Z_AT, ENTROPY_AT, LARGEST, Q, OPTIONS, STREAMS, SHAPE, SCALE,
+) = range(18)  # fmt: skip
 #: After them, for each thread, a line with the number of segments of its part that are taken.
 PARTS = 3 * LINE
 #: Words that follow from the shape, made once, at the address SHAPE. Places are after the job's.
 (
     SEGMENT, SEGMENTS_AT, ROWS, CLASSES, GROUP, SUMS_AT, SCRATCH, SCRATCH_STEP, WORKERS, KERNEL, BYTES, ITEMSIZE, REAL,
-    PROBABILITIES, IS_LARGE,
-) = range(15)  # fmt: skip
+    PROBABILITIES, IS_LARGE, FINDER,
+) = range(16)  # fmt: skip
 HEADER = 2 * LINE  # of a thread's scratch: sums of losses, a float64 for each lane
 
 
@@ -258,6 +372,13 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
         return cpu.numbers_of(told(job, which))
 
     @cpu.helper
+    def find(job, i, at, step, n, c, work):
+        # While they are scores, and in the cache.
+        largest = array(job, LARGEST)
+        if largest:
+            cpu.call_address(told(told(job, SHAPE), FINDER), at, step, n, c, work, largest + 8 * i)
+
+    @cpu.helper
     def tiled_group(job, i, n, c, most, scratch):
         work, tile = scratch, scratch + WORK * size
         more = tile + c * TILE * size
@@ -284,6 +405,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
                 for k in range(c):
                     margin = cpu.get(options + (TABLE + y * c + k) * size, number)
                     cpu.put(more + k * step + r * size, margin)
+        find(job, i, tile, step, n, c, work)
         walk(n, c, targets, work, options, more, step, tile, step)
         if wants_gradient:
             rows, row_step, column_step = array(job, GRADS), told(job, GRADS_ROW_STEP), told(job, GRADS_COLUMN_STEP)
@@ -318,6 +440,7 @@ def rows_kernel(plan: Plan, dtype: str, tiled: bool, wants_gradient: bool) -> An
         if is_real:
             kept, kept_step = to, to_step
         more = array(job, Q) + i * c * size if probabilities else 0
+        find(job, i, rows, row_step, n, c, work)
         walk(
             n, c, targets, work, options, more, c * size, rows, row_step, kept, kept_step, to, to_step, kept_vectors,
             ahead,
@@ -392,10 +515,10 @@ def starter() -> Any:
     call is not in order (`Backend.plain_rows`), or not so simple that this is clear.
     """
     # In LLVM's language: each function of ours would take Numba 25 ms, and the first result waits for all.
-    kinds = [types.intp, *[cpu.OBJECT] * 8]
+    kinds = [types.intp, *[cpu.OBJECT] * 9]
 
     @intrinsic
-    def fit(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy):
+    def fit(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest):
         def body(context, builder, signature, given):
             shape, _, scores, targets, multiplier = given[:5]
             e = Emitter(builder, "float64")
@@ -410,9 +533,9 @@ def starter() -> Any:
         return types.boolean(*kinds), body
 
     @intrinsic
-    def tell(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job):
+    def tell(typing, shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest, scale, job):
         def body(context, builder, signature, given):
-            shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job = given
+            shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest, scale, job = given
             e = Emitter(builder, "float64")
 
             def of_shape(which: int) -> Any:
@@ -436,7 +559,7 @@ def starter() -> Any:
                 SCORES: scores, ROW_STEP: stride(scores, 0), COLUMN_STEP: stride(scores, 1), GRADS: grad,
                 GRADS_ROW_STEP: stride(grad, 0), GRADS_COLUMN_STEP: column_step,
                 TARGETS: builder.select(has_index, targets, WORD(0)), MULTIPLIER: multiplier, LOSSES: losses,
-                LOSSES_STEP: stride(losses, 0), Z_AT: z, ENTROPY_AT: entropy,
+                LOSSES_STEP: stride(losses, 0), Z_AT: z, ENTROPY_AT: entropy, LARGEST: largest,
                 Q: builder.select(has_index, WORD(0), targets), OPTIONS: options,
                 STREAMS: builder.select(streams, of_shape(IS_LARGE), WORD(0)), SHAPE: shape, SCALE: scale,
             }  # fmt: skip
@@ -494,8 +617,10 @@ def starter() -> Any:
         types.Optional(types.float64)(*kinds, types.float64, types.intp, types.boolean, types.intp), nogil=True,
         error_model="numpy", no_cfunc_wrapper=True,
     )  # fmt: skip
-    def start(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, at, in_order, labels):
-        if not in_order and not fit(shape, options, scores, targets, multiplier, grad, losses, z, entropy):
+    def start(
+        shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest, scale, at, in_order, labels
+    ):
+        if not in_order and not fit(shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest):
             return None
         if labels >= 0 and not is_plain(shape, scores, targets, grad):
             return None
@@ -505,7 +630,7 @@ def starter() -> Any:
         if at == memory:
             raise MemoryError
         job = at if at else (memory + LINE - 1) // LINE * LINE
-        tell(shape, options, scores, targets, multiplier, grad, losses, z, entropy, scale, job)
+        tell(shape, options, scores, targets, multiplier, grad, losses, z, entropy, largest, scale, job)
         total = 0.0
         if not at:
             cpu.call_address(cpu.get(shape + 8 * KERNEL, word), job, 0)
@@ -561,10 +686,13 @@ class Call(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bool, n_threads: int) -> Call:
+def call_of(
+    plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bool, n_threads: int, finds_largest: bool = False
+) -> Call:
     name, itemsize, real, size, lanes = Types.of(dtype)
     tiled = c <= FEW * lanes
     kernel: cpu.Kernel = cpu.made(rows_kernel, plan, name, tiled, wants_gradient)
+    finder = cpu.made(largest_kernel, name, real.name, tiled).address if finds_largest else 0
     group = TILE if tiled else max(1, min(GROUP_ROWS, GROUP_BYTES // (c * size)))
     segments = max(1, min(SEGMENTS, -(-n * c * size // SEGMENT_BYTES)))
     segment = max(1, -(-n // segments))
@@ -583,7 +711,7 @@ def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bo
     memory, is_large = scratch + workers * step + LINE, not tiled and n * c * itemsize > STREAM_BYTES
     shape = np.array([
         segment, segments, n, c, group, sums, scratch, step, workers, kernel.address, memory, itemsize, id(real),
-        plan.probabilities, is_large,
+        plan.probabilities, is_large, finder,
     ])  # fmt: skip
     return Call(
         cpu.made(starter), kernel, plan.probabilities, real, shape, cpu.address(shape), sums, Struct(f"={segments}d"),
@@ -591,31 +719,35 @@ def call_of(plan: Plan, dtype: np.dtype[Any], n: int, c: int, wants_gradient: bo
     )  # fmt: skip
 
 
-def prepared(loss: Any, classes: int, real: Any, *which: bool) -> tuple[Plan, Array]:
-    """The plan of a loss (`which` as in `rowmath.plan_of`), and its options: made once."""
+def prepared(
+    loss: Any, classes: int, real: Any, probabilities: bool, z: bool = False, entropy: bool = False
+) -> tuple[Plan, Array]:
+    """The plan of a loss, and its options: made once."""
 
     def make() -> tuple[Plan, Array]:
-        plan = rowmath.plan_of(loss, *which)
+        plan = rowmath.plan_of(loss, probabilities, z, entropy, whole=True)
         return plan, options_of(loss, classes, plan, real)
 
-    found: tuple[Plan, Array] = loss.once(("plan", classes, real, which), make)
+    found: tuple[Plan, Array] = loss.once(("plan", classes, real, probabilities, z, entropy), make)
     return found
 
 
 def call_for(loss: Any, *key: Any) -> tuple[Call, Array]:
-    """The call of a loss, and its options, for a type, a shape, probabilities, gradient, z, entropy, threads."""
-    dtype, (n, c), probabilities, wants_gradient, z, entropy, n_threads = key
+    """The call of a loss, and its options, for scores of a type and shape: what `score_rows` asks for, in order."""
+    dtype, (n, c), probabilities, wants_gradient, z, entropy, largest, n_threads = key
     plan, table = prepared(loss, c, Types.of(dtype).real, probabilities, z, entropy)
-    found: tuple[Call, Array] = loss.once(key, lambda: (call_of(plan, dtype, n, c, wants_gradient, n_threads), table))
+    found: tuple[Call, Array] = loss.once(
+        key, lambda: (call_of(plan, dtype, n, c, wants_gradient, n_threads, largest), table)
+    )
     return found
 
 
 def run(
     of: Call, table: Array, scores: Array, targets: Array, multiplier: Array | None, scale: float,
-    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None,
+    grad: Array | None, losses: Array | None, z: Array | None, entropy: Array | None, largest: Array | None = None,
 ) -> float:  # fmt: skip
     """A plan on all rows; Σ multiplier · ℓ. Targets are probabilities if the plan has them."""
-    memory, at, given = None, 0, (multiplier, grad, losses, z, entropy, scale)
+    memory, at, given = None, 0, (multiplier, grad, losses, z, entropy, largest, scale)
     if of.workers > 1:  # they are given the job from here
         memory = np.empty(of.bytes, np.uint8)
         at = -(-cpu.address(memory) // LINE) * LINE
@@ -641,13 +773,14 @@ def score_rows(
     row_loss: Array | None, extras: dict[str, Array], n_threads: int,
 ) -> float:  # fmt: skip
     """`Backend.score_rows`."""
-    if "argmax" in extras:  # before the gradient, which may be written to the scores
-        find_largest(scores, multiplier, extras["argmax"], n_threads)
-    z, entropy = extras.get("lse"), extras.get("entropy")
-    key = scores.dtype, scores.shape, targets.ndim == 2, grad is not None, z is not None, entropy is not None, n_threads
+    z, entropy, largest = extras.get("lse"), extras.get("entropy"), extras.get("argmax")
+    key = (
+        scores.dtype, scores.shape, targets.ndim == 2, grad is not None, z is not None, entropy is not None,
+        largest is not None, n_threads,
+    )  # fmt: skip
     kept = loss.__dict__.get("_kept")  # by `Loss.once`; to ask it with a function takes a small call too long
     of, table = (kept is not None and kept.get(key)) or call_for(loss, *key)
-    return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy)
+    return run(of, table, scores, targets, multiplier, scale, grad, row_loss, z, entropy, largest)
 
 
 def plain_rows(
@@ -655,13 +788,13 @@ def plain_rows(
 ) -> float | None:
     """`Backend.plain_rows`, for calls like one that has been: an error must not wait for a compiler."""
     kept = loss.__dict__.get("_kept")
-    found = kept and kept.get((scores.dtype, scores.shape, False, grad is not None, False, False, n_threads))
+    found = kept and kept.get((scores.dtype, scores.shape, False, grad is not None, False, False, False, n_threads))
     if not found or found[0].workers > 1 or not scores.size:
         return None
     of, table = found
     n, c = scores.shape
     value: float | None = of.start(
-        of.shape_at, table, scores, targets, None, grad, None, None, None, 1 / n if mean else 1.0, 0, False,
+        of.shape_at, table, scores, targets, None, grad, None, None, None, None, 1 / n if mean else 1.0, 0, False,
         loss.labels(c),
     )  # fmt: skip
     return value / n if mean and value is not None else value
@@ -702,57 +835,7 @@ def shard_sums(loss: Any, scores: Array, weights: Array, n_threads: int) -> tupl
     return tops, rest, away
 
 
-# --- the largest class, and gradients from stats --------------------------------------------------------------------
-def largest_kernel(dtype: str) -> Any:
-    """The lowest class that has the row's maximum, or the first NaN."""
-    stored = cpu.storage(dtype)
-    load, like, none = stored.load, stored.like(0), stored.real(-np.inf)
-
-    @cpu.reducer
-    def look(row):
-        m = none
-        for j in range(row.size):
-            m = cpu.larger(m, load(row[j]))
-        return m
-
-    @numba.njit(
-        types.void(
-            types.Array(stored.kind, 2, "A", readonly=True), types.Array(types.boolean, 1, "C"),
-            types.Array(types.intp, 1, "A"), types.intp, types.intp,
-        ),
-        nogil=True, error_model="numpy",
-    )  # fmt: skip
-    def kernel(scores, skipped, found, first, last):
-        c, step = scores.shape[1], scores.strides[1]
-        for i in range(first, last):
-            found[i] = 0
-            if skipped.size and skipped[i]:
-                continue
-            at = scores.ctypes.data + i * scores.strides[0]
-            if step == scores.itemsize:
-                m = look(cpu.numbers_at(at, c, like))
-            else:
-                m = none
-                for j in range(c):
-                    m = cpu.larger(m, load(cpu.get(at + j * step, like)))
-            for j in range(c):
-                x = load(cpu.get(at + j * step, like))
-                if x == m or x != x:
-                    found[i] = j
-                    break
-
-    return kernel
-
-
-def find_largest(scores: Array, multiplier: Array | None, found: Array, n_threads: int) -> None:
-    """The largest class of each row; 0 for rows that are skipped."""
-    skipped = np.empty(0, np.bool_) if multiplier is None else multiplier == 0
-    kernel = cpu.made(largest_kernel, scores.dtype.name)
-    numbers = raw(scores if scores.flags.aligned else scores.copy())
-    threads = min(n_threads, scores.size // PARALLEL)
-    cpu.run(lambda first, last: kernel(numbers, skipped, found, first, last), len(scores), threads)
-
-
+# --- gradients from stats --------------------------------------------------------------------------------------------
 def from_stats_kernel(plan: Plan, dtype: str) -> Any:
     """The gradient for some of the classes, from the stats of all."""
     stored = cpu.storage(dtype)

@@ -33,7 +33,7 @@ AT_ONCE = 4  # vectors
 LOWS, LAST, SLOTS = TERMS, TERMS + 1, TERMS + 2
 #: What is known of the rows of a group: where in `work` the numbers begin, one for each row.
 (
-    TOP, OWN_SCORE, FACTOR, OWN_MARGIN, KNOWN, SUMS, LOW, LOSS, Z, ENTROPY, ENTRY, NUMBERS, WEIGHT, REACH, WORK,
+    TOP, OWN_SCORE, FACTOR, OWN_NUMBER, KNOWN, SUMS, LOW, LOSS, Z, ENTROPY, ENTRY, NUMBERS, WEIGHT, REACH, WORK,
 ) = (TILE * k for k in (0, 1, 2, 3, 4, 7, 13, 14, 15, 16, 17, 18, 22, 23, 24))  # fmt: skip
 #: Where class weights, or margins of class pairs row by row, begin in the options.
 TABLE = 8
@@ -87,6 +87,8 @@ class Walk:
         self.has_index = plan.has_index
         #: Whether the target's score is looked up.
         self.has_own = plan.has_index and not plan.is_apart
+        #: Whether a number of the target's own is, in the options.
+        self.looks_up = plan.has_own and (plan.even or plan.pairs)
         self.grows = plan.grows
         self.is_max = plan.kind == "hinge max"
         #: Whether squares are summed: what sums lack is kept to the end.
@@ -152,8 +154,8 @@ class Walk:
         m = self.of_rows(TOP, g) if plan.looks else self.zero
         sy = self.of_rows(OWN_SCORE, g) if self.has_own else self.zero
         own = self.zero
-        if plan.counts_target:
-            own = self.of_rows(OWN_MARGIN, g) if plan.pairs else self.options[rowmath.MARGIN]
+        if plan.has_own:
+            own = self.of_rows(OWN_NUMBER, g) if self.looks_up else self.options[rowmath.MARGIN]
         sums = sums + [self.zero] * (TERMS - len(sums))
         known, factor = self.known(self.of_rows, g), self.of_rows(FACTOR, g)
         loss, z, entropy, entry, *numbers = self.row.settle(
@@ -232,8 +234,7 @@ class Walk:
             return
         with e.loop(WORD(0), self.given.n, e.lanes) as g:
             y = self._targets_from(g) if self.has_own else None
-            top, (own, margin, reach) = e.sums(1, -np.inf)[0], e.sums(3)
-            margins = plan.counts_target and plan.pairs
+            top, (own, number, reach) = e.sums(1, -np.inf)[0], e.sums(3)
 
             def look(classes: list[Any]) -> None:
                 for k in classes:
@@ -244,8 +245,9 @@ class Walk:
                         self._reach(reach, x)
                     if y is not None:
                         e.set(own, e.choose(self._class(k) == y, x, e.get(own)))
-                        if margins:
-                            e.set(margin, e.choose(self._class(k) == y, self._more_at(k, g), e.get(margin)))
+                        if self.looks_up:
+                            x = self._weight_of(k) if plan.even else self._more_at(k, g)
+                            e.set(number, e.choose(self._class(k) == y, x, e.get(number)))
 
             e.each(WORD(0), self.given.c, 2, look)
             if plan.looks:
@@ -254,8 +256,8 @@ class Walk:
                 self.keep(REACH, g, e.get(reach))
             if y is not None:
                 self.keep(OWN_SCORE, g, e.get(own))
-            if margins:
-                self.keep(OWN_MARGIN, g, e.get(margin))
+            if self.looks_up:
+                self.keep(OWN_NUMBER, g, e.get(number))
 
     def _tiled_open(self) -> None:
         e, plan, row = self.e, self.plan, self.row
@@ -431,9 +433,9 @@ class Walk:
             if self.has_own:
                 y = self._target(r)
                 e.store(self.stored.one(e.plus(source, y, self.stored.size)), self.field(OWN_SCORE, r))
-                if plan.counts_target and plan.pairs:
-                    at = e.b.add(e.b.mul(y, e.b.add(given.c, WORD(1))), WORD(TABLE))
-                    e.store(e.load(e.plus(given.table, at, e.size), e.real), self.field(OWN_MARGIN, r))
+                if self.looks_up:
+                    at = e.b.add(y if plan.even else e.b.mul(y, e.b.add(given.c, WORD(1))), WORD(TABLE))
+                    e.store(e.load(e.plus(given.table, at, e.size), e.real), self.field(OWN_NUMBER, r))
         if plan.looks:
             with e.loop(WORD(0), given.n, e.lanes) as g:
                 self.keep(TOP, g, self._folded(0, g, self.row.top))
@@ -637,7 +639,7 @@ class Walk:
                     self._close_max(r, to, kept_at, put)
                     return
                 more, known, numbers = self._more_of(r), self.known(self.of_row, r), self.numbers(self.of_row, r)
-                y = self._target(r) if self.has_index and plan.weights else None
+                y = self._target(r) if self.has_index and plan.weights and not plan.has_target else None
 
                 def close(k: Any, found: Any, mask: Any = None) -> None:
                     q, w = self._numbers_of_classes(more, k, mask)
