@@ -14,7 +14,7 @@
 # the pivot or the target look at where their lanes are.
 #
 # Exponentials are kept for the second walk; with a softcap times the slope, which is kept beside them where u is more than
-# the target: to compute both again took twice as long as the first walk.
+# the target.
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
@@ -245,8 +245,8 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         if o.slopes_in_units and w.near == NEAR:
             f = general_blocks(layout, careful, dense, NEAR, keeps_some, o, w, start, s.pivot, origin, last)
         elif o.slopes_in_units and w.near == WIDE:
-            f = general_blocks(layout, careful, dense, WIDE, keeps_some, o, w, start, s.pivot, origin, last)
-        else:  # with a softcap, few rows
+            f = general_blocks(layout, careful or dense, dense, WIDE, keeps_some, o, w, start, s.pivot, origin, last)
+        else:  # few rows, if there is a softcap
             f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:

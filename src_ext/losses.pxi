@@ -82,13 +82,12 @@ cdef struct Options:
 
 cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
-    o.general = form != PLAIN
+    o.general, o.slopes_in_units = form != PLAIN, form == BENT or form == BENT_ANY
     if o.kind == LOGISTIC:
         o.bends = o.dense = o.entropy = o.shard = o.paired = False
         if form == PLAIN or form == GIVEN:
             o.probabilities = form == GIVEN
         return
-    o.slopes_in_units = form == BENT or form == BENT_ANY
     if form == FLAT or form == WEIGHED or form == UNEVEN or form == GIVEN or form == BENT:
         o.bends, o.dense, o.probabilities = form == BENT, form != FLAT and form != BENT, form == GIVEN
         o.even_weights = form == WEIGHED
@@ -100,6 +99,8 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         o.even_weights = False
         if MANY_FORMS and o.kind == SOFTMAX:
             o.bends = form == BENT_ANY
+            if form == ANY:  # what is not dense is FLAT
+                o.dense = True
         if form == PAIRED:
             o.paired, o.counts_target = True, False
 

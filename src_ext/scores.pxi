@@ -723,7 +723,7 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, SOFTMAX, 1, UNEVEN, True, t)
     elif MANY_FORMS and kind == SOFTMAX and form == BENT and grad:
         of_kind(layout, SOFTMAX, 1, BENT, True, t)
-    elif MANY_FORMS and kind == SOFTMAX and form == BENT_ANY:
+    elif MANY_FORMS and kind == SOFTMAX and (form == BENT or form == BENT_ANY):
         of_kind(layout, SOFTMAX, 1, BENT_ANY, grad, t)
     elif kind == SOFTMAX:
         of_kind(layout, SOFTMAX, 1, ANY, grad, t)
@@ -1013,11 +1013,13 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
-        s.scratch_size = (3 if keeps_slopes(&s.options) else 2) * batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
+        s.scratch_size = 2 + keeps_slopes(&s.options)
+        s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL):
         s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
-        s.scratch_size = (2 * s.scores.columns + whole_columns(s.scores.columns)) * group_rows(s.scores.columns) * sizeof(real)
+        s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
+        s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)
     if s.scratch_size:
         s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)
