@@ -269,7 +269,7 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef real *scores = <real *> (sums + (c * (TILE // GROUP) if p.tile_sums == 0 else p.tiles * p.tile_sums))
     cdef real *bias_sums = scores + c * rows
     cdef real *more = bias_sums + c * TILE if has_more(&p.options) else NULL
-    cdef stored *ends = <stored *> (bias_sums + c * TILE + (c * rows if more != NULL else 0)) + LANES
+    cdef stored *ends = <stored *> (bias_sums + c * TILE + c * rows * ((more != NULL) + keeps_slopes(&p.options))) + LANES
     cdef stored *staged = ends + rows * 2 * LANES
     cdef real *dW = <real *> (p.partial + k * p.partial_size)
     cdef real *db = dW + c * p.vectors * LANES
@@ -298,7 +298,8 @@ cdef void linear_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         if more != NULL:
             for r in range(t.tiles):
                 load_more(t.more + r * TILE, c, more + r * c * TILE)
-        tile_losses(&p.options, p.grad, scores, t.tiles, c, t.y, t.mult, 1, t.n == t.tiles * TILE, losses, more, NULL)
+        tile_losses(&p.options, p.grad, scores, t.tiles, c, t.y, t.mult, 1, t.n == t.tiles * TILE, losses, more, NULL,
+                    bias_sums + c * TILE + (c * rows if more != NULL else 0))
         for j in range(t.tiles):
             add_products(total, losses + j * TILE, t.mult + j * TILE)
         if p.row_loss != NULL:
@@ -464,7 +465,7 @@ def linear_rows(row_loss, X, rows, centre, W, b, targets, multiplier, double sca
     # One piece of memory: packed W, the centre, a row of zeros, the bias; partial sums of the segments; scratch of the
     # threads.
     p.scratch_size = max(p.tiles * p.tile_sums, p.classes * (TILE // GROUP)) * sizeof(vec)
-    p.scratch_size += p.classes * TILE * ((2 if has_more(&p.options) else 1) * p.tiles + 1) * sizeof(real)
+    p.scratch_size += p.classes * TILE * ((1 + has_more(&p.options) + keeps_slopes(&p.options)) * p.tiles + 1) * sizeof(real)
     p.scratch_size += (p.tiles * TILE * 2 + 1) * LANES * sizeof(stored)
     p.scratch_size = (p.scratch_size + (TILE * row_size if p.staged else 0) + 127) // 64 * 64
     memory = <char *> malloc(64 + panel_size + 2 * row_size + p.classes * sizeof(real) + 64 + p.segments * p.partial_size

@@ -13,8 +13,8 @@
 # no class but the target can be such a one, and Σ u is known (`even_weights`). As in the plain form, only blocks that hold
 # the pivot or the target look at where their lanes are.
 #
-# Exponentials are kept for the second walk; with a softcap they are kept times the slope where u is 0 but at the target,
-# else computed again, from what is kept then, tanh.
+# Exponentials are kept for the second walk; with a softcap times the slope, which is kept beside them where u is more than
+# the target.
 #
 # Hinge. Margins are those of the row's target, and the target may count: where scores are fetched, in `losses.pxi`.
 #
@@ -37,9 +37,9 @@ cdef inline bint pivots_on_top(const Options *o) noexcept nogil:
     return o.general and o.kind == SOFTMAX and (o.shard or (o.dense and not o.even_weights))
 
 
-cdef inline bint keeps_slope(const Options *o) noexcept nogil:
-    """Whether exponentials are kept times the slope of the softcap."""
-    return not o.bends or (o.elsewhere == 0 and not o.dense)
+cdef inline bint keeps_slopes(const Options *o) noexcept nogil:
+    """Whether slopes of the softcap are kept beside the exponentials."""
+    return o.general and o.kind == SOFTMAX and o.bends and (o.elsewhere != 0 or o.dense)
 
 
 cdef inline vec class_numbers(int layout, bint part, const real *of_class, Py_ssize_t k, const Walk *w) noexcept nogil:
@@ -59,77 +59,70 @@ cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) 
 
 
 # --- softcap ---------------------------------------------------------------------------------------------------------
-# c · tanh(s / c); infinite scores stay as they are, so that a masked class does. The first walk keeps the tanh, or if that
-# is at least 1/2 in size 1 − |tanh| · FAR_TANH with its sign: both to the last place, as the slope 1 − tanh² needs them.
-# Rows whose scores are all small beside it, or not much larger, are bent by one polynomial of s², into which softcap,
-# temperature and log 2 are folded: bent(s) / T in steps of exponentials of 2, which are relative to a whole number of steps.
+# c · tanh(s / c); infinite scores stay as they are, so that a masked class does. Rows are bent in one of these ways, by the
+# largest size of their scores beside c. But for the last, results are bent(s) / T in steps of exponentials of 2, relative to
+# a whole number of steps, and softcap, temperature and log 2 are folded into coefficients.
 cdef enum:
-    FAR = 0  # how a row is bent: number by number,
-    NEAR = 1  # by a short polynomial,
-    FAIRLY_NEAR = 2  # or by a longer one
+    FAR = 0  # number by number: whatever they are,
+    NEAR = 1  # by a polynomial of s²,
+    WIDE = 2  # or, of any finite size, by exponentials
 
 
 cdef inline vec nearness(const Options *o, vec size) noexcept nogil:
     """How rows are bent whose scores are of at most this size."""
-    return choose(vlt(size, vset(o.near_scores)), vset(NEAR),
-                  choose(vlt(size, vset(o.fairly_near_scores)), vset(FAIRLY_NEAR), vset(FAR)))
+    return choose(vlt(size, vset(o.near_scores)), vset(NEAR), choose(vlt(size, vset(o.wide_scores)), vset(WIDE), vset(FAR)))
 
 
-cdef inline vec bent_steps(int near, const Options *o, vec s) noexcept nogil:
-    """bent(s) / T in steps, of rows that are near or fairly near."""
-    if near == NEAR:
-        return odd_polynomial(o.bends_near, BENDS, s)
-    return odd_polynomial(o.bends_fair, FAIR_BENDS, mul(s, vset(o.per_softcap)))
+cdef inline vec bent_steps(int near, const Options *o, vec s, vec *slope) noexcept nogil:
+    """bent(s) / T in steps, and the slope there in units, of rows that are not far."""
+    cdef vec u
+    if near == WIDE:
+        return mul(tanh_of_steps(mul(s, vset(o.wide_steps)), vset(o.wide_slope_unit), slope), vset(o.wide_unit))
+    u = odd_polynomial(o.bends_near, BENDS, s)
+    slope[0] = sub(vset(o.slope_unit), mul(u, u))
+    return u
 
 
-cdef inline vec bent_maximum(const Options *o, vec m, vec near) noexcept nogil:
-    """The same of maxima, as `near` says."""
-    return choose(veq(near, vset(NEAR)), bent_steps(NEAR, o, m), bent_steps(FAIRLY_NEAR, o, m))
+cdef inline vec bent_as(const Options *o, vec near, vec s, vec *slope) noexcept nogil:
+    """The same of one score of each row, as `near` says."""
+    cdef vec u, steep
+    cdef mask is_near = veq(near, vset(NEAR))
+    u = bent_steps(NEAR, o, s, slope)
+    if is_likely(all_lanes(is_near), 1):
+        return u
+    s = bent_steps(WIDE, o, s, &steep)
+    slope[0] = choose(is_near, slope[0], steep)
+    return choose(is_near, u, s)
 
 
 cdef inline vec steps_of_origin(const Options *o, vec m, vec near) noexcept nogil:
     """What distances from the maximum m are computed with in rows that are not far; else as below."""
-    return choose(veq(near, vset(FAR)), origin_of_distance(o, m), round_to_step(bent_maximum(o, m, near)))
+    cdef vec slope, steps = round_to_step(bent_as(o, near, m, &slope))
+    cdef mask far = veq(near, vset(FAR))
+    return steps if is_likely(none_of(far), 1) else choose(far, origin_of_distance(o, m), steps)
 
 
-cdef inline vec from_maximum(const Options *o, vec m, vec near, vec steps) noexcept nogil:
-    """What exponentials relative to `steps` are multiplied by to be relative to the maximum m, in rows that are not far."""
-    return vexp2(sub(steps, bent_maximum(o, m, near)), vset(0))
-
-
-cdef inline vec distance(const Options *o, vec s, vec origin, vec *keep, vec *slope) noexcept nogil:
-    """d of the scores s, what is kept of them, and the slope there. origin: of the maximum, `origin_of_distance`."""
-    cdef vec t, short_of_one, far, one = vset(1), x
+cdef inline vec distance(const Options *o, vec s, vec origin, vec *slope) noexcept nogil:
+    """d of the scores s, and the slope there. origin: of the maximum, `origin_of_distance`."""
+    cdef vec t, short_of_one, one = vset(1), x
     cdef mask finite
     if not o.bends:
         return mul(sub(s, origin), vset(o.per_temperature))
     x = mul(s, vset(o.per_softcap))
     if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # then it is half the work
         t = tanh_near(x)
-        keep[0], slope[0] = t, sub(one, mul(t, t))
+        slope[0] = sub(one, mul(t, t))
         return product_less(t, vset(o.bent_unit), origin)
     t = vtanh(x, &short_of_one)
     finite = veq(sub(s, s), vset(0))
     slope[0] = choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one)
-    far = with_sign(mul(vmax(short_of_one, vset(1 / FAR_TANH)), vset(FAR_TANH)), s)
-    keep[0] = choose(finite, choose(vlt(vset(0.5), short_of_one), t, far), s)
     return choose(finite, product_less(t, vset(o.bent_unit), origin), sub(s, origin))
 
 
 cdef inline vec origin_of_distance(const Options *o, vec m) noexcept nogil:
     """What distances from the maximum m are computed with: m itself, or where there is a softcap bent(m) / T."""
-    cdef vec keep, slope
-    return distance(o, m, vset(0), &keep, &slope) if o.bends else m
-
-
-cdef inline vec distance_again(const Options *o, vec kept, vec origin, vec *slope) noexcept nogil:
-    """The same from what was kept, with a softcap."""
-    cdef vec one = vset(1), size = vabs(kept), t
-    cdef mask near = vlt(size, one), finite = veq(sub(kept, kept), vset(0))
-    size = choose(near, sub(one, size), mul(size, vset(1 / FAR_TANH)))  # 1 − |tanh|
-    t = choose(near, kept, with_sign(sub(one, size), kept))
-    slope[0] = choose(finite, mul(size, sub(vset(2), size)), one)
-    return choose(finite, product_less(t, vset(o.bent_unit), origin), sub(kept, origin))
+    cdef vec slope
+    return distance(o, m, vset(0), &slope) if o.bends else m
 
 
 # --- softmax ---------------------------------------------------------------------------------------------------------
@@ -155,31 +148,35 @@ cdef inline real target_at(const Options *o, const Walk *w, lane_int k, lane_int
     return o.class_weight[k] * o.weighted_target if k == target else o.class_weight[k]
 
 
+cdef inline real *slopes_at(int layout, const Walk *w, Py_ssize_t k) noexcept nogil:
+    """Where slopes of vector k are kept."""
+    return w.slopes + k * (LANES if layout == ROWED else TILE)
+
+
 cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec pivot) noexcept nogil:
     """`is_careful` of a walk with a pivot."""
     return is_careful(layout, w, start) or start == ifirst(pivot) // (16 * LANES) * 16
 
 
-cdef inline void general_step(int layout, bint part, bint careful, bint dense, int near, const Options *o, const Walk *w,
-                              Py_ssize_t k, ivec cls, ivec pivot, vec origin, Found *f, vec *keep) noexcept nogil:
-    """Vector k of the first walk, and what is kept of it."""
+cdef inline void general_step(int layout, bint part, bint careful, bint dense, int near, bint keeps_some, const Options *o,
+                              const Walk *w, Py_ssize_t k, ivec cls, ivec pivot, vec origin, Found *f, vec *keep) noexcept nogil:
+    """Vector k of the first walk, and what is kept of it. d is in steps where the row is not far."""
     cdef vec d, e, u, slope
     cdef mask left_out
     d = fetch(layout, part, w, k, 0 if near else <real> -INFINITY)
     if near:  # fewer multiplications, which is what a softcap costs
-        u = bent_steps(near, o, d)
-        slope, e = sub(vset(o.slope_unit), mul(u, u)), vexp2(u, origin)
+        d = bent_steps(near, o, d, &slope)
+        e, d = vexp2(d, origin), sub(d, origin)
         if part:
             e = choose(past_end(layout, w, cls), vset(0), e)
     else:
-        d = distance(o, d, origin, keep, &slope)
+        d = distance(o, d, origin, &slope)
         e = vexp(d, vset(0))
         if o.slopes_in_units:
             slope = mul(slope, vset(o.slope_unit))
-    if not o.bends:
-        keep[0] = e
-    elif keeps_slope(o):
-        keep[0] = mul(e, slope)
+    keep[0] = mul(e, slope) if o.bends else e
+    if keeps_some and keeps_slopes(o):
+        vstore(slopes_at(layout, w, k), slope)
     if careful:
         left_out = ieq(cls, pivot)
         f.others = add_unless(left_out, f.others, e)
@@ -214,7 +211,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, int near, 
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        general_step(layout, False, careful, dense, near, o, w, k, cls, pivot, origin, &f, &keep)
+        general_step(layout, False, careful, dense, near, keeps_some, o, w, k, cls, pivot, origin, &f, &keep)
         fetch_ahead(layout, keeps_some, w, k)
         if layout == ROWED and dense and o.probabilities:
             prefetch(w.more + w.more_ahead + k * LANES)
@@ -223,7 +220,7 @@ cdef inline Found general_block(int layout, bint careful, bint dense, int near, 
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        general_step(layout, True, True, dense, near, o, w, whole, cls, pivot, origin, &f, last)
+        general_step(layout, True, True, dense, near, keeps_some, o, w, whole, cls, pivot, origin, &f, last)
         fetch_ahead(layout, keeps_some, w, whole)
     return f
 
@@ -247,10 +244,10 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         careful = holds_either(layout, w, start, s.pivot)
         if o.slopes_in_units and w.near == NEAR:
             f = general_blocks(layout, careful, dense, NEAR, keeps_some, o, w, start, s.pivot, origin, last)
-        elif o.slopes_in_units and w.near == FAIRLY_NEAR:
-            f = general_block(layout, True, dense, FAIRLY_NEAR, keeps_some, o, w, start, s.pivot, origin, last)
-        else:
-            f = general_blocks(layout, careful, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
+        elif o.slopes_in_units and w.near == WIDE:
+            f = general_blocks(layout, careful or dense, dense, WIDE, keeps_some, o, w, start, s.pivot, origin, last)
+        else:  # few rows, if there is a softcap
+            f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
         if dense or o.elsewhere != 0:
             add_block(start, f.away, &all.away, &lost.away)
@@ -290,17 +287,32 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
 cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor) noexcept nogil:
     """Leaves in `more` what is left to ask for: z, and the entropy."""
     cdef vec zero = vset(0), others = s.a, away = s.b, u_others = s.more[0], u_pivot = s.more[1], u, origin, off, d, e
-    cdef vec total, rest
-    cdef vec size, loss, pull, z, keep = zero, slope = vset(1), again = vset(1)
-    origin = origin_of_distance(o, s.m)
-    off = distance(o, s.m, origin, &keep, &slope)
-    d = sub(distance(o, s.m if pivots_on_top(o) else s.target, origin, &keep, &slope), off)
-    e = vexp(d, zero)
-    if o.bends:  # the origin is rounded, the maximum's distance from it is not 0
-        again = sub(again, off)
+    cdef vec total, rest, top, at = s.m if pivots_on_top(o) else s.target, bent
+    cdef vec size, loss, pull, z, slope = vset(1), again = vset(1), steep = slope
+    cdef mask far
+    off = d = zero
+    if not o.slopes_in_units or not is_likely(none_of(veq(s.near, vset(FAR))), 1):
+        origin = origin_of_distance(o, s.m)
+        off = distance(o, s.m, origin, &slope)
+        d = sub(distance(o, at, origin, &slope), off)
+        if o.bends:  # the origin is rounded, the maximum's distance from it is not 0
+            again, origin = sub(again, off), add(origin, off)
         if o.slopes_in_units:
-            again = choose(veq(s.near, vset(FAR)), again, from_maximum(o, s.m, s.near, s.c))
-        others, origin = mul(others, again), add(origin, off)
+            slope = mul(slope, vset(o.slope_unit))
+    if o.slopes_in_units:
+        far = veq(s.near, vset(FAR))
+        top, bent = bent_as(o, s.near, s.m, &steep), bent_as(o, s.near, at, &steep)
+        again, slope = choose(far, again, vexp2(sub(s.c, top), zero)), choose(far, slope, steep)
+        origin, off = choose(far, origin, mul(top, vset(<real> FL_LN2))), choose(far, off, mul(sub(top, s.c), vset(<real> FL_LN2)))
+        # Where both are one score that is 0, though of one of both products the compiler may have kept what is rounded off.
+        d = choose(far, d, choose(veq(at, s.m), zero, mul(sub(bent, top), vset(<real> FL_LN2))))
+        if o.dense or o.elsewhere != 0:
+            away = choose(far, away, mul(away, vset(<real> FL_LN2)))
+        if o.entropy:
+            s.more[2] = choose(far, s.more[2], mul(s.more[2], mul(again, vset(<real> FL_LN2))))
+    e = vexp(d, zero)
+    if o.bends:
+        others = mul(others, again)
         away = add(away, mul(off, add(u_others, u_pivot) if o.dense else vset(o.classes)))
     total = exact_sum(e, others, &rest)
     size = vlog(total, div(rest, total), zero, &rest)
@@ -314,7 +326,9 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     z = add(origin if o.bends else mul(origin, vset(o.per_temperature)), size)
     loss = add(mul(u, size), away)
     pull = sub(mul(u_others, e), mul(u_pivot, others))
-    s.more[0], s.more[1] = z, add(size, add(div(s.more[2], total), sub(vset(1), again)))
+    s.more[0], s.more[1] = z, add(size, div(s.more[2], total))
+    if o.bends:
+        s.more[1] = add(s.more[1], off)
     if o.shard:
         s.more[0], s.more[1] = s.m, add(others, sub(d, d))  # NaN where m is infinite
         return away
@@ -325,47 +339,46 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
     if grad:
         s.c = mul(factor, vset(o.per_temperature))
         if o.slopes_in_units:
-            again = mul(again, vset(o.per_slope_unit))
+            again, slope = mul(again, vset(o.per_slope_unit)), mul(slope, vset(o.per_slope_unit))
         s.a, s.b = mul(div(mul(s.c, u), total), again), mul(div(mul(s.c, pull), total), slope)
+        if o.slopes_in_units:
+            s.c = mul(s.c, vset(o.per_slope_unit))
     return loss
 
 
 cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
-                              Py_ssize_t k, ivec cls, const State *s, vec origin, vec last) noexcept nogil:
+                              Py_ssize_t k, ivec cls, const State *s, vec last) noexcept nogil:
     """Vector k of the gradient; where u is flat but for the target's entry."""
-    cdef vec e = last if part else vload(kept(layout, w, k)), slope = vset(1), g
-    if not keeps_slope(o):
-        e = vexp(distance_again(o, e, origin, &slope), vset(0))
-    g = sub(mul(s.a, e), mul(s.c, target_part(layout, part, careful, o, w, k, cls, NULL) if dense else vset(o.elsewhere)))
-    return g if keeps_slope(o) else mul(g, slope)
+    cdef vec g = mul(s.a, last if part else vload(kept(layout, w, k))), u
+    if dense or o.elsewhere != 0:
+        u = target_part(layout, part, careful, o, w, k, cls, NULL) if dense else vset(o.elsewhere)
+        g = sub(g, mul(mul(s.c, u), vload(slopes_at(layout, w, k))) if o.bends else mul(s.c, u))
+    return g
 
 
 cdef inline void back_block(int layout, bint careful, bint dense, const Options *o, const Walk *w, Py_ssize_t start,
-                            const State *s, vec origin, vec last) noexcept nogil:
+                            const State *s, vec last) noexcept nogil:
     cdef ivec cls = classes_of(layout, start)
     cdef vec g
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        g = general_slope(layout, False, careful, dense, o, w, k, cls, s, origin, last)
+        g = general_slope(layout, False, careful, dense, o, w, k, cls, s, last)
         if layout == LANED:
             g = choose(ieq(cls, s.pivot), s.b, g)
         put(layout, False, w, k, g)
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
-        put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, origin, last))
+        put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, last))
 
 
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    cdef vec origin = s.m
     cdef Py_ssize_t start
-    if not keeps_slope(o):
-        origin = origin_of_distance(o, s.m)
     for start in range(0, w.vectors, 16):
         if is_careful(layout, w, start):
-            back_block(layout, True, dense, o, w, start, s, origin, last)
+            back_block(layout, True, dense, o, w, start, s, last)
         else:
-            back_block(layout, False, dense, o, w, start, s, origin, last)
+            back_block(layout, False, dense, o, w, start, s, last)
     if layout == ROWED and 0 <= ifirst(s.pivot):
         sstore_one(w.dst + ifirst(s.pivot), first_lane(s.b))
 
@@ -385,12 +398,12 @@ cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcep
 
 cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, vec factor, State *s) noexcept nogil:
     """The gradient, complete. Stats: the origin of distances; the factor of exponentials; the target's entry."""
-    cdef vec m = stat(layout, o, w, 0), slope = vset(1), keep, g, u
+    cdef vec m = stat(layout, o, w, 0), slope = vset(1), g, u
     cdef vec share = mul(vset(o.per_temperature), factor), pull = mul(stat(layout, o, w, 1), share)
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
-        g = mul(vexp(distance(o, g, m, &keep, &slope), vset(0)), pull)
+        g = mul(vexp(distance(o, g, m, &slope), vset(0)), pull)
         if o.dense or o.elsewhere != 0:
             u = vset(o.elsewhere)
             if o.dense:

@@ -71,7 +71,7 @@ cdef extern from "simd.h" nogil:
     vec join_bits(vec, vec) noexcept
     bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
-    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, FAR_TANH, NEAR_TANH, FAIRLY_NEAR_TANH
+    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, NEAR_TANH
     const double FL_LN2
     vec nearest_steps(vec) noexcept
     vec round_to_step(vec) noexcept
@@ -80,11 +80,13 @@ cdef extern from "simd.h" nogil:
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept
     vec vlog(vec, vec, vec, vec *) noexcept
+    vec vlog1p(vec) noexcept
+    vec reciprocal(vec) noexcept
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
-    const int BENDS, FAIR_BENDS
+    vec tanh_of_steps(vec, vec, vec *) noexcept
+    const int BENDS
     const double *fl_bends
-    const double *fl_fair_bends
     vec odd_polynomial(const real *, int, vec) noexcept
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept

@@ -37,11 +37,12 @@ cdef enum:
     WEIGHED = 2  # the same, u being class weights that are even,
     GIVEN = 3  # or probabilities
     BENT = 4  # a softcap, and no other u than at the target
+    BENT_ANY = 8  # a softcap, and whatever else there is
     UNEVEN = 7  # u being class weights of which one is more than all others together
     # Of the hinge:
     PAIRED = 5  # margins of class pairs, no more
     # The logistic loss has GIVEN for targets (N, C) without weights of columns or smoothing.
-    ANY = 6  # whatever options there are
+    ANY = 6  # whatever options there are; of the softmax, if there are more forms, but for a softcap
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -56,9 +57,10 @@ cdef struct Options:
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
     real bends_near[11]  # a polynomial that bends small scores; 1 / (T log 2) included
-    real bends_fair[21]  # the same for somewhat larger ones, of scores over the softcap
+    # The same of any finite size: 2 / (softcap log 2); bent_unit / log 2; 4 times its square.
+    real wide_steps, wide_unit, wide_slope_unit
     # Below which size; 0 where coefficients would be no normal numbers, or values too large.
-    real near_scores, fairly_near_scores
+    real near_scores, wide_scores
     bint slopes_in_units  # slopes are times (bent_unit / log 2)^2
     real slope_unit, per_slope_unit  # that, and 1 / that
     real per_temperature
@@ -80,7 +82,7 @@ cdef struct Options:
 
 cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
-    o.general = form != PLAIN
+    o.general, o.slopes_in_units = form != PLAIN, form == BENT or form == BENT_ANY
     if o.kind == LOGISTIC:
         o.bends = o.dense = o.entropy = o.shard = o.paired = False
         if form == PLAIN or form == GIVEN:
@@ -91,11 +93,14 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         o.even_weights = form == WEIGHED
         if form != FLAT:
             o.entropy = o.shard = False
-        o.slopes_in_units = form == BENT and layout == ROWED
         if form == BENT:
             o.elsewhere = 0
     else:
         o.even_weights = False
+        if MANY_FORMS and o.kind == SOFTMAX:
+            o.bends = form == BENT_ANY
+            if form == ANY:  # what is not dense is FLAT
+                o.dense = True
         if form == PAIRED:
             o.paired, o.counts_target = True, False
 
@@ -110,7 +115,9 @@ cdef inline int form_of(const Options *o) noexcept nogil:
         return ANY
     if not o.bends and not o.dense:
         return FLAT
-    if o.entropy or o.shard or (o.bends and (o.dense or o.elsewhere != 0)):
+    if o.bends and (o.entropy or o.shard or o.dense or o.elsewhere != 0):
+        return BENT_ANY
+    if o.entropy or o.shard:
         return ANY
     return BENT if o.bends else GIVEN if o.probabilities else WEIGHED if o.even_weights else UNEVEN
 
@@ -130,13 +137,14 @@ cdef struct Walk:
     ivec target  # of each lane (LANED), or the same in all (ROWED)
     const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
-    int near  # `nearness` of all scores, in the general form (ROWED)
+    int near  # `nearness` of all scores, in the general form
+    real *slopes  # where the general form keeps them, if it does, laid out as `tile`
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, c, c, target
-    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = NULL, 0, 0, 0, more, 0, 0
+    w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = NULL, 0, 0, 0, more, 0, 0, NULL
     return w
 
 
@@ -145,7 +153,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.vectors, w.classes = kept, src, dst, NULL, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
-    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near = src, 0, 0, more, 0, 0
+    w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = src, 0, 0, more, 0, 0, NULL
     return w
 
 
@@ -238,19 +246,21 @@ cdef inline vec row_max(const Walk *w, vec *size) noexcept nogil:
     return m
 
 
-cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target) noexcept nogil:
-    """The maximum and the target's score of each lane, as far as `open_rows` needs them (LANED)."""
-    cdef vec x, top = vset(<real> -INFINITY), s = vset(0)
+cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target, vec *size) noexcept nogil:
+    """The maximum, the target's score and the largest size of each lane, as far as `open_rows` needs them (LANED)."""
+    cdef vec x, top = vset(<real> -INFINITY), s = vset(0), lowest = sub(s, top)
     cdef ivec cls = iset(0)
     cdef Py_ssize_t k
     for k in range(w.vectors):
         x = vload(w.tile + k * TILE)
         if shifts(o):
             top = vmax(top, x)
+        if o.slopes_in_units:
+            lowest = vmin(lowest, x)
         if has_target(o):
             s = choose(ieq(cls, w.target), x, s)
             cls = next_classes(LANED, cls)
-    m[0], target[0] = top, s
+    m[0], target[0], size[0] = top, s, vmax(top, sub(vset(0), lowest))
 
 
 cdef inline void add_block(Py_ssize_t start, vec block, vec *total, vec *lost) noexcept nogil:
@@ -718,13 +728,15 @@ cdef inline void logistic_step(int layout, bint part, bint careful, bint grad, c
             away = choose(past_end(layout, w, cls), zero, away)
         e = vexp(sub(zero, vabs(s)), zero)
         sums[0] = less_product(sums[0], away, sub(zero, vabs(s)))
+        t = mul(sub(away, mul(near, e)), share)
+        if o.class_weight != NULL:
+            sums[0] = add(sums[0], mul(add(away, near), vlog1p(e)))
+            t = mul(t, reciprocal(add(one, e)))
+        elif grad:
+            t = div(t, add(one, e))
         if grad:
-            t = div(mul(sub(away, mul(near, e)), share), add(one, e))
             put(layout, part, w, k, choose(at, t, sub(zero, t)))
         if o.class_weight != NULL:
-            next = add(one, e)
-            next = vlog(next, div(add(sub(one, next), e), next), zero, &lost)
-            sums[0] = add(sums[0], mul(add(away, near), next))
             return
     next = add(high[0], mul(high[0], e))
     lost = add(sub(high[0], next), mul(high[0], e))
@@ -994,11 +1006,10 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
         o.per_softcap, o.bent_unit = <real> (1 / softcap), <real> (softcap / temperature)
         bends_near = 2.0**-12 <= softcap <= 2.0**15 and 1 <= softcap / temperature <= 2.0**16
         o.near_scores = <real> (softcap * NEAR_TANH) if bends_near else 0
-        o.fairly_near_scores = <real> (softcap * FAIRLY_NEAR_TANH) if bends_near else 0
+        o.wide_scores = <real> (softcap * 40) if bends_near else 0
         unit = softcap / temperature / FL_LN2 if bends_near else 1
         o.slope_unit, o.per_slope_unit = <real> (unit * unit), <real> (1 / (unit * unit))
-        for k in range(FAIR_BENDS):
-            o.bends_fair[k] = <real> (unit * fl_fair_bends[k])
+        o.wide_steps, o.wide_unit, o.wide_slope_unit = <real> (2 / (softcap * FL_LN2)), <real> unit, <real> (4 * unit * unit)
         unit = 1 / temperature / FL_LN2 if bends_near else 0
         for k in range(BENDS):
             o.bends_near[k] = <real> (unit * fl_bends[k])

@@ -167,21 +167,25 @@ cdef inline void look_up_pairs(const Options *o, const lane_int *y, Py_ssize_t c
             vstore(tile + j * TILE + g, look_up(table, iadd(first, iset(<lane_int> j))))
 
 
-cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const lane_int *y, int g,
-                            const real *more) noexcept nogil:
+cdef inline Walk walk_group(const Options *o, real *tile, Py_ssize_t c, const lane_int *y, int g, const real *more,
+                            real *slopes) noexcept nogil:
     """The walk over group g of LANES rows: tiles hold TILE / LANES groups each."""
     cdef Py_ssize_t at = g * LANES // TILE * c * TILE + g * LANES % TILE
+    cdef Walk w
     if o.kind == FROM_STATS:
         more += g * LANES
     elif more != NULL:
         more += at
-    return walk_lanes(tile + at, c, iload(y + g * LANES), more)
+    w = walk_lanes(tile + at, c, iload(y + g * LANES), more)
+    if keeps_slopes(o):
+        w.slopes = slopes + at
+    return w
 
 
 cdef inline void tile_losses_case(int kind, int power, int form, bint grad, const Options *options, real *tile,
                                   int tiles, Py_ssize_t c, const lane_int *y, const real *mult, real scale,
                                   bint all_live, real *losses, const real *more, real *extras,
-                                  bint *doubtful) noexcept nogil:
+                                  real *slopes, bint *doubtful) noexcept nogil:
     # Each step is for all groups of rows before the next, so that none waits for another's result.
     cdef Options own = options[0]
     cdef const Options *o = &own
@@ -194,7 +198,8 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     cdef vec c_factor[128]
     cdef vec found[3][128]
     cdef ivec pivot[128]
-    cdef vec loss, last = vset(0), zero = vset(0), seen = zero
+    cdef int near[128]
+    cdef vec loss, last = vset(0), zero = vset(0), seen = zero, size
     cdef mask dead
     cdef Walk w
     cdef State s
@@ -204,20 +209,26 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     own.kind, own.power = kind, power
     fix_form(&own, LANED, form)
     for g in range(groups):
-        w = walk_group(o, tile, c, y, g, more)
-        look_ahead(o, &w, &m[g], &target[g])
+        w = walk_group(o, tile, c, y, g, more, slopes)
+        look_ahead(o, &w, &m[g], &target[g], &size)
+        if general and o.slopes_in_units:
+            near[g] = <int> first_lane(nearness(o, vset(lane_greatest(size))))
         if general and pivots_on_top(o):
             pivot[g] = tile_top(&w, m[g])
         aim(o, &m[g], &target[g])
     for g in range(groups):
-        w = walk_group(o, tile, c, y, g, more)
+        w = walk_group(o, tile, c, y, g, more, slopes)
         s.m, s.target, s.a, s.b = m[g], target[g], zero, zero
         if general:
             s.pivot = pivot[g] if pivots_on_top(o) else w.target
-            if o.kind == SOFTMAX:
+            if o.kind == SOFTMAX and o.slopes_in_units:
+                w.near, s.c = near[g], steps_of_origin(o, s.m, vset(near[g]))
+            elif o.kind == SOFTMAX:
                 s.c = origin_of_distance(o, s.m)
         open_rows(LANED, grad, o, &w, mul(vload(mult + g * LANES), vset(scale)), &s, &last)
         a[g], b[g] = s.a, s.b
+        if general and o.slopes_in_units:
+            c_factor[g] = s.c
         if has_low(o):
             low[g] = s.low
         if general and o.dense:
@@ -237,6 +248,8 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
             s.more[0], s.more[1] = found[0][g], found[1][g]
         if general and o.entropy:
             s.more[2] = found[2][g]
+        if general and o.slopes_in_units:
+            s.c, s.near = c_factor[g], vset(near[g])
         loss = settle(LANED, grad, o, &s, mul(vload(mult + g * LANES), vset(scale)))
         if not all_live:
             loss = choose(veq(vload(mult + g * LANES), zero), zero, loss)
@@ -252,7 +265,7 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
     if not grad:
         return
     for g in range(groups):
-        w = walk_group(o, tile, c, y, g, more)
+        w = walk_group(o, tile, c, y, g, more, slopes)
         s.m, s.target, s.a, s.b = m[g], target[g], a[g], b[g]
         if general:
             s.pivot = pivot[g] if pivots_on_top(o) else w.target
@@ -267,14 +280,15 @@ cdef inline void tile_losses_case(int kind, int power, int form, bint grad, cons
 
 cdef void tile_losses(const Options *o, bint grad, real *tile, int tiles, Py_ssize_t c, const lane_int *y,
                       const real *mult, real scale, bint all_live, real *losses, const real *more,
-                      real *extras, bint *doubtful=NULL) noexcept nogil:
+                      real *extras, real *slopes, bint *doubtful=NULL) noexcept nogil:
     """Row losses of up to BATCH transposed tiles, and gradients in place; both 0 in lanes whose multiplier is 0.
 
+    slopes: as large as the tiles, if `keeps_slopes`.
     doubtful: whether a probability may be none, unless it is NULL (softmax).
     """
     cdef Call t
     t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live = o, tile, tiles, c, y, mult, scale, all_live
-    t.losses, t.more, t.extras, t.doubtful = losses, more, extras, doubtful
+    t.losses, t.more, t.extras, t.doubtful, t.slopes = losses, more, extras, doubtful, slopes
     by_kind(LANED, grad, &t)
 
 
@@ -410,7 +424,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             more = s.probabilities.data + row
         doubtful = False
         tile_losses(&s.options, grad, tile, tiles, c, y, mult, s.scale, live == tiles * TILE, losses, more,
-                    extras if wants_extras else NULL, &doubtful if s.unfit != NULL else NULL)
+                    extras if wants_extras else NULL, tile + 2 * batch * c, &doubtful if s.unfit != NULL else NULL)
         if doubtful:
             check_probabilities(s, row, n)
         keep_extras(s, extras, row, n)
@@ -547,14 +561,14 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     for i in range(n):
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
-            top[i] = row_max(&w, &size[i] if form == BENT else NULL)
+            top[i] = row_max(&w, &size[i] if o.slopes_in_units else NULL)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     aim_group(o, n, top, m, target)
     if general and o.kind == SOFTMAX:
         for r in range((n + LANES - 1) // LANES):
             end = vload(m + r * LANES)
-            if form == BENT:
+            if o.slopes_in_units:
                 vstore(near + r * LANES, nearness(o, transposed_max(size + r * LANES, 1)))
                 end = steps_of_origin(o, end, vload(near + r * LANES))
             else:
@@ -576,7 +590,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
-            w.more_ahead, w.near = ahead * s.probabilities.row_stride, <int> near[i] if form == BENT else FAR
+            w.more_ahead, w.near = ahead * s.probabilities.row_stride, <int> near[i] if o.slopes_in_units else FAR
+            if keeps_slopes(o):
+                w.slopes = kept_slopes(scratch, c, i)
             pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
             u_pivot[i] = target_at(o, &w, pivot[i], y[i]) if o.dense else 0
             state.pivot = iset(pivot[i])
@@ -613,6 +629,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                 state.c, state.pivot = vset(coefficient[i]), iset(pivot[i])
             w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
                          kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
+            if general and keeps_slopes(o):
+                w.slopes = kept_slopes(scratch, c, i)
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             if past:
                 w.past = s.grad.raw + (start + i) * c
@@ -639,6 +657,16 @@ cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
     return <stored *> (scratch if STORED_IS_REAL else scratch + columns * group_rows(columns))
 
 
+cdef inline real *kept_slopes(real *scratch, Py_ssize_t columns, int i) noexcept nogil:
+    """Where slopes of row i of a group are kept, in whole vectors."""
+    return scratch + 2 * columns * group_rows(columns) + i * whole_columns(columns)
+
+
+cdef inline Py_ssize_t whole_columns(Py_ssize_t columns) noexcept nogil:
+    """Up to whole vectors."""
+    return (columns + LANES - 1) // LANES * LANES
+
+
 cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t ahead, const lane_int *y,
                        const real *mult, real *scratch, real *losses, real *extras) noexcept nogil:
     cdef Call t
@@ -658,6 +686,7 @@ cdef struct Call:
     real *tile
     const real *more
     bint *doubtful
+    real *slopes
     int tiles
     Py_ssize_t c
     real scale
@@ -672,7 +701,7 @@ cdef struct Call:
 cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, const Call *t) noexcept nogil:
     if layout == LANED:
         tile_losses_case(kind, power, form, grad, t.o, t.tile, t.tiles, t.c, t.y, t.mult, t.scale, t.all_live, t.losses,
-                         t.more, t.extras, t.doubtful)
+                         t.more, t.extras, t.slopes, t.doubtful)
     else:
         group_losses_case(kind, power, form, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
                           t.extras)
@@ -694,6 +723,8 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, SOFTMAX, 1, UNEVEN, True, t)
     elif MANY_FORMS and kind == SOFTMAX and form == BENT and grad:
         of_kind(layout, SOFTMAX, 1, BENT, True, t)
+    elif MANY_FORMS and kind == SOFTMAX and (form == BENT or form == BENT_ANY):
+        of_kind(layout, SOFTMAX, 1, BENT_ANY, grad, t)
     elif kind == SOFTMAX:
         of_kind(layout, SOFTMAX, 1, ANY, grad, t)
     elif MANY_FORMS and kind == HINGE and power == 1 and form == PAIRED and grad:
@@ -982,9 +1013,13 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
     if s.laned:
-        s.scratch_size = 2 * batch_tiles(s.scores.columns) * TILE * s.scores.columns * sizeof(real)
+        s.scratch_size = 2 + keeps_slopes(&s.options)
+        s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL):
         s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
+    if not s.laned and keeps_slopes(&s.options):
+        s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
+        s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)
     if s.scratch_size:
         s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)

@@ -79,7 +79,6 @@ typedef int32_t lane_int;
 #define REAL_MAX __FLT_MAX__
 #define FL_NEAR 256 /* see Origin in losses.pxi */
 #define RAISED_BITS 32
-#define FAR_TANH 0x1p126f /* see the softcap in general.pxi */
 #define FL_LN2_HIGH 0.693359375f
 #define FL_LN2_LOW -2.12194440e-4f
 #define FL_SQRT_HALF 0x3f3504f3
@@ -95,7 +94,6 @@ typedef int64_t lane_int;
 #define REAL_MAX __DBL_MAX__
 #define FL_NEAR 1536
 #define RAISED_BITS 64
-#define FAR_TANH 0x1p1000
 #define FL_LN2_HIGH 6.93147180369123816490e-01
 #define FL_LN2_LOW 1.90821492927058770002e-10
 #define FL_SQRT_HALF 0x3fe6a09e667f3bcd
@@ -966,7 +964,7 @@ FL_INLINE vec vexp2(vec x, vec from) {
     return power_of_2(t, expm1_of(x - (t - start), FL_LN2));
 }
 
-/* 1 / v, for v in [1, 2]; to a unit in the last place. */
+/* 1 / v, for v in [1, 2^116]; to a unit in the last place. */
 FL_INLINE vec reciprocal(vec v) {
 #ifdef FL_MASK_REGISTERS
     vec r = VOP(rcp14)(v);
@@ -1016,26 +1014,18 @@ static const double fl_bends[BENDS] = {
     0x1.d6cdb982a0186p-9, -0x1.7d468c7fdfcd5p-10, 0x1.31c0fe1baace7p-11, -0x1.c85eda5c362b1p-13, 0x1.db16c18e08ce1p-15,
 #endif
 };
-/* The same for |x| < FAIRLY_NEAR_TANH (5.6e-9; 5.0e-19). */
-#define FAIRLY_NEAR_TANH ((real)1.25)
-#define FAIR_BENDS (FASTLOSS_BITS == 32 ? 10 : 21)
-static const double fl_fair_bends[FAIR_BENDS] = {
-#if FASTLOSS_BITS == 32
-    1.0, -0x1.555556p-2, 0x1.1110dap-3, -0x1.ba0ca6p-5, 0x1.6582d6p-6, -0x1.1cd698p-7, 0x1.a930fp-9,
-    -0x1.093626p-10, 0x1.c9a646p-13, -0x1.81719cp-16,
-#else
-    1.0, -0x1.5555555555555p-2, 0x1.111111111110bp-3, -0x1.ba1ba1ba1b16bp-5, 0x1.664f48829c181p-6,
-    -0x1.226e35593464ep-7, 0x1.d6d3cffa07facp-9, -0x1.7da356edb7edfp-10, 0x1.355797fbc7225p-11,
-    -0x1.f574fd9e39ee5p-13, 0x1.964c956aa9ef1p-14, -0x1.489e23bd46ff3p-15, 0x1.07fcb782978e5p-16,
-    -0x1.9fa3e0cab89e9p-18, 0x1.381003861bb82p-19, -0x1.ac2ab571e735dp-21, 0x1.fb7af6d3499a9p-23,
-    -0x1.e58b59dd3c1b8p-25, 0x1.580aaaf53d98bp-27, -0x1.3c0de216bd361p-30, 0x1.178096a6a818bp-34,
-#endif
-};
 FL_INLINE vec odd_polynomial(const real *of, int size, vec x) {
     vec z = x * x, q = vset(of[size - 1]);
 #pragma GCC unroll 20
     for (int k = size - 2; k >= 0; k--) q = q * z + vset(of[k]);
     return q * x;
+}
+/* tanh(v log 2 / 2) for |v| < 116, to a unit of 1; and unit / 4 / cosh^2 there, small values too to their last places. */
+FL_INLINE vec tanh_of_steps(vec v, vec unit, vec *slope) {
+    vec t = vset(FL_MAGIC) - v, e = power_of_2(t, expm1_of((vset(FL_MAGIC) - t) - v, FL_LN2));
+    vec r = reciprocal(vset(1) + e), rest = e * r;
+    *slope = rest * (r * unit);
+    return r - rest;
 }
 /* tanh x, and 1 - |tanh x| in full: far from 0 by exp(-2 |x|). Not inline: it is seldom needed, and takes many registers. */
 static __attribute__((noinline)) vec vtanh(vec x, vec *short_of_one) {
@@ -1072,6 +1062,26 @@ FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
     low = choose(veq(base - base, vset(0)), low + lost, vset(0)); /* NaN where base is infinite */
     vec part = f - (half - (s * (half + z * series) + (e * vset(FL_LN2_LOW) + low)));
     return exact_sum(base, part, rest) + (u - u);
+}
+
+/* log(1 + e) for e in [0, 1], small ones to their last place: a polynomial that interpolates log(1 + e) / e at Chebyshev points
+ * (1.4e-8 in float, 3.7e-17 in double). */
+FL_INLINE vec vlog1p(vec e) {
+    static const real of[] = {
+#if FASTLOSS_BITS == 32
+        -0x1.a04acap-9, 0x1.402f4cp-6, -0x1.cdd008p-5, 0x1.afdde8p-4, -0x1.38b908p-3, 0x1.92b430p-3, -0x1.ff0254p-3,
+        0x1.554bd6p-2, -0x1.ffffb8p-2, 1.0,
+#else
+        0x1.9a004c84084e0p-16, -0x1.287a021efa782p-12, 0x1.973f42066f721p-10, -0x1.63519a2dd08cdp-8, 0x1.bd9ad19516ef7p-7,
+        -0x1.b08481a18afc3p-6, 0x1.57749615e42c9p-5, -0x1.d47fac36af36dp-5, 0x1.1f58b67138a6ap-4, -0x1.4a9617b9e5c0cp-4,
+        0x1.7103376ed9709p-4, -0x1.98c573ff70c85p-4, 0x1.c6f38e1160d29p-4, -0x1.fff9fe090b88ap-4, 0x1.2491f582de2a4p-3,
+        -0x1.55554eddbccaep-3, 0x1.99999943a6bf4p-3, -0x1.fffffffd41267p-3, 0x1.555555554f5c4p-2, -0x1.fffffffffff5ap-2, 1.0,
+#endif
+    };
+    vec q = vset(of[0]);
+#pragma GCC unroll 20
+    for (int k = 1; k < (int)(sizeof of / sizeof *of); k++) q = q * e + vset(of[k]);
+    return q * e;
 }
 
 /* ---- results too small to be normal become 0 within a kernel; the thread's mode is put back after it ---- */

@@ -114,7 +114,10 @@ def test_forms(compiled, stored, name):
     for n, c in SHAPES:
         scores, y = (2 * rng.standard_normal((n, c))).astype(stored), rng.integers(0, c, n)
         options = {k: v(c) if callable(v) else v for k, v in FORMS[name].items()}
-        agree(fl.Softmax(**options), scores, y, compiled, f"{(n, c)}", outputs=())
+        loss = fl.Softmax(**options)
+        value = agree(loss, scores, y, compiled, f"{(n, c)}", outputs=())[0]
+        alone = loss.value(scores, y, reduction="none", backend=compiled)
+        close(alone, value, np.maximum(1, np.abs(value)), float(np.finfo(value.dtype).eps), f"loss alone, {(n, c)}")
 
 
 @pytest.mark.parametrize("c", [1, 5, 90, 300])
