@@ -189,6 +189,7 @@ def test_16_bit_scores(compiled, kind):
         assert (flushed | (error <= bound)).all(), rows
 
 
+@pytest.mark.full
 def test_the_table():
     """Who is measured, at which lines; and that what others lose where the target dominates is seen."""
     result = accuracy.run(["float32"], size=2**10)

@@ -39,8 +39,9 @@ if not SIMULATED:
     @pytest.mark.skipif(not INSTALLED, reason="no CUDA kernel has run: numba-cuda is not installed")
     def test_all_kernels_in_the_simulator(request):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+        command += ["-m", request.config.option.markexpr, str(Path(__file__))]
         done = subprocess.run(
-            [*command, str(Path(__file__))], env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},
+            command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},
             cwd=request.config.rootpath, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -480,7 +481,9 @@ if SIMULATED:
         agree(found[1], wanted[1], s.dtype.name, "gradient")
 
     @pytest.mark.parametrize("name", SHARDED)
-    @pytest.mark.parametrize("cuts", [[], [3], [0, 3, 3]], ids=str)
+    @pytest.mark.parametrize(
+        "cuts", [*(pytest.param(cuts, marks=pytest.mark.full) for cuts in ([], [3])), [0, 3, 3]], ids=str
+    )
     def test_stats_of_shards(name, cuts):
         loss, (s, y) = SHARDED[name], sample(9, 8, "float32")
         compare_stats(loss, s, y, cuts)

@@ -87,8 +87,8 @@ LAYERS = {
 }  # fmt: skip
 
 
-#: What `make test` compiles: one for each capability.
-FEW = {("softmax float32", (8, 0)), ("softmax uint8, centred", (9, 0)), ("hinge bfloat16, picked", (10, 0))}
+#: What `make test` compiles: these take longest to compile.
+FEW = {("softmax uint8, centred", (8, 0)), ("hinge bfloat16, picked", (10, 0))}
 GRID = [
     pytest.param(*case, marks=() if case in FEW else pytest.mark.full)
     for case in itertools.product(LAYERS, CAPABILITIES)

@@ -165,6 +165,7 @@ def test_every_bad_target_is_found(dtype):
                         assert checks.first_outside(z, stop, ignored) == (k if bad else -1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"], ids=str
 )

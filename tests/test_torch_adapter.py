@@ -494,7 +494,7 @@ def test_gradcheck(reduction):
         assert check(lambda x, w, b, loss=loss: loss(x, w, target, linear_bias=b, **options), (input, linear, bias))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.full), "none"])
 def test_opcheck(reduction):
     scores, input, linear, bias, target, weight = problem()
     upstream = torch.randn(N if reduction == "none" else (), dtype=torch.float64)
