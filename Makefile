@@ -14,12 +14,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
-# Processes that share the tests. Each test may use threads too.
+# Processes that share the tests. Each test may use threads too, which must not spin while they wait: others need the core.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The compiled modules that this machine can load: what stubtest can look at.
 define list_kernels
