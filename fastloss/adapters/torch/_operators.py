@@ -23,15 +23,25 @@ def _is_batch(tensor: Tensor) -> bool:
     return _functorch is not None and bool(_functorch.is_legacy_batchedtensor(tensor))
 
 
+def _is_plain(tensors: Any) -> bool:
+    """Whether nothing watches tensors of the CPU or CUDA but autograd: no compiler, transform, mode, or subclass."""
+    if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if transforming() or _modes() or _is_batch(tensors[0]):
+        return False
+    for t in tensors:  # noqa: SIM110 - all() of them takes twice as long
+        if t is not None and not (type(t) in PLAIN and (t.is_cpu or t.is_cuda)):
+            return False
+    return True
+
+
 def is_everyday(input: Tensor, target: Tensor) -> bool:
     """Whether tensors are what nearly all calls have, of which nothing else is to be checked: a matrix of scores that
     requires a gradient, and int64 class indices for its rows, on the CPU, where nothing watches but autograd.
 
     Checks one by one took up to a tenth of a call with scores in the caches, where they are not.
     """
-    if torch.compiler.is_compiling() or type(input) not in PLAIN or type(target) is not torch.Tensor:
-        return False
-    if transforming is None or _modes is None or transforming() or _modes() or torch.jit.is_tracing():
+    if type(input) not in PLAIN or type(target) is not torch.Tensor or not _is_plain((input, target)):
         return False
     shape = input.shape
     return bool(
@@ -45,20 +55,7 @@ def is_everyday(input: Tensor, target: Tensor) -> bool:
         and len(shape) == 2
         and shape[1] > 0
         and target.shape == shape[:1]
-        and not _is_batch(input)
     )
-
-
-def _is_plain(tensors: Any) -> bool:
-    """Whether nothing watches tensors of the CPU or CUDA but autograd: no compiler, transform, mode, or subclass."""
-    if transforming is None or _modes is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if transforming() or _modes() or _is_batch(tensors[0]):
-        return False
-    for t in tensors:  # noqa: SIM110 - all() of them takes twice as long
-        if t is not None and not (type(t) in PLAIN and (t.is_cpu or t.is_cuda)):
-            return False
-    return True
 
 
 def _room(tensor: Tensor) -> Any:
