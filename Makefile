@@ -14,6 +14,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+# What is installed with the package. Whoever needs more than `make run` may name it here, and pip is asked once.
+EXTRAS ?= cli
 # Processes that share the tests. Each test may use threads too, which must not spin while they wait: others need the core.
 WORKERS ?= 2
 
@@ -32,6 +34,7 @@ export list_kernels
 
 .PHONY: help run test test-all bench docs lint peers clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # one pip at a time
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -68,20 +71,12 @@ clean: ## remove the environment and all that was built
 # The files built, test, bench, peers and docs in the environment stand for what is installed in it. The package is installed
 # in place (editable): changes to Python files count at once, changes to what is named here build the kernels again.
 $(VENV)/built: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
-	$(PIP) install --editable ".[cli]"
+	$(PIP) install --constraint tests/constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
 # fastloss itself is installed by now, so that pip adds only what the extra brings.
-$(VENV)/bench $(VENV)/test: $(VENV)/%: $(VENV)/built
-	$(PIP) install "fastloss[$*]"
-	@touch $@
-
-$(VENV)/peers: $(VENV)/test tests/constraints.txt
-	$(PIP) install --constraint tests/constraints.txt "fastloss[peers]"
-	@touch $@
-
-$(VENV)/docs: $(VENV)/peers
-	$(PIP) install "fastloss[docs]"
+$(VENV)/bench $(VENV)/test $(VENV)/peers $(VENV)/docs: $(VENV)/%: $(VENV)/built tests/constraints.txt
+	$(PIP) install --constraint tests/constraints.txt "fastloss[$*]"
 	@touch $@
 
 $(BIN)/python:

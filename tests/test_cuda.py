@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import fastloss as fl
+from tests.conftest import one_core
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 INSTALLED = importlib.util.find_spec("numba_cuda") is not None
@@ -40,10 +41,11 @@ if not SIMULATED:
     def test_all_kernels_in_the_simulator(request):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
         command += ["-m", request.config.option.markexpr, str(Path(__file__))]
-        done = subprocess.run(
-            command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},
-            cwd=request.config.rootpath, capture_output=True, text=True,
-        )  # fmt: skip
+        with one_core():
+            done = subprocess.run(
+                command, env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},
+                cwd=request.config.rootpath, capture_output=True, text=True,
+            )  # fmt: skip
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         summary = done.stdout.strip().splitlines()[-1]
         assert re.search(r"\d+ passed", summary), summary

@@ -18,6 +18,7 @@ pytest.importorskip("numba_cuda")
 
 from fastloss.gpu import device, features, scores
 from fastloss.jit import rowmath
+from tests.conftest import one_core
 from tests.test_ptx import CAPABILITIES, assemble
 
 
@@ -33,7 +34,8 @@ def test_in_the_simulator(check):
     root = str(Path(fl.__file__).parents[1])
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": root}
     command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("simulated_linear.py")), check]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    with one_core():
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "all is well" in run.stdout
 

@@ -15,6 +15,7 @@ import pytest
 import fastloss as fl
 from fastloss import gpucheck
 from fastloss.gpu import checks, device, sources, timings
+from tests.conftest import one_core
 
 
 class OnTensors:
@@ -246,7 +247,8 @@ def simulate(start, tmp_path):
     out = tmp_path / "out.json"
     arguments = ["--tiny", "--out", str(out), "--parts", "correctness", "--minutes", "10"]
     command = [sys.executable, "-P", *start, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    with one_core():
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return run, json.loads(out.read_text()) if out.exists() else None
 
 
