@@ -262,12 +262,17 @@ def shrink_kernel(dtype: str) -> Any:
     size = np.dtype(real).itemsize
     zero = real(0)
 
+    @cpu.helper
+    def grown(g, q, w):
+        """Rounded once where the processor can, whatever the layout."""
+        return g + q * w
+
     @cpu.reducer
     def along(W, grad, q):
         total = np.float64(0)
         for j in range(W.size):
             total += np.float64(W[j]) * np.float64(W[j])
-            grad[j] += q * W[j]
+            grad[j] = grown(grad[j], q, W[j])
         return total
 
     @numba.njit(
@@ -286,7 +291,7 @@ def shrink_kernel(dtype: str) -> Any:
             else:
                 for j in range(W.shape[1]):
                     total += np.float64(W[c, j]) * np.float64(W[c, j])
-                    grad[c, j] += q * W[c, j]
+                    grad[c, j] = grown(grad[c, j], q, W[c, j])
         cpu.set_rounding_of_tiny(mode)
         return total
 
