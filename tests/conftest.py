@@ -63,8 +63,8 @@ LOWER_IN_FULL = re.compile(
     )
 )
 # The truth of float64 takes longest; by columns it is held against what is right by rows in the full grid. To
-# scikit-learn's checks of an estimator the mean of margins is no more than another factor.
-# What else takes longest has a sibling that stays: margins of pairs in 16 bits, layouts and types beside peers.
+# scikit-learn's checks of an estimator the mean of margins is no more than another factor. What else takes longest has
+# a sibling that stays: margins of pairs in 16 bits, layouts and types beside peers.
 MORE_IN_FULL = re.compile(
     "|".join(
         [
@@ -76,9 +76,6 @@ MORE_IN_FULL = re.compile(
             r"test_shapes_and_dtypes_as_in_optax\[bfloat16-.*\]",
             r"test_linear_losses\[torch\.float16-.*\]",
             r"test_dual\[f-reference\]",
-            r"test_scores_kernels\[rows-softmax-bfloat16-cc(9|11)\]",
-            r"test_the_pass\[softmax float32-.*\]",
-            r"test_the_suite_of_estimators_on_digits",
         ]
     )
 )

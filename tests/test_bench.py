@@ -665,6 +665,7 @@ def test_every_contest_has_bars_and_peers():
         assert contest.best[0] in contest.ways
 
 
+@pytest.mark.full
 @pytest.mark.skipif(bool(peers._backend_missing("cython")), reason="the suite measures the compiled kernels")
 def test_the_suite_of_estimators_on_digits(tmp_path, capsys):
     """The jobs that need scikit-learn alone, and no data."""
