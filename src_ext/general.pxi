@@ -48,7 +48,7 @@ cdef inline vec class_numbers(int layout, bint part, const real *of_class, Py_ss
         return vset(of_class[k])
     if part:
         return vload_part(of_class + k * LANES, w.classes - k * LANES, 0)
-    return vload(of_class + k * LANES)
+    return vload(of_class + w.first + k * LANES)
 
 
 cdef inline vec row_numbers(int layout, bint part, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -105,17 +105,19 @@ cdef inline vec steps_of_origin(const Options *o, vec m, vec near) noexcept nogi
 cdef inline vec distance(const Options *o, vec s, vec origin, vec *slope) noexcept nogil:
     """d of the scores s, and the slope there. origin: of the maximum, `origin_of_distance`."""
     cdef vec t, short_of_one, one = vset(1), x
-    cdef mask finite
+    cdef mask finite, near
     if not o.bends:
         return mul(sub(s, origin), vset(o.per_temperature))
     x = mul(s, vset(o.per_softcap))
-    if is_likely(all_lanes(vlt(mul(x, x), vset(NEAR_TANH * NEAR_TANH))), 1):  # then it is half the work
+    near = vlt(vabs(x), vset(NEAR_TANH))
+    if is_likely(all_lanes(near), 1):  # then it is half the work
         t = tanh_near(x)
         slope[0] = sub(one, mul(t, t))
         return product_less(t, vset(o.bent_unit), origin)
     t = vtanh(x, &short_of_one)
     finite = veq(sub(s, s), vset(0))
-    slope[0] = choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one)
+    # What is near has the bits that it would have among others that are.
+    slope[0] = choose(near, sub(one, mul(t, t)), choose(finite, mul(short_of_one, sub(vset(2), short_of_one)), one))
     return choose(finite, product_less(t, vset(o.bent_unit), origin), sub(s, origin))
 
 
@@ -175,7 +177,7 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, i
         if o.slopes_in_units:
             slope = mul(slope, vset(o.slope_unit))
     keep[0] = mul(e, slope) if o.bends else e
-    if keeps_some and keeps_slopes(o):
+    if keeps_some and o.bends and o.spreads:
         vstore(slopes_at(layout, w, k), slope)
     if careful:
         left_out = ieq(cls, pivot)
@@ -191,7 +193,7 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, i
         elif not o.even_weights:
             f.u_others = add(f.u_others, u)
         f.away = less_product(f.away, u, d)
-    elif o.elsewhere != 0:
+    elif o.spreads:
         f.away = sub(f.away, choose(past_end(layout, w, cls), vset(0), d) if part else d)
     if o.entropy:
         f.spread = less_product(f.spread, e, d)
@@ -249,7 +251,7 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         else:  # few rows, if there is a softcap
             f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         add_block(start, f.others, &all.others, &lost.others)
-        if dense or o.elsewhere != 0:
+        if o.spreads:
             add_block(start, f.away, &all.away, &lost.away)
         if dense and not o.even_weights:
             add_block(start, f.u_others, &all.u_others, &lost.u_others)
@@ -278,7 +280,7 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
         s.more[1] = vload(u_pivot)
     if o.dense and not o.even_weights:
         s.more[0] = transposed_sum(u_others, 1)
-    if o.dense or o.elsewhere != 0:
+    if o.spreads:
         s.b = transposed_sum(b, 1)
     if o.entropy:
         s.more[2] = transposed_sum(spread, 1)
@@ -306,7 +308,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
         origin, off = choose(far, origin, mul(top, vset(<real> FL_LN2))), choose(far, off, mul(sub(top, s.c), vset(<real> FL_LN2)))
         # Where both are one score that is 0, though of one of both products the compiler may have kept what is rounded off.
         d = choose(far, d, choose(veq(at, s.m), zero, mul(sub(bent, top), vset(<real> FL_LN2))))
-        if o.dense or o.elsewhere != 0:
+        if o.spreads:
             away = choose(far, away, mul(away, vset(<real> FL_LN2)))
         if o.entropy:
             s.more[2] = choose(far, s.more[2], mul(s.more[2], mul(again, vset(<real> FL_LN2))))
@@ -349,36 +351,83 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
 cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, const Options *o, const Walk *w,
                               Py_ssize_t k, ivec cls, const State *s, vec last) noexcept nogil:
     """Vector k of the gradient; where u is flat but for the target's entry."""
-    cdef vec g = mul(s.a, last if part else vload(kept(layout, w, k))), u
-    if dense or o.elsewhere != 0:
-        u = target_part(layout, part, careful, o, w, k, cls, NULL) if dense else vset(o.elsewhere)
-        g = sub(g, mul(mul(s.c, u), vload(slopes_at(layout, w, k))) if o.bends else mul(s.c, u))
-    return g
+    cdef vec kept_there = last if part else vload(kept(layout, w, k)), u
+    if o.spreads:
+        u = mul(s.c, target_part(layout, part, careful, o, w, k, cls, NULL) if dense else vset(o.elsewhere))
+        return product_less(s.a, kept_there, mul(u, vload(slopes_at(layout, w, k))) if o.bends else u)
+    return mul(s.a, kept_there)
 
 
-cdef inline void back_block(int layout, bint careful, bint dense, const Options *o, const Walk *w, Py_ssize_t start,
+cdef inline void send(int layout, bint past, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
+    """Vector k of the gradient; past the caches, if it is to go there."""
+    if past:
+        vstream(<real *> w.past + k * LANES, v)
+    else:
+        put(layout, False, w, k, v)
+
+
+cdef inline vec with_pivot(const State *s, ivec cls, vec g) noexcept nogil:
+    """A vector of the gradient, of the classes `cls`, that may hold the pivot's entry."""
+    return choose(ieq(cls, s.pivot), s.b, g)
+
+
+cdef inline void back_block(int layout, bint past, bint careful, bint dense, const Options *o, const Walk *w, Py_ssize_t start,
                             const State *s, vec last) noexcept nogil:
     cdef ivec cls = classes_of(layout, start)
     cdef vec g
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
         g = general_slope(layout, False, careful, dense, o, w, k, cls, s, last)
-        if layout == LANED:
-            g = choose(ieq(cls, s.pivot), s.b, g)
-        put(layout, False, w, k, g)
+        if past:
+            vstream(<real *> w.past + k * LANES, with_pivot(s, cls, g) if careful else g)
+        else:
+            put(layout, False, w, k, with_pivot(s, cls, g) if layout == LANED else g)
         if careful:
             cls = next_classes(layout, cls)
     if careful and whole < stop:
         put(layout, True, w, whole, general_slope(layout, True, True, dense, o, w, whole, cls, s, last))
 
 
-cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
+cdef inline void back_blocks(int layout, bint past, bint dense, const Options *o, const Walk *w, const State *s,
+                             vec last) noexcept nogil:
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
-        if is_careful(layout, w, start):
-            back_block(layout, True, dense, o, w, start, s, last)
+        if is_careful(layout, w, start) or (past and holds_either(layout, w, start, s.pivot)):
+            back_block(layout, past, True, dense, o, w, start, s, last)
         else:
-            back_block(layout, False, dense, o, w, start, s, last)
+            back_block(layout, past, False, dense, o, w, start, s, last)
+
+
+cdef inline Walk walk_past(const Walk *w, Py_ssize_t first) noexcept nogil:
+    """The walk over what are whole vectors where the row's gradient goes past the caches, from number `first` on (ROWED)."""
+    cdef Walk inside = w[0]
+    cdef lane_int y = ifirst(w.target) - <lane_int> first
+    inside.first, inside.tile, inside.past, inside.vectors = first, w.tile + first, w.past + first, vectors_past(w.classes, first)
+    inside.slopes = w.slopes + first if w.slopes != NULL else NULL
+    inside.classes, inside.target, inside.target_block = inside.vectors * LANES, iset(y), y // (16 * LANES) * 16
+    return inside
+
+
+cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
+    cdef Py_ssize_t first, end = w.classes // LANES - 1
+    cdef Walk inside
+    cdef State shifted
+    cdef vec g[2]
+    if layout == LANED or not STORED_IS_REAL or w.past == NULL:
+        back_blocks(layout, False, dense, o, w, s, last)
+    else:
+        # The row's ends go to w.dst, which may be where exponentials are kept.
+        first = before_vector(w.past)
+        inside, shifted = walk_past(w, first), s[0]
+        shifted.pivot = iadd(s.pivot, iset(-<lane_int> first))
+        g[0] = general_slope(ROWED, False, True, dense, o, w, 0, classes_of(ROWED, 0), s, last)
+        g[1] = general_slope(ROWED, False, True, dense, o, w, end, classes_of(ROWED, end), s, last)
+        back_blocks(ROWED, True, dense, o, &inside, &shifted, last)
+        put(ROWED, False, w, end, g[1])
+        put(ROWED, False, w, 0, g[0])
+        if end + 1 < w.vectors:
+            put(ROWED, True, w, end + 1,
+                general_slope(ROWED, True, True, dense, o, w, end + 1, classes_of(ROWED, end + 1), s, last))
     if layout == ROWED and 0 <= ifirst(s.pivot):
         sstore_one(w.dst + ifirst(s.pivot), first_lane(s.b))
 
@@ -404,7 +453,7 @@ cdef inline void open_from_stats(int layout, const Options *o, const Walk *w, ve
     for k in range(w.vectors):
         g = fetch(layout, layout == ROWED and k == whole, w, k, <real> -INFINITY)
         g = mul(vexp(distance(o, g, m, &slope), vset(0)), pull)
-        if o.dense or o.elsewhere != 0:
+        if o.spreads:
             u = vset(o.elsewhere)
             if o.dense:
                 u = class_numbers(layout, layout == ROWED and k == whole, o.class_weight, k, w)

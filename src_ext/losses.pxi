@@ -54,6 +54,7 @@ cdef struct Options:
     # What the general form reads too (general.pxi).
     bint general
     real at_target, elsewhere  # u of the target and of other classes, before class weights
+    bint spreads  # whether u may be more than the target's: set by `fix_form`
     real z_loss
     real per_softcap, bent_unit  # 1 / softcap; and softcap / T
     real bends_near[11]  # a polynomial that bends small scores; 1 / (T log 2) included
@@ -82,7 +83,7 @@ cdef struct Options:
 
 cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
-    o.general, o.slopes_in_units = form != PLAIN, form == BENT or form == BENT_ANY
+    o.general, o.slopes_in_units, o.spreads = form != PLAIN, form == BENT or form == BENT_ANY, o.dense or o.elsewhere != 0
     if o.kind == LOGISTIC:
         o.bends = o.dense = o.entropy = o.shard = o.paired = False
         if form == PLAIN or form == GIVEN:
@@ -93,6 +94,8 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         o.even_weights = form == WEIGHED
         if form != FLAT:
             o.entropy = o.shard = False
+        if form != FLAT:
+            o.spreads = form != BENT
         if form == BENT:
             o.elsewhere = 0
     else:
@@ -100,7 +103,7 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         if MANY_FORMS and o.kind == SOFTMAX:
             o.bends = form == BENT_ANY
             if form == ANY:  # what is not dense is FLAT
-                o.dense = True
+                o.dense = o.spreads = True
         if form == PAIRED:
             o.paired, o.counts_target = True, False
 
@@ -127,7 +130,8 @@ cdef struct Walk:
     real *tile  # LANED: the scores, and the gradient in their place. ROWED: what the first walk keeps for the second
     const stored *src  # ROWED: the row's scores
     stored *dst  # ROWED: its gradient
-    stored *past  # where that goes past the caches, if `scale` is to send it there (ROWED)
+    stored *past  # where that goes past the caches, if the last walk is to send it there (ROWED)
+    Py_ssize_t first  # where `more` and numbers of classes begin for vector 0: not 0 in a part of a row (ROWED)
     Py_ssize_t vectors
     Py_ssize_t classes
     Py_ssize_t target_block  # where the block starts that holds the target (ROWED)
@@ -143,7 +147,7 @@ cdef struct Walk:
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
-    w.tile, w.src, w.dst, w.past, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, c, c, target
+    w.tile, w.src, w.dst, w.past, w.first, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, 0, c, c, target
     w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = NULL, 0, 0, 0, more, 0, 0, NULL
     return w
 
@@ -151,7 +155,7 @@ cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *m
 cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target,
                           const real *more) noexcept nogil:
     cdef Walk w
-    w.tile, w.src, w.dst, w.past, w.vectors, w.classes = kept, src, dst, NULL, (c + LANES - 1) // LANES, c
+    w.tile, w.src, w.dst, w.past, w.first, w.vectors, w.classes = kept, src, dst, NULL, 0, (c + LANES - 1) // LANES, c
     w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = src, 0, 0, more, 0, 0, NULL
     return w
@@ -397,7 +401,7 @@ cdef inline Py_ssize_t before_vector(const stored *p) noexcept nogil:
 
 
 cdef inline Py_ssize_t vectors_past(Py_ssize_t c, Py_ssize_t first) noexcept nogil:
-    """How many whole vectors of a row `scale_past` sends, from number `first` on."""
+    """How many whole vectors of a row the last walk sends past the caches, from number `first` on."""
     return (c // LANES * LANES - first) // LANES
 
 

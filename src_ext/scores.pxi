@@ -543,7 +543,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef int i, r
     cdef bint general = form != PLAIN, doubtful = False
     # Whether the last walk itself sends the gradient, but for what lies between rows.
-    cdef bint past = (grad and not general and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
+    cdef bint past = (grad and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
                       and s.streams and c >= PAST_CLASSES)
     cdef stored *to
     cdef Py_ssize_t done

@@ -10,13 +10,6 @@ import fastloss as fl
 from tests.conftest import BACKENDS
 
 BYTES = 34 << 20  # more than STREAM_BYTES in scores.pxi
-LOSSES = {
-    "softmax": fl.Softmax(),
-    "smoothed": fl.Softmax(label_smoothing=0.1),
-    "hinge": fl.Hinge(),
-    "hinge-squared": fl.Hinge(power=2),
-    "hinge-max": fl.Hinge(over="max"),
-}
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
 SHAPES = [("float32", c) for c in (100, 512, 1001, 70001)]
 SHAPES += [("float64", 1001), ("bfloat16", 1001)]
@@ -27,6 +20,22 @@ def at_offset(shape, dtype, offset):
     memory = np.empty(int(np.prod(shape)) + 128, dtype)
     start = (-memory.ctypes.data % 64) // memory.itemsize + offset
     return memory[start : start + int(np.prod(shape))].reshape(shape)
+
+
+def losses_of(c):
+    """Row losses of c classes whose gradients are sent in different ways."""
+    return [
+        fl.Softmax(),
+        fl.Softmax(label_smoothing=0.1),
+        fl.Softmax(softcap=3.0),
+        fl.Softmax(softcap=3.0, label_smoothing=0.1),
+        # The class that sums leave out is the target, and the largest:
+        fl.Softmax(class_weight=np.linspace(0.5, 2, c), label_smoothing=0.1),
+        fl.Softmax(class_weight=np.eye(1, c)[0] * c + 0.5, label_smoothing=0.1),
+        fl.Hinge(),
+        fl.Hinge(power=2),
+        fl.Hinge(over="max"),
+    ]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -41,13 +50,14 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
     targets[:3] = 0, c - 1, c // 2  # at the ends of a row
     weights = np.where(rng.random(n) < 0.1, 0.0, 1.0).astype(np.float64 if dtype == np.float64 else np.float32)
     parts = [slice(*ends) for ends in itertools.pairwise([0, n // 3, 2 * n // 3, n])]  # too small for that
-    for k, loss in enumerate(LOSSES.values()):
+    probabilities = rng.random((n, c), weights.dtype)
+    for k, (loss, y) in enumerate([*((loss, targets) for loss in losses_of(c)), (fl.Softmax(), probabilities)]):
         gradient = at_offset((n, c), dtype, k * 3)
         gradient[:] = 7
-        loss.value_and_grad(scores, targets, sample_weight=weights, reduction="sum", out=gradient, backend=level)
+        loss.value_and_grad(scores, y, sample_weight=weights, reduction="sum", out=gradient, backend=level)
         for part in parts:
             _, expected = loss.value_and_grad(
-                scores[part], targets[part], sample_weight=weights[part], reduction="sum", backend=level
+                scores[part], y[part], sample_weight=weights[part], reduction="sum", backend=level
             )
             assert gradient[part].tobytes() == np.asarray(expected).tobytes()
     for name in ("softmax", "log_softmax"):
