@@ -37,7 +37,7 @@ cdef inline vec control_pass(Control what, const real *p, real *q, Py_ssize_t n,
         elif what == STREAM: vstream(q + k * LANES, vload(p + k * LANES))
         elif what == PASS: vstore(q + k * LANES, mul(vload(q + k * LANES), factor))
         elif what == READ: a = add(a, vload(p + k * LANES))
-        elif what == EXP: a = add(a, vexp(vload(p + k * LANES), c))
+        elif what == EXP: a = add(a, raised_exp(vload(p + k * LANES), c))
         else: a = add(a, vlog(vload(p + k * LANES), c, c, &rest))
     if what == STREAM:
         streamed()

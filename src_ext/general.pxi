@@ -173,7 +173,7 @@ cdef inline void general_step(int layout, bint part, bint careful, bint dense, i
             e = choose(past_end(layout, w, cls), vset(0), e)
     else:
         d = distance(o, d, origin, &slope)
-        e = vexp(d, vset(0))
+        e = raised_exp(d, vset(0))
         if o.slopes_in_units:
             slope = mul(slope, vset(o.slope_unit))
     keep[0] = mul(e, slope) if o.bends else e
@@ -312,7 +312,7 @@ cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor
             away = choose(far, away, mul(away, vset(<real> FL_LN2)))
         if o.entropy:
             s.more[2] = choose(far, s.more[2], mul(s.more[2], mul(again, vset(<real> FL_LN2))))
-    e = vexp(d, zero)
+    e = raised_exp(d, zero)
     if o.bends:
         others = mul(others, again)
         away = add(away, mul(off, add(u_others, u_pivot) if o.dense else vset(o.classes)))

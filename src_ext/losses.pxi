@@ -340,7 +340,7 @@ cdef inline Origin origin_of(vec m) noexcept nogil:
 
 
 cdef inline vec exp_from(bint far, const Origin *o, vec s) noexcept nogil:
-    return vexp(sub(s, o.shift) if far else s, o.steps)
+    return raised_exp(sub(s, o.shift) if far else s, o.steps)
 
 
 cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const Walk *w, Py_ssize_t start,

@@ -957,6 +957,26 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
+/* vexp(x, from), none of which is above 2 RAISED; 0 below 2^-126 (in double 2^-1022). Whole powers of 2 are
+ * added to exponents, which is half the work of `scalef`. */
+FL_INLINE vec raised_exp(vec x, vec from) {
+#ifdef FL_MASK_REGISTERS
+    const int shift = FL_MANTISSA - (LANES == 16 ? 4 : 3); /* from the lowest bit of t, which is a step, to its place in exponents */
+    const ivec powers = (ivec)vload(fl_powers) - (iota() << shift); /* without what is shifted of a part of a power */
+    vec start = vset(FL_MAGIC) - from;
+    x = VOP(max)((from - vset(FL_BIAS)) * vset((real)FL_LN2), x); /* NaN stays; what is lower has an exponent of 0 */
+    vec t = x * vset(FL_LOG2_E) + start, q = expm1_in_step(less_steps(x, t - start));
+#if FASTLOSS_BITS == 32
+    const ivec part = (ivec)_mm512_permutexvar_epi32((__m512i)t, (__m512i)powers);
+#else
+    const ivec part = (ivec)_mm512_permutexvar_epi64((__m512i)t, (__m512i)powers);
+#endif
+    const vec power = (vec)(part + ((ivec)t << shift));
+    return power * q + power;
+#else
+    return vexp(x, from);
+#endif
+}
 /* 2^(x - from), for results up to 2 RAISED; `from` is a multiple of a step, and both are below 2^17 in size. No product is
  * rounded here, so that it takes three multiplications less than exp: but x, as it is given, has been. */
 FL_INLINE vec vexp2(vec x, vec from) {
