@@ -32,9 +32,21 @@ print(*(f"fastloss._kernels.{kind}_{level}" for level in levels for kind in TYPE
 endef
 export list_kernels
 
+# What extras of the package take from others, one requirement a line.
+define list_requirements
+import re, sys, tomllib
+extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+def of(names):
+    for requirement in (r for name in re.findall(r"[\w-]+", names) for r in extras[name]):
+        own = re.match(r"fastloss\[(.*?)\](.*)", requirement)
+        yield from (r + own[2] for r in of(own[1])) if own else [requirement]
+print(*dict.fromkeys(of(sys.argv[1])), sep="\n")
+endef
+export list_requirements
+
 .PHONY: help run test test-all bench docs lint peers clean
 .DELETE_ON_ERROR:
-.NOTPARALLEL: # one pip at a time
+.NOTPARALLEL: # one pip at a time, but for the first two
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,7 +83,11 @@ clean: ## remove the environment and all that was built
 # The files built, test, bench, peers and docs in the environment stand for what is installed in it. The package is installed
 # in place (editable): changes to Python files count at once, changes to what is named here build the kernels again.
 $(VENV)/built: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
-	$(PIP) install --constraint tests/constraints.txt --editable ".[$(EXTRAS)]"
+	@$(BIN)/python -c "$$list_requirements" $(EXTRAS) >$(VENV)/requirements.txt
+	@# Unpacking takes one core, beside compilers. What is left then are the package's own requirements, which pip knows by now.
+	$(PIP) install --constraint tests/constraints.txt --requirement $(VENV)/requirements.txt & others=$$!; \
+	$(PIP) install --no-deps --editable . || { kill $$others; exit 1; }; wait $$others
+	$(PIP) install --constraint tests/constraints.txt "fastloss[$(EXTRAS)]"
 	@touch $@
 
 # fastloss itself is installed by now, so that pip adds only what the extra brings.
