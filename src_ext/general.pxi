@@ -157,7 +157,7 @@ cdef inline real *slopes_at(int layout, const Walk *w, Py_ssize_t k) noexcept no
 
 cdef inline bint holds_either(int layout, const Walk *w, Py_ssize_t start, ivec pivot) noexcept nogil:
     """`is_careful` of a walk with a pivot."""
-    return is_careful(layout, w, start) or start == ifirst(pivot) // (16 * LANES) * 16
+    return is_careful(layout, w, start) or start == block_of(ifirst(pivot))
 
 
 cdef inline void general_step(int layout, bint part, bint careful, bint dense, int near, bint keeps_some, const Options *o,
@@ -358,14 +358,6 @@ cdef inline vec general_slope(int layout, bint part, bint careful, bint dense, c
     return mul(s.a, kept_there)
 
 
-cdef inline void send(int layout, bint past, const Walk *w, Py_ssize_t k, vec v) noexcept nogil:
-    """Vector k of the gradient; past the caches, if it is to go there."""
-    if past:
-        vstream(<real *> w.past + k * LANES, v)
-    else:
-        put(layout, False, w, k, v)
-
-
 cdef inline vec with_pivot(const State *s, ivec cls, vec g) noexcept nogil:
     """A vector of the gradient, of the classes `cls`, that may hold the pivot's entry."""
     return choose(ieq(cls, s.pivot), s.b, g)
@@ -398,36 +390,22 @@ cdef inline void back_blocks(int layout, bint past, bint dense, const Options *o
             back_block(layout, past, False, dense, o, w, start, s, last)
 
 
-cdef inline Walk walk_past(const Walk *w, Py_ssize_t first) noexcept nogil:
-    """The walk over what are whole vectors where the row's gradient goes past the caches, from number `first` on (ROWED)."""
-    cdef Walk inside = w[0]
-    cdef lane_int y = ifirst(w.target) - <lane_int> first
-    inside.first, inside.tile, inside.past, inside.vectors = first, w.tile + first, w.past + first, vectors_past(w.classes, first)
-    inside.slopes = w.slopes + first if w.slopes != NULL else NULL
-    inside.classes, inside.target, inside.target_block = inside.vectors * LANES, iset(y), y // (16 * LANES) * 16
-    return inside
-
-
 cdef inline void walk_back(int layout, bint dense, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:
-    cdef Py_ssize_t first, end = w.classes // LANES - 1
+    cdef Py_ssize_t end = w.classes // LANES
     cdef Walk inside
     cdef State shifted
-    cdef vec g[2]
+    cdef vec head, tail
     if layout == LANED or not STORED_IS_REAL or w.past == NULL:
         back_blocks(layout, False, dense, o, w, s, last)
     else:
-        # The row's ends go to w.dst, which may be where exponentials are kept.
-        first = before_vector(w.past)
-        inside, shifted = walk_past(w, first), s[0]
-        shifted.pivot = iadd(s.pivot, iset(-<lane_int> first))
-        g[0] = general_slope(ROWED, False, True, dense, o, w, 0, classes_of(ROWED, 0), s, last)
-        g[1] = general_slope(ROWED, False, True, dense, o, w, end, classes_of(ROWED, end), s, last)
+        inside, shifted = walk_past(w), s[0]
+        shifted.pivot = iadd(s.pivot, iset(-<lane_int> inside.first))
+        head = general_slope(ROWED, False, True, dense, o, w, 0, classes_of(ROWED, 0), s, last)
+        tail = general_slope(ROWED, False, True, dense, o, w, end - 1, classes_of(ROWED, end - 1), s, last)
+        if end < w.vectors:
+            last = general_slope(ROWED, True, True, dense, o, w, end, classes_of(ROWED, end), s, last)
         back_blocks(ROWED, True, dense, o, &inside, &shifted, last)
-        put(ROWED, False, w, end, g[1])
-        put(ROWED, False, w, 0, g[0])
-        if end + 1 < w.vectors:
-            put(ROWED, True, w, end + 1,
-                general_slope(ROWED, True, True, dense, o, w, end + 1, classes_of(ROWED, end + 1), s, last))
+        put_ends(w, head, tail, last)
     if layout == ROWED and 0 <= ifirst(s.pivot):
         sstore_one(w.dst + ifirst(s.pivot), first_lane(s.b))
 

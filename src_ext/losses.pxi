@@ -93,9 +93,7 @@ cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
         o.bends, o.dense, o.probabilities = form == BENT, form != FLAT and form != BENT, form == GIVEN
         o.even_weights = form == WEIGHED
         if form != FLAT:
-            o.entropy = o.shard = False
-        if form != FLAT:
-            o.spreads = form != BENT
+            o.entropy, o.shard, o.spreads = False, False, form != BENT
         if form == BENT:
             o.elsewhere = 0
     else:
@@ -152,11 +150,16 @@ cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *m
     return w
 
 
+cdef inline Py_ssize_t block_of(lane_int k) noexcept nogil:
+    """Where the block of 16 vectors starts that holds class k (ROWED); less than 0 if it is none."""
+    return (k & -<lane_int> (16 * LANES)) // LANES
+
+
 cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t c, lane_int target,
                           const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.first, w.vectors, w.classes = kept, src, dst, NULL, 0, (c + LANES - 1) // LANES, c
-    w.target_block, w.target = target // (16 * LANES) * 16, iset(target)
+    w.target_block, w.target = block_of(target), iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = src, 0, 0, more, 0, 0, NULL
     return w
 
@@ -405,26 +408,43 @@ cdef inline Py_ssize_t vectors_past(Py_ssize_t c, Py_ssize_t first) noexcept nog
     return (c // LANES * LANES - first) // LANES
 
 
+cdef inline Walk walk_past(const Walk *w) noexcept nogil:
+    """The walk over what are whole vectors where the row's gradient goes past the caches (ROWED)."""
+    cdef Walk inside = w[0]
+    cdef Py_ssize_t first = before_vector(w.past)
+    cdef lane_int y = ifirst(w.target) - <lane_int> first
+    inside.first, inside.tile, inside.past, inside.vectors = first, w.tile + first, w.past + first, vectors_past(w.classes, first)
+    inside.slopes = w.slopes + first if w.slopes != NULL else NULL
+    inside.classes, inside.target, inside.target_block = inside.vectors * LANES, iset(y), block_of(y)
+    return inside
+
+
+cdef inline void put_ends(const Walk *w, vec head, vec tail, vec last) noexcept nogil:
+    """The first and last whole vectors of such a row, and what is left of it, to w.dst: where exponentials may have been kept."""
+    cdef Py_ssize_t whole = w.classes // LANES
+    put(ROWED, False, w, whole - 1, tail)
+    put(ROWED, False, w, 0, head)
+    if whole < w.vectors:
+        put(ROWED, True, w, whole, last)
+
+
 cdef inline void scale_past(const Walk *w, vec last, vec r, vec target) noexcept nogil:
     """The same of a row that goes past the caches: what are whole vectors there goes at once, its ends to w.dst."""
-    cdef Py_ssize_t k, first = before_vector(w.past), n = vectors_past(w.classes, first), whole = w.classes // LANES
-    cdef lane_int y = ifirst(w.target)
-    cdef Py_ssize_t at = (y - first) // LANES if y >= first and y < first + n * LANES else n
-    cdef vec head = vload(w.tile), v
+    cdef Walk inside = walk_past(w)
+    cdef const real *p = inside.tile
+    cdef real *q = <real *> inside.past
+    cdef lane_int y = ifirst(inside.target)
+    cdef Py_ssize_t k, n = inside.vectors, at = y // LANES if 0 <= y < inside.classes else n
+    cdef vec head = vload(w.tile)
     for k in range(at):
-        vstream(<real *> w.past + first + k * LANES, mul(vload(w.tile + first + k * LANES), r))
+        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
     if at < n:
-        v = mul(vload(w.tile + first + at * LANES), r)
-        v = choose(ieq(iota(), iset(<lane_int> (y - first - at * LANES))), target, v)
-        vstream(<real *> w.past + first + at * LANES, v)
-    for k in range(n - at - 1):
-        vstream(<real *> w.past + first + (at + 1 + k) * LANES, mul(vload(w.tile + first + (at + 1 + k) * LANES), r))
-    put(ROWED, False, w, whole - 1, mul(vload(w.tile + (whole - 1) * LANES), r))
-    put(ROWED, False, w, 0, mul(head, r))
-    if whole < w.vectors:
-        put(ROWED, True, w, whole, mul(last, r))
-    if at == n and 0 <= y < w.classes:
-        sstore_one(w.dst + y, first_lane(target))
+        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target, mul(vload(p + at * LANES), r)))
+    for k in range(at + 1, n):
+        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
+    put_ends(w, mul(head, r), mul(vload(w.tile + (w.classes // LANES - 1) * LANES), r), mul(last, r))
+    if at == n and 0 <= ifirst(w.target) < w.classes:
+        sstore_one(w.dst + ifirst(w.target), first_lane(target))
 
 
 cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec r, vec target) noexcept nogil:

@@ -575,10 +575,10 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                 end = origin_of_distance(o, end)
             vstore(origin + r * LANES, end)
         end = vset(0)
-    if general and pivots_on_top(o):  # ahead of the walks, which a branch that was foreseen wrongly would hold up
+    if general:  # ahead of the walks, which a branch that was foreseen wrongly would hold up
         for i in range(n):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
-            pivot[i] = class_of(&w, vset(m[i]))
+            pivot[i] = class_of(&w, vset(m[i])) if pivots_on_top(o) else y[i]
     for i in range(n):
         first[i] = second[i] = low[i] = end
         if general:
@@ -595,12 +595,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
             w.more_ahead, w.near = ahead * s.probabilities.row_stride, <int> near[i] if o.slopes_in_units else FAR
-            if not has_target(o):
-                w.target_block = -1
             if keeps_slopes(o):
                 w.slopes = kept_slopes(scratch, c, i)
-            if not pivots_on_top(o):
-                pivot[i] = y[i]
             u_pivot[i] = target_at(o, &w, pivot[i], y[i]) if o.dense else 0
             state.pivot = iset(pivot[i])
             if o.kind == SOFTMAX:
@@ -638,8 +634,6 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                          kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
             if general and keeps_slopes(o):
                 w.slopes = kept_slopes(scratch, c, i)
-            if general and not has_target(o):
-                w.target_block = -1
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             if past:
                 w.past = s.grad.raw + (start + i) * c

@@ -946,7 +946,7 @@ FL_INLINE vec power_of_2(vec t, vec q) {
     return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), (q + vset(1)) * (vec)scale);
 #endif
 }
-/* exp(x - from log 2), for results up to 2 RAISED, or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
+/* exp(x - from log 2), or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
  * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is
  * near 0 and the result near 1e-30, its rounding alone would be 16 units of the result. */
 FL_INLINE vec vexp(vec x, vec from) {
@@ -957,8 +957,8 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
-/* vexp(x, from), none of which is above 2 RAISED; 0 below 2^-126 (in double 2^-1022). Whole powers of 2 are
- * added to exponents, which is half the work of `scalef`. */
+/* The same, bit for bit, but where results are above 2 RAISED: there vexp goes on to infinity. Whole powers of 2 are added to
+ * exponents, which is half the work of `scalef`. */
 FL_INLINE vec raised_exp(vec x, vec from) {
 #ifdef FL_MASK_REGISTERS
     const int shift = FL_MANTISSA - (LANES == 16 ? 4 : 3); /* from the lowest bit of t, which is a step, to its place in exponents */
