@@ -77,6 +77,7 @@ cdef extern from "simd.h" nogil:
     vec round_to_step(vec) noexcept
     vec vexp2(vec, vec) noexcept
     vec less_steps(vec, vec) noexcept
+    vec less_powers(vec, vec *) noexcept
     vec raised_exp(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept

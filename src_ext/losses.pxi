@@ -12,8 +12,8 @@
 # with C (softmax: not at all); and only a block that holds the target, or the end of a row, looks at where its lanes are
 # (`careful`).
 #
-# Cost: softmax reads the scores twice and, for the gradient, keeps and scales the exponentials; all but the first read
-# find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, without a target.
+# Cost: softmax reads the scores twice, of many classes once, and, for the gradient, keeps and scales the exponentials; all but
+# the first read find the row in cache. softmax, log-softmax and log-sum-exp are row losses too, without a target.
 
 cdef enum:
     LANED = 0
@@ -32,6 +32,7 @@ cdef enum:
 cdef enum:
     # Forms that a row loss is compiled in.
     PLAIN = 0
+    GLANCED = 9  # the same of `softmax` and `transform softmax`, for rows of many classes (see `glance`)
     # Of the softmax, as general.pxi has them:
     FLAT = 1  # without a softcap,
     WEIGHED = 2  # the same, u being class weights that are even,
@@ -44,6 +45,12 @@ cdef enum:
     # The logistic loss has GIVEN for targets (N, C) without weights of columns or smoothing.
     ANY = 6  # whatever options there are; of the softmax, if there are more forms, but for a softcap
 
+cdef enum:
+    GLANCE_CLASSES = 512  # from which on rows are GLANCED:
+    GLANCE = 8  # vectors whose maximum is taken for the row's,
+    GLANCE_SIZE = 24  # if their scores are no larger in size,
+    GLANCE_BEYOND = 20  # and the row's, as the walk finds it, is no more above
+
 cdef struct Options:
     # What a plain row loss reads.
     int kind
@@ -53,6 +60,7 @@ cdef struct Options:
     real classes
     # What the general form reads too (general.pxi).
     bint general
+    bint glances  # as GLANCED says
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     bint spreads  # whether u may be more than the target's: set by `fix_form`
     real z_loss
@@ -83,7 +91,8 @@ cdef struct Options:
 
 cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
-    o.general, o.slopes_in_units, o.spreads = form != PLAIN, form == BENT or form == BENT_ANY, o.dense or o.elsewhere != 0
+    o.general, o.glances = form != PLAIN and form != GLANCED, form == GLANCED
+    o.slopes_in_units, o.spreads = form == BENT or form == BENT_ANY, o.dense or o.elsewhere != 0
     if o.kind == LOGISTIC:
         o.bends = o.dense = o.entropy = o.shard = o.paired = False
         if form == PLAIN or form == GIVEN:
@@ -253,6 +262,21 @@ cdef inline vec row_max(const Walk *w, vec *size) noexcept nogil:
     return m
 
 
+cdef inline vec glance(const Walk *w, mask *fits) noexcept nogil:
+    """The maximum, of each lane, of GLANCE vectors of a row; and in which lanes they are not too large (ROWED).
+
+    Exponentials may be of the distance from that, in place of the row's maximum, as long as they fit: then the walk that takes
+    them finds the maximum too, and one walk is saved. Else the row is walked over again.
+    """
+    cdef vec m = vset(<real> -INFINITY), lowest = vset(<real> INFINITY), x
+    cdef Py_ssize_t k, step = w.classes // LANES // GLANCE
+    for k in range(GLANCE):
+        x = fetch(ROWED, False, w, k * step, 0)
+        m, lowest = vmax(m, x), vmin(lowest, x)
+    fits[0] = vle(vmax(m, sub(vset(0), lowest)), vset(GLANCE_SIZE))
+    return m
+
+
 cdef inline void look_ahead(const Options *o, const Walk *w, vec *m, vec *target, vec *size) noexcept nogil:
     """The maximum, the target's score and the largest size of each lane, as far as `open_rows` needs them (LANED)."""
     cdef vec x, top = vset(<real> -INFINITY), s = vset(0), lowest = sub(s, top)
@@ -283,6 +307,8 @@ cdef inline void add_block(Py_ssize_t start, vec block, vec *total, vec *lost) n
 cdef struct State:
     # What is known of some rows, one a lane; while a row is walked over (ROWED) of its lanes.
     vec m  # softmax family: the maximum. Hinge: see `aim`
+    vec start  # GLANCED: the maximum that the first walk started from,
+    vec top  # and the one that it found
     vec target  # the target's score
     vec a  # what the walks find
     vec b
@@ -301,13 +327,13 @@ cdef struct Sum:
     vec q  # exponentials as kept, times 1 + q, are relative to m itself
 
 
-cdef inline Sum complete(const Origin *o, vec others, vec m, vec target, vec at) noexcept nogil:
-    """The sums of a row with maximum m: `at` is the exponential of the target's score, `others` the sum without it."""
+cdef inline Sum complete(const Origin *o, vec others, vec low, vec m, vec target, vec at) noexcept nogil:
+    """The sums of a row with maximum m: `at` is the exponential of the target's score, `others` and `low` the sum without."""
     cdef vec beyond = less_steps(sub(m, o.shift), add(o.steps, vset(RAISED_BITS))), lost, rest
     cdef Sum s
     s.q = expm1_in_step(sub(vset(0), beyond))
     s.others = add(others, mul(others, s.q))
-    lost = add(sub(others, s.others), mul(others, s.q))
+    lost = add(low, add(sub(others, s.others), mul(others, s.q)))
     at = choose(veq(target, m), vset(RAISED), add(at, mul(at, s.q)))
     s.total = exact_sum(s.others, at, &rest)
     s.low = div(add(rest, lost), s.total)
@@ -346,16 +372,19 @@ cdef inline vec exp_from(bint far, const Origin *o, vec s) noexcept nogil:
     return raised_exp(sub(s, o.shift) if far else s, o.steps)
 
 
-cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const Walk *w, Py_ssize_t start,
-                           const Origin *o, vec *at_target, vec *last) noexcept nogil:
+cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, bint seek, const Walk *w, Py_ssize_t start,
+                           const Origin *o, vec *at_target, vec *top, vec *last) noexcept nogil:
     # Four sums in turn: a class's exponential is then rounded into at most 4 of a block's 16 additions and 2 more, which
     # equal scores would else round the same way every time.
-    cdef vec first = vset(0), second = first, third = first, fourth = first, e, found = at_target[0]
+    cdef vec first = vset(0), second = first, third = first, fourth = first, e, found = at_target[0], largest = top[0]
     cdef mask at
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     for k in range(start, whole):
-        e = exp_from(far, o, fetch(layout, False, w, k, 0))
+        e = fetch(layout, False, w, k, 0)
+        if seek:
+            largest = vmax(largest, e)
+        e = exp_from(far, o, e)
         fetch_ahead(layout, keep, w, k)
         if keep:
             vstore(kept(layout, w, k), e)
@@ -369,15 +398,20 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, const 
             e = add(first, e)
         first, second, third, fourth = second, third, fourth, e
     if careful and whole < stop:
-        last[0] = exp_from(far, o, fetch(layout, True, w, whole, <real> -INFINITY))
+        e = fetch(layout, True, w, whole, <real> -INFINITY)
+        if seek:
+            largest = vmax(largest, e)
+        last[0] = exp_from(far, o, e)
         fetch_ahead(layout, keep, w, whole)
         first = add_unless(ieq(cls, w.target), first, last[0])
-    at_target[0] = found
+    at_target[0], top[0] = found, largest
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_target, vec *last) noexcept nogil:
+cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m, vec *at_target, vec *top,
+                         vec *last) noexcept nogil:
     """Σ of the exponentials from `origin_of(m)` without the target, of each lane, and (LANED) the target's; they are kept.
+    If `seek`, the maximum.
 
     The exponentials of the last vector of a row, if it is not full, are kept in `last`: part of a vector that has just been
     written cannot be read again without a stall.
@@ -386,14 +420,14 @@ cdef inline vec row_exps(int layout, bint keep, const Walk *w, vec m, vec *at_ta
     cdef Origin o = origin_of(m)
     cdef Py_ssize_t start
     cdef bint far = not all_lanes(is_near(m))
-    at_target[0] = total
+    at_target[0], top[0] = total, vset(<real> -INFINITY)
     for start in range(0, w.vectors, 16):
         if far:
-            block = block_exps(layout, True, True, keep, w, start, &o, at_target, last)
+            block = block_exps(layout, True, True, keep, seek, w, start, &o, at_target, top, last)
         elif is_careful(layout, w, start):
-            block = block_exps(layout, True, False, keep, w, start, &o, at_target, last)
+            block = block_exps(layout, True, False, keep, seek, w, start, &o, at_target, top, last)
         else:
-            block = block_exps(layout, False, False, keep, w, start, &o, at_target, last)
+            block = block_exps(layout, False, False, keep, seek, w, start, &o, at_target, top, last)
         add_block(start, block, &total, &lost)
     return add(total, lost)
 
@@ -467,13 +501,20 @@ cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec
         put_at_target(ROWED, w, target)
 
 
-cdef inline vec settle_softmax(int layout, bint grad, State *s, vec factor) noexcept nogil:
+cdef inline vec settle_softmax(int layout, bint grad, bint glanced, State *s, vec factor) noexcept nogil:
     cdef Origin o = origin_of(s.m)
-    cdef Sum sums = complete(&o, s.a, s.m, s.target, s.b if layout == LANED else exp_from(True, &o, s.target))
-    cdef vec above, lost, rest, r
+    cdef vec others = s.a, low = vset(0), power, less, above, lost, rest, r
+    cdef Sum sums
+    if glanced:  # from what the walk started from to what it should have
+        power = less_powers(sub(o.steps, origin_of(s.start).steps), &less)
+        others = mul(s.a, power)
+        low = add(product_less(s.a, power, others), mul(s.a, less))
+    sums = complete(&o, others, low, s.m, s.target, s.b if layout == LANED else exp_from(True, &o, s.target))
     if grad:
         r = div(factor, sums.total)
         s.a, s.b = add(r, mul(r, sums.q)), mul(sums.others, sub(vset(0), r))
+        if glanced:
+            s.a = mul(s.a, power)
     above = exact_sum(s.m, sub(vset(0), s.target), &lost)
     sums.low = add(sums.low, lost)
     return log_of(&sums, above, &rest)
@@ -830,13 +871,13 @@ cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, cons
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline void open_transform(int layout, int kind, const Walk *w, State *s, vec *last) noexcept nogil:
+cdef inline void open_transform(int layout, int kind, bint seek, const Walk *w, State *s, vec *last) noexcept nogil:
     cdef vec total = vset(0), lost = total, tops = total, block
     cdef Origin o = origin_of(s.m)
     cdef Py_ssize_t start
     cdef bint writes = kind == LOG_PROBABILITIES, far = not all_lanes(is_near(s.m))
     if kind == PROBABILITIES:
-        s.a = row_exps(layout, True, w, s.m, &s.b, last)
+        s.a = row_exps(layout, True, seek, w, s.m, &s.b, &s.top, last)
         return
     for start in range(0, w.vectors, 16):
         if far:
@@ -859,7 +900,7 @@ cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
         s.a = div(one, others)
         return m
     top = exp_from(True, &o, m)
-    sums = complete(&o, add(others, mul(sub(s.b, one), top)), m, m, top)
+    sums = complete(&o, add(others, mul(sub(s.b, one), top)), vset(0), m, m, top)
     z = log_of(&sums, m, &rest)
     if kind == LOG_SUM:
         infinite = mandnot(veq(m, m), veq(sub(m, m), vset(0)))
@@ -929,7 +970,7 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
     if is_general_softmax(o):
         open_general(layout, grad, o, w, s, last)
     elif o.kind == SOFTMAX:
-        s.a = row_exps(layout, grad, w, s.m, &s.b, last)
+        s.a = row_exps(layout, grad, o.glances, w, s.m, &s.b, &s.top, last)
     elif o.kind == FROM_STATS:
         open_from_stats(layout, o, w, factor, s)
     elif o.kind == HINGE_MAX:
@@ -941,9 +982,9 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
     elif o.kind == LOGISTIC:
         open_logistic(layout, grad, o, w, factor, s)
     elif o.kind == PROBABILITIES:
-        open_transform(layout, PROBABILITIES, w, s, last)
+        open_transform(layout, PROBABILITIES, o.glances, w, s, last)
     else:
-        open_transform(layout, o.kind, w, s, last)
+        open_transform(layout, o.kind, False, w, s, last)
 
 
 cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
@@ -976,7 +1017,7 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
     if is_general_softmax(o):
         return settle_general(grad, o, s, factor)
     if o.kind == SOFTMAX:
-        return settle_softmax(layout, grad, s, factor)
+        return settle_softmax(layout, grad, o.glances, s, factor)
     if o.kind == FROM_STATS:
         return s.a
     if o.kind == HINGE:

@@ -463,14 +463,14 @@ cdef inline void aim_group(const Options *o, int n, const vec *top, real *m, rea
 
 
 cdef inline void settle_group(bint grad, const Options *o, int n, const vec *first, const vec *second, const vec *low,
-                              const real *m, const real *target, const real *mult, real factor, real *a, real *b,
-                              real *losses) noexcept nogil:
+                              const real *begin, const real *m, const real *target, const real *mult, real factor,
+                              real *a, real *b, real *losses) noexcept nogil:
     """Losses of n rows, and in a and b what the gradient needs, from what was found of each over its lanes."""
     cdef State state
     cdef Py_ssize_t v, g
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
-        state.m, state.target = vload(m + g), vload(target + g)
+        state.start, state.m, state.target = vload(begin + g), vload(m + g), vload(target + g)
         fold(o, first + g, second + g, low + g, &state)
         vstore(losses + g, settle(ROWED, grad, o, &state, mul(vload(mult + g), vset(factor))))
         vstore(a + g, state.a)
@@ -518,6 +518,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef vec low[32]
     cdef vec last[32]
     cdef real m[32]
+    cdef real begin[32]  # GLANCED: what the first walk started from
     cdef real target[32]
     cdef real a[32]
     cdef real b[32]
@@ -541,10 +542,13 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef const real *more = NULL
     cdef int i, r
-    cdef bint general = form != PLAIN, doubtful = False
+    cdef bint general = form != PLAIN and form != GLANCED, doubtful = False
     # Whether the last walk itself sends the gradient, but for what lies between rows.
     cdef bint past = (grad and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
                       and s.streams and c >= PAST_CLASSES)
+    # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
+    cdef bint apart = grad and (not STORED_IS_REAL or (form == GLANCED and s.grad.raw == s.scores.raw))
+    cdef mask fits
     cdef stored *to
     cdef Py_ssize_t done
     own.kind, own.power = kind, power
@@ -561,10 +565,15 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     for i in range(n):
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
-            top[i] = row_max(&w, &size[i] if o.slopes_in_units else NULL)
+            if o.glances:
+                top[i] = glance(&w, &fits)
+            if not (o.glances and all_lanes(fits)):
+                top[i] = row_max(&w, &size[i] if o.slopes_in_units else NULL)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
     aim_group(o, n, top, m, target)
+    if o.glances:
+        memcpy(begin, m, sizeof(m))
     if general and o.kind == SOFTMAX:
         for r in range((n + LANES - 1) // LANES):
             end = vload(m + r * LANES)
@@ -590,7 +599,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         if general:
             more = row_more(o, &s.probabilities, start + i, c, y[i])
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
-                     kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
+                     kept_row(grad, apart, dst + i * stride, scratch, c, i), c, y[i], more)
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
         if general:
@@ -601,8 +610,15 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             state.pivot = iset(pivot[i])
             if o.kind == SOFTMAX:
                 state.c = vset(origin[i])
-        state.m, state.target = vset(m[i]), vset(target[i])
-        open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
+        state.target = vset(target[i])
+        for r in range(2):
+            state.m = vset(m[i])
+            open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
+            if not o.glances:
+                break
+            begin[i], m[i] = m[i], lane_greatest(state.top)
+            if all_lanes(vle(state.top, vset(begin[i] + GLANCE_BEYOND))):
+                break
         first[i], second[i] = state.a, state.b
         if has_low(o):
             low[i] = state.low
@@ -616,7 +632,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         settle_general_group(grad, o, n, first, second, low, found, u_pivot, m, origin, near, target, mult, s.scale, a, b, coefficient, losses,
                              extras)
     else:
-        settle_group(grad, o, n, first, second, low, m, target, mult, s.scale, a, b, losses)
+        settle_group(grad, o, n, first, second, low, begin, m, target, mult, s.scale, a, b, losses)
     for r in range(n):
         # What was kept is read from the last row on: a read waits for a masked store, of a row's end, that lies just before.
         i = n - 1 - r if keeps(o) else r
@@ -631,7 +647,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                 more = row_more(o, &s.probabilities, start + i, c, y[i])
                 state.c, state.pivot = vset(coefficient[i]), iset(pivot[i])
             w = walk_row(src + i * s.scores.row_stride, dst + i * stride,
-                         kept_row(grad, dst + i * stride, scratch, c, i), c, y[i], more)
+                         kept_row(grad, apart, dst + i * stride, scratch, c, i), c, y[i], more)
             if general and keeps_slopes(o):
                 w.slopes = kept_slopes(scratch, c, i)
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
@@ -648,11 +664,11 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         stream_bytes(<char *> (to + done), <char *> (dst + done), (n * c - done) * <Py_ssize_t> sizeof(stored))
 
 
-cdef inline real *kept_row(bint grad, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:
-    """Where the numbers of row i of a group are kept between its walks: the gradient's place, if it is of their type."""
+cdef inline real *kept_row(bint grad, bint apart, stored *dst, real *scratch, Py_ssize_t columns, int i) noexcept nogil:
+    """Where the numbers of row i of a group are kept between its walks: the gradient's place, if that may be."""
     if not grad:
         return NULL
-    return <real *> dst if STORED_IS_REAL else scratch + i * columns
+    return scratch + i * columns if apart else <real *> dst
 
 
 cdef inline stored *held_rows(real *scratch, Py_ssize_t columns) noexcept nogil:
@@ -764,6 +780,13 @@ cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
             general_tiles(grad, t)
         else:
             general_groups(grad, t)
+    elif layout == ROWED and (kind == SOFTMAX or kind == PROBABILITIES) and t.s.scores.columns >= GLANCE_CLASSES:
+        if kind == SOFTMAX and grad:
+            of_kind(ROWED, SOFTMAX, 1, GLANCED, True, t)
+        elif kind == SOFTMAX:
+            of_kind(ROWED, SOFTMAX, 1, GLANCED, False, t)
+        else:
+            of_kind(ROWED, PROBABILITIES, 1, GLANCED, True, t)
     elif kind == SOFTMAX and grad:
         of_kind(layout, SOFTMAX, 1, PLAIN, True, t)
     elif kind == SOFTMAX:
@@ -864,7 +887,7 @@ cdef void long_block(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef Py_ssize_t row = k // p.blocks, first = k % p.blocks * p.size, c = min(p.size, s.scores.columns - first)
     cdef bint grad = s.grad.raw != NULL
     cdef stored *dst = s.grad.raw + row * s.grad.row_stride + first if grad else NULL
-    cdef real *kept = kept_row(grad, dst, <real *> s.scratch, s.scores.columns, <int> row)
+    cdef real *kept = kept_row(grad, not STORED_IS_REAL, dst, <real *> s.scratch, s.scores.columns, <int> row)
     cdef Walk w = walk_row(s.scores.raw + row * s.scores.row_stride + first, dst,
                            kept if STORED_IS_REAL or not grad else kept + first, c, p.y[row] - <lane_int> first, NULL)
     cdef State state
@@ -949,7 +972,8 @@ cdef double scores_long(ScoresPass *s, int n_threads) except? -1:
                 more.a, more.b, more.low = p.a[k], p.b[k], p.low[k]
                 merge(o, &state, &more)
             rows[0][i], rows[1][i], rows[2][i] = state.a, state.b, state.low
-        settle_group(grad, o, <int> n, rows[0], rows[1], rows[2], p.m, p.target, p.mult, s.scale, p.row_a, p.row_b, losses)
+        settle_group(grad, o, <int> n, rows[0], rows[1], rows[2], p.m, p.m, p.target, p.mult, s.scale, p.row_a, p.row_b,
+                     losses)
         for i in range(n):
             p.holder[i] = -1
             k = 0
@@ -1018,7 +1042,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     if s.laned:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
-    elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL):
+    elif s.grad.raw != NULL and (s.streams or s.grad.raw == s.scores.raw or not STORED_IS_REAL):
         s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)

@@ -899,6 +899,17 @@ static const real fl_powers[LANES] = {
     0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0, 0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0,
 #endif
 };
+/* What they lack, as rounded. */
+static const real fl_powers_low[LANES] = {
+#if FASTLOSS_BITS == 32
+    0, 0x1.9f3122p-25f, -0x1.c15742p-27f, 0x1.ceac48p-25f, 0x1.4636e2p-25f, 0x1.824684p-25f,
+    -0x1.593abcp-25f, -0x1.5bd5ecp-27f, 0x1.9fcef4p-26f, -0x1.829fdp-25f, 0x1.15506ep-27f, 0x1.51f848p-27f,
+    -0x1.a94b14p-26f, -0x1.3d56b2p-27f, -0x1.822dbcp-27f, 0x1.52486cp-27f,
+#else
+    0, -0x1.19041b9d78a76p-55, 0x1.6f46ad23182e4p-55, 0x1.d4397afec42e2p-56,
+    -0x1.bdd3413b26456p-54, 0x1.6e9f156864b27p-54, 0x1.7a1cd345dcc81p-54, 0x1.2ed02d75b3707p-55,
+#endif
+};
 /* exp(unit r) - 1 for at most half a step, such that adding 1 gives exp to 1e-8 in float, 4e-18 in double: its Taylor series.
  * unit, a constant: 1, or log 2 for r in steps. */
 static const double fl_expm1[] = {
@@ -945,6 +956,16 @@ FL_INLINE vec power_of_2(vec t, vec q) {
     ivec scale = ((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA);
     return choose(vlt(t, vset(FL_MAGIC - (FL_BIAS - 1))), vset(0), (q + vset(1)) * (vec)scale);
 #endif
+}
+/* 2^-n, and what that, as rounded, lacks. */
+FL_INLINE vec less_powers(vec n, vec *low) {
+    vec t = vset(FL_MAGIC) - n;
+#ifdef FL_MASK_REGISTERS
+    *low = VOP(scalef)(look_up(vload(fl_powers_low), (ivec)t), t - vset(FL_MAGIC));
+#else
+    *low = vset(0);
+#endif
+    return power_of_2(t, vset(0));
 }
 /* exp(x - from log 2), or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
  * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is

@@ -153,6 +153,37 @@ def test_a_target_that_dominates(compiled, dtype, gap):
     assert (np.abs(found - losses) <= 4 * unit(losses, dtype)).all()
 
 
+@pytest.mark.parametrize("n_classes", [600, 1111])
+def test_a_maximum_that_comes_late(compiled, dtype, n_classes):
+    """Rows of many classes are begun from the maximum of some of them: however far the others are above it."""
+    rng = np.random.default_rng(3)
+    lifts = np.array([0, 1, 7.3, 15.1, 19.9, 20.1, 23, 24.1, 40, 90, 3e3, -5, -40, -3e3], dtype)
+    scores = rng.normal(size=(2 * len(lifts), n_classes)).astype(dtype)
+    late = n_classes - 3
+    scores[:, late] = np.repeat(lifts, 2) + scores[:, late]
+    y = np.where(np.arange(len(scores)) % 2, late, 17)
+    losses, gradient = accuracy.exact_softmax(scores, y)
+    found, found_gradient = unscaled(SOFTMAX, scores, y, compiled)
+    assert loss_ulps(found, losses).max() <= LOSS_ULPS
+    assert gradient_ulps(found_gradient, gradient).max() <= GRADIENT_ULPS
+    assert (SOFTMAX.value(scores, y, reduction="none", backend=compiled) == found).all()
+    p = accuracy.parts(scores, scores.argmax(axis=1))
+    probabilities = p.exps / p.total[:, None]
+    probabilities[np.arange(len(y)), scores.argmax(axis=1)] = 1 / p.total
+    assert gradient_ulps(fl.softmax(scores, backend=compiled), probabilities).max() <= GRADIENT_ULPS
+
+    # A factor that is small is not lost beside one that is small as well.
+    factor = dtype(2.0**-40)
+    small = SOFTMAX.value_and_grad(scores, y, reduction="none", upstream=np.full(len(y), factor), backend=compiled)[1]
+    kept = np.abs(found_gradient) * factor > 16 * np.finfo(dtype).smallest_normal
+    assert (small[kept] == found_gradient[kept] * factor).all()
+
+    in_place = scores.copy()
+    again, _ = SOFTMAX.value_and_grad(in_place, y, out=in_place, reduction="none", backend=compiled)
+    assert (again == found).all()
+    assert in_place.tobytes() == found_gradient.tobytes()
+
+
 def test_transforms(compiled, dtype):
     for rows, scores, _, _, _ in softmax_cases(dtype):
         top = scores.argmax(axis=1)
