@@ -132,12 +132,15 @@ cdef inline int form_of(const Options *o) noexcept nogil:
     return BENT if o.bends else GIVEN if o.probabilities else WEIGHED if o.even_weights else UNEVEN
 
 
+cdef struct Late
+
+
 cdef struct Walk:
     # How a row loss walks over the classes of a tile, in either layout.
     real *tile  # LANED: the scores, and the gradient in their place. ROWED: what the first walk keeps for the second
     const stored *src  # ROWED: the row's scores
     stored *dst  # ROWED: its gradient
-    stored *past  # where that goes past the caches, if the last walk is to send it there (ROWED)
+    stored *past  # where that goes past the caches, if a walk is to send it there (ROWED)
     Py_ssize_t first  # where `more` and numbers of classes begin for vector 0: not 0 in a part of a row (ROWED)
     Py_ssize_t vectors
     Py_ssize_t classes
@@ -150,12 +153,22 @@ cdef struct Walk:
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
     int near  # `nearness` of all scores, in the general form
     real *slopes  # where the general form keeps them, if it does, laid out as `tile`
+    Late *late  # what is sent past the caches meanwhile, if anything (ROWED)
+
+
+cdef struct Late:
+    # A row whose last walk is left to be made while the next row is walked over: memory that is written to while it is read from
+    # is as busy as in a copy.
+    Walk inside  # what of it are whole vectors where the gradient goes
+    vec r, target
+    Py_ssize_t sent  # how many of these are there
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
     cdef Walk w
     w.tile, w.src, w.dst, w.past, w.first, w.vectors, w.classes, w.target = tile, NULL, NULL, NULL, 0, c, c, target
     w.ahead, w.target_block, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = NULL, 0, 0, 0, more, 0, 0, NULL
+    w.late = NULL
     return w
 
 
@@ -170,6 +183,7 @@ cdef inline Walk walk_row(const stored *src, stored *dst, real *kept, Py_ssize_t
     w.tile, w.src, w.dst, w.past, w.first, w.vectors, w.classes = kept, src, dst, NULL, 0, (c + LANES - 1) // LANES, c
     w.target_block, w.target = block_of(target), iset(target)
     w.ahead, w.ahead_step, w.dst_ahead, w.more, w.more_ahead, w.near, w.slopes = src, 0, 0, more, 0, 0, NULL
+    w.late = NULL
     return w
 
 
@@ -408,6 +422,28 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, bint s
     return add(add(first, second), add(third, fourth))
 
 
+cdef inline void scale_vectors(const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec target) noexcept nogil:
+    """The exponentials that were kept, times r, but `target` at the target, past the caches: some of `walk_past`'s vectors."""
+    cdef const real *p = inside.tile
+    cdef real *q = <real *> inside.past
+    cdef lane_int y = ifirst(inside.target)
+    cdef Py_ssize_t k, at = y // LANES if 0 <= y < inside.classes else inside.vectors
+    for k in range(start, min(at, stop)):
+        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
+    if start <= at < stop:
+        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target, mul(vload(p + at * LANES), r)))
+    for k in range(max(start, at + 1), stop):
+        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
+
+
+cdef inline void send_late(Late *late, Py_ssize_t until) noexcept nogil:
+    """Send what waits, up to vector `until`."""
+    until = min(until, late.inside.vectors)
+    if late.sent < until:
+        scale_vectors(&late.inside, late.sent, until, late.r, late.target)
+        late.sent = until
+
+
 cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m, vec *at_target, vec *top,
                          vec *last) noexcept nogil:
     """Σ of the exponentials from `origin_of(m)` without the target, of each lane, and (LANED) the target's; they are kept.
@@ -428,6 +464,8 @@ cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m,
             block = block_exps(layout, True, False, keep, seek, w, start, &o, at_target, top, last)
         else:
             block = block_exps(layout, False, False, keep, seek, w, start, &o, at_target, top, last)
+        if STORED_IS_REAL and seek and keep and w.late != NULL:
+            send_late(w.late, start + 16)
         add_block(start, block, &total, &lost)
     return add(total, lost)
 
@@ -435,6 +473,11 @@ cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m,
 cdef inline Py_ssize_t before_vector(const stored *p) noexcept nogil:
     """Numbers from p to the next place for a whole vector in memory."""
     return <Py_ssize_t> ((0 - <size_t> p) % VBYTES // sizeof(stored))
+
+
+cdef inline Py_ssize_t since_vector(const stored *p) noexcept nogil:
+    """Numbers from the last place for a whole vector in memory to p."""
+    return <Py_ssize_t> (<size_t> p % VBYTES // sizeof(stored))
 
 
 cdef inline Py_ssize_t vectors_past(Py_ssize_t c, Py_ssize_t first) noexcept nogil:
@@ -465,19 +508,10 @@ cdef inline void put_ends(const Walk *w, vec head, vec tail, vec last) noexcept 
 cdef inline void scale_past(const Walk *w, vec last, vec r, vec target) noexcept nogil:
     """The same of a row that goes past the caches: what are whole vectors there goes at once, its ends to w.dst."""
     cdef Walk inside = walk_past(w)
-    cdef const real *p = inside.tile
-    cdef real *q = <real *> inside.past
     cdef lane_int y = ifirst(inside.target)
-    cdef Py_ssize_t k, n = inside.vectors, at = y // LANES if 0 <= y < inside.classes else n
-    cdef vec head = vload(w.tile)
-    for k in range(at):
-        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
-    if at < n:
-        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target, mul(vload(p + at * LANES), r)))
-    for k in range(at + 1, n):
-        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
-    put_ends(w, mul(head, r), mul(vload(w.tile + (w.classes // LANES - 1) * LANES), r), mul(last, r))
-    if at == n and 0 <= ifirst(w.target) < w.classes:
+    scale_vectors(&inside, 0, inside.vectors, r, target)
+    put_ends(w, mul(vload(w.tile), r), mul(vload(w.tile + (w.classes // LANES - 1) * LANES), r), mul(last, r))
+    if not 0 <= y < inside.classes and 0 <= ifirst(w.target) < w.classes:
         sstore_one(w.dst + ifirst(w.target), first_lane(target))
 
 
@@ -630,6 +664,8 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
             block_hinge(layout, True, grad, power, o, w, start, s, share, &block)
         else:
             block_hinge(layout, False, grad, power, o, w, start, s, share, &block)
+        if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
+            send_late(w.late, start + 16)
         add_block(start, block.loss, &loss, &lost)
         lost = add(lost, block.low)
         if power == 1:  # counts
@@ -841,6 +877,8 @@ cdef inline void open_logistic(int layout, bint grad, const Options *o, const Wa
             block = block_logistic(layout, True, grad, o, w, start, share, &own)
         else:
             block = block_logistic(layout, False, grad, o, w, start, share, &own)
+        if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
+            send_late(w.late, start + 16)
         add_block(start, block, &total, &lost)
         lost = add(lost, own)
     s.a, s.b, s.low = total, vset(0), number_or_zero(lost)

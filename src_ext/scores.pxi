@@ -502,12 +502,66 @@ cdef inline void settle_general_group(bint grad, const Options *o, int n, const 
             vstore(extras + EXTRAS + g, state.more[1])
 
 
+cdef struct LateGroup:
+    # Rows whose gradients are sent past the caches while the next group is walked over.
+    Late rows[32]
+    int n
+    Py_ssize_t columns
+    stored *to
+    stored *held
+    # What lies between rows, and before the first and behind the last: the end of one and the beginning of the next, which share
+    # a line there (`end_of`). Written long before it is sent: what is read across two stores that are still on their way waits
+    # for them, and for all that are ahead of them, past the caches.
+    real between[33][48]
+
+
+cdef inline Py_ssize_t end_of(Py_ssize_t c) noexcept nogil:
+    """Where rows of c classes end in `between`: the last whole vector of one begins at 0."""
+    return LANES + c % LANES
+
+
+cdef inline void leave(LateGroup *late, int i, const Walk *w, vec last, vec r, vec target) noexcept nogil:
+    """Leave the last walk over row i for later, but for its ends. Rows are left in order."""
+    cdef Py_ssize_t c = w.classes, whole = c // LANES * LANES
+    cdef lane_int y = ifirst(w.target)
+    vstore(late.between[i] + end_of(c), mul(vload(w.tile), r))
+    vstore(late.between[i + 1], mul(vload(w.tile + whole - LANES), r))
+    vstore(late.between[i + 1] + LANES, mul(last, r))
+    if 0 <= y < LANES:
+        late.between[i][end_of(c) + y] = first_lane(target)
+    elif whole - LANES <= y < c:
+        late.between[i + 1][y - whole + LANES] = first_lane(target)
+    late.rows[i].inside, late.rows[i].r, late.rows[i].target, late.rows[i].sent = walk_past(w), r, target, 0
+
+
+cdef void finish(LateGroup *late) noexcept nogil:
+    """Send what is left of them."""
+    cdef Py_ssize_t c, first, end
+    cdef int i
+    if late.n == 0:
+        return
+    c, end = late.columns, before_vector(late.to)
+    stream_bytes(<char *> late.to, <char *> (late.between[0] + end_of(c)), end * <Py_ssize_t> sizeof(stored))
+    for i in range(late.n):
+        send_late(&late.rows[i], late.rows[i].inside.vectors)
+        late.rows[i].sent = late.rows[i].inside.vectors = 0
+        first = (i + 1) * c - c % LANES
+        first -= since_vector(late.to + first)
+        end = (i + 1) * c
+        if i + 1 < late.n:
+            end += before_vector(late.to + end)
+        stream_bytes(<char *> (late.to + first), <char *> (late.between[i + 1] + end_of(c) + first - (i + 1) * c),
+                     (end - first) * <Py_ssize_t> sizeof(stored))
+    late.n = 0
+
+
 cdef inline void group_losses_case(int kind, int power, int form, bint grad, const ScoresPass *s, Py_ssize_t start,
                                    int n, Py_ssize_t ahead, const lane_int *y, const real *mult, real *scratch,
-                                   real *losses, real *extras) noexcept nogil:
+                                   real *losses, real *extras, LateGroup *late) noexcept nogil:
     """Row losses, and gradients, of n <= GROUP_ROWS rows that are contiguous; both 0 where the multiplier is 0.
 
-    A walk is over all rows of the group before the next begins, so that no row waits for what is folded of it.
+    A walk is over all rows of the group before the next begins, so that no row waits for what is folded of it. Gradients that go
+    past the caches may be left in `late`.
     """
     cdef Options own = s.options
     cdef const Options *o = &own
@@ -543,18 +597,21 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const real *more = NULL
     cdef int i, r
     cdef bint general = form != PLAIN and form != GLANCED, doubtful = False
-    # Whether the last walk itself sends the gradient, but for what lies between rows.
-    cdef bint past = (grad and (kind == SOFTMAX or kind == PROBABILITIES) and STORED_IS_REAL
-                      and s.streams and c >= PAST_CLASSES)
-    # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
-    cdef bint apart = grad and (not STORED_IS_REAL or (form == GLANCED and s.grad.raw == s.scores.raw))
+    cdef bint past, is_late, apart
     cdef mask fits
     cdef stored *to
     cdef Py_ssize_t done
     own.kind, own.power = kind, power
     fix_form(&own, ROWED, form)
+    # Whether gradients go past the caches from the last walk, or while the next group is walked over; but for what lies between.
+    past = grad and STORED_IS_REAL and s.streams and c >= PAST_CLASSES and (keeps(o) or has_low(o))
+    is_late = past and (o.glances or has_low(o))
+    # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
+    apart = grad and (not STORED_IS_REAL or (o.glances and s.grad.raw == s.scores.raw))
     if grad and s.streams:
-        dst, stride = held_rows(scratch, c), c
+        dst, stride = held_rows(scratch, c), whole_columns(c) if is_late else c
+        if is_late and late.n > 0 and late.held == dst:
+            dst += stride * group_rows(c)
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         top[i] = first[i] = second[i] = low[i] = end
         if general:
@@ -602,6 +659,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                      kept_row(grad, apart, dst + i * stride, scratch, c, i), c, y[i], more)
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
         w.dst_ahead = 0 if s.streams else ahead * stride
+        if is_late:
+            w.late = &late.rows[i]
         if general:
             w.more_ahead, w.near = ahead * s.probabilities.row_stride, <int> near[i] if o.slopes_in_units else FAR
             if keeps_slopes(o):
@@ -633,15 +692,21 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                              extras)
     else:
         settle_group(grad, o, n, first, second, low, begin, m, target, mult, s.scale, a, b, losses)
+    if is_late:
+        finish(late)
     for r in range(n):
         # What was kept is read from the last row on: a read waits for a masked store, of a row's end, that lies just before.
-        i = n - 1 - r if keeps(o) else r
+        i = n - 1 - r if keeps(o) and not is_late else r
         if mult[i] == 0:
             losses[i] = 0
             if general and extras != NULL:
                 extras[i] = extras[EXTRAS + i] = 0
             if grad:
                 memset(dst + i * stride, 0, c * sizeof(stored))
+            if is_late:
+                w = walk_row(src, dst + i * stride, <real *> dst + i * stride, c, y[i], NULL)
+                w.past = s.grad.raw + (start + i) * c
+                leave(late, i, &w, end, end, end)
         elif grad:
             if general:
                 more = row_more(o, &s.probabilities, start + i, c, y[i])
@@ -653,8 +718,19 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
             if past:
                 w.past = s.grad.raw + (start + i) * c
-            close_rows(ROWED, o, &w, &state, last[i])
-    if grad and s.streams:
+            if is_late and not keeps(o):  # what was written is the gradient, but at the target
+                if not has_target(o):
+                    w.target = iset(-1)
+                if c % LANES:
+                    last[i] = vload_part(w.tile + c // LANES * LANES, c % LANES, 0)
+                leave(late, i, &w, last[i], vset(1), state.b)
+            elif is_late:
+                leave(late, i, &w, last[i], state.a, state.b)
+            else:
+                close_rows(ROWED, o, &w, &state, last[i])
+    if is_late:
+        late.n, late.columns, late.to, late.held = n, c, s.grad.raw + start * c, dst
+    elif grad and s.streams:
         done, to = 0, s.grad.raw + start * c
         for i in range(n if past else 0):
             if mult[i] != 0:
@@ -687,10 +763,10 @@ cdef inline Py_ssize_t whole_columns(Py_ssize_t columns) noexcept nogil:
 
 
 cdef void group_losses(const ScoresPass *s, Py_ssize_t start, int n, Py_ssize_t ahead, const lane_int *y,
-                       const real *mult, real *scratch, real *losses, real *extras) noexcept nogil:
+                       const real *mult, real *scratch, real *losses, real *extras, LateGroup *late) noexcept nogil:
     cdef Call t
     t.o, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch = &s.options, s, start, n, ahead, y, mult, scratch
-    t.losses, t.extras = losses, extras
+    t.losses, t.extras, t.late = losses, extras, late
     by_kind(ROWED, s.grad.raw != NULL, &t)
 
 
@@ -715,6 +791,7 @@ cdef struct Call:
     real *scratch
     Py_ssize_t start, ahead
     int n
+    LateGroup *late
 
 
 cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, const Call *t) noexcept nogil:
@@ -723,7 +800,7 @@ cdef inline void of_kind(int layout, int kind, int power, int form, bint grad, c
                          t.more, t.extras, t.slopes, t.doubtful)
     else:
         group_losses_case(kind, power, form, grad, t.s, t.start, t.n, t.ahead, t.y, t.mult, t.scratch, t.losses,
-                          t.extras)
+                          t.extras, t.late)
 
 
 cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept nogil:
@@ -821,10 +898,14 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
     cdef real mult[32]
     cdef real losses[32]
     cdef real extras[512]
+    cdef LateGroup late
     cdef double sums[16]
     memset(sums, 0, sizeof(sums))
     memset(y, 0 if has_target(&s.options) else 0xff, sizeof(y))  # class −1 is none
     memset(losses, 0, sizeof(losses))
+    late.n = 0
+    for i in range(GROUP_ROWS if s.streams else 0):
+        late.rows[i].sent = late.rows[i].inside.vectors = 0
     for t in range((stop - start + group - 1) // group):
         row = start + t * group
         n = <int> min(group, stop - row)
@@ -837,7 +918,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             check_probabilities(s, row, n)
         if s.top != NULL:
             keep_group_tops(s, row, n, mult)
-        group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL)
+        group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL, &late)
         keep_extras(s, extras, row, n)
         for i in range(n, GROUP_ROWS):
             losses[i] = 0
@@ -846,6 +927,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
                 s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
         for i in range((n + TILE - 1) // TILE):
             add_products(sums, losses + i * TILE, mult + i * TILE)
+    finish(&late)
     return fold_doubles(sums)
 
 
@@ -1043,7 +1125,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or s.grad.raw == s.scores.raw or not STORED_IS_REAL):
-        s.scratch_size = 2 * s.scores.columns * group_rows(s.scores.columns) * sizeof(real)
+        s.scratch_size = 2 * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
         s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)

@@ -11,8 +11,8 @@ from tests.conftest import BACKENDS
 
 BYTES = 34 << 20  # more than STREAM_BYTES in scores.pxi
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
-SHAPES = [("float32", c) for c in (100, 512, 1001, 70001)]
-SHAPES += [("float64", 1001), ("bfloat16", 1001)]
+SHAPES = [("float32", c) for c in (100, 512, 1001, 4608, 70001)]
+SHAPES += [("float64", 1001), ("bfloat16", 1001), ("bfloat16", 9001)]
 
 
 def at_offset(shape, dtype, offset):
@@ -25,6 +25,7 @@ def at_offset(shape, dtype, offset):
 def losses_of(c):
     """Row losses of c classes whose gradients are sent in different ways."""
     return [
+        fl.Hinge(),  # at an offset of 0
         fl.Softmax(),
         fl.Softmax(label_smoothing=0.1),
         fl.Softmax(softcap=3.0),
@@ -35,6 +36,7 @@ def losses_of(c):
         fl.Hinge(),
         fl.Hinge(power=2),
         fl.Hinge(over="max"),
+        fl.Logistic(),
     ]
 
 
