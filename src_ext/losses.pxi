@@ -160,7 +160,7 @@ cdef struct Late:
     # A row whose last walk is left to be made while the next row is walked over: memory that is written to while it is read from
     # is as busy as in a copy.
     Walk inside  # what of it are whole vectors where the gradient goes
-    vec r, target
+    vec r, less, target  # its gradient: r times what was kept, `less` that; and the target's entry
     Py_ssize_t sent  # how many of these are there
 
 
@@ -422,25 +422,27 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, bint s
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline void scale_vectors(const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec target) noexcept nogil:
-    """The exponentials that were kept, times r, but `target` at the target, past the caches: some of `walk_past`'s vectors."""
+cdef inline void scale_vectors(const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec less,
+                               vec target) noexcept nogil:
+    """What was kept, times r, `less` that, but `target` at the target, past the caches: some of `walk_past`'s vectors."""
     cdef const real *p = inside.tile
     cdef real *q = <real *> inside.past
     cdef lane_int y = ifirst(inside.target)
     cdef Py_ssize_t k, at = y // LANES if 0 <= y < inside.classes else inside.vectors
     for k in range(start, min(at, stop)):
-        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
+        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, less))
     if start <= at < stop:
-        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target, mul(vload(p + at * LANES), r)))
+        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target,
+                                       product_less(vload(p + at * LANES), r, less)))
     for k in range(max(start, at + 1), stop):
-        vstream(q + k * LANES, mul(vload(p + k * LANES), r))
+        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, less))
 
 
 cdef inline void send_late(Late *late, Py_ssize_t until) noexcept nogil:
     """Send what waits, up to vector `until`."""
     until = min(until, late.inside.vectors)
     if late.sent < until:
-        scale_vectors(&late.inside, late.sent, until, late.r, late.target)
+        scale_vectors(&late.inside, late.sent, until, late.r, late.less, late.target)
         late.sent = until
 
 
@@ -509,7 +511,7 @@ cdef inline void scale_past(const Walk *w, vec last, vec r, vec target) noexcept
     """The same of a row that goes past the caches: what are whole vectors there goes at once, its ends to w.dst."""
     cdef Walk inside = walk_past(w)
     cdef lane_int y = ifirst(inside.target)
-    scale_vectors(&inside, 0, inside.vectors, r, target)
+    scale_vectors(&inside, 0, inside.vectors, r, vset(0), target)
     put_ends(w, mul(vload(w.tile), r), mul(vload(w.tile + (w.classes // LANES - 1) * LANES), r), mul(last, r))
     if not 0 <= y < inside.classes and 0 <= ifirst(w.target) < w.classes:
         sstore_one(w.dst + ifirst(w.target), first_lane(target))

@@ -520,18 +520,19 @@ cdef inline Py_ssize_t end_of(Py_ssize_t c) noexcept nogil:
     return LANES + c % LANES
 
 
-cdef inline void leave(LateGroup *late, int i, const Walk *w, vec last, vec r, vec target) noexcept nogil:
+cdef inline void leave(LateGroup *late, int i, const Walk *w, vec last, vec r, vec less, vec target) noexcept nogil:
     """Leave the last walk over row i for later, but for its ends. Rows are left in order."""
     cdef Py_ssize_t c = w.classes, whole = c // LANES * LANES
     cdef lane_int y = ifirst(w.target)
-    vstore(late.between[i] + end_of(c), mul(vload(w.tile), r))
-    vstore(late.between[i + 1], mul(vload(w.tile + whole - LANES), r))
-    vstore(late.between[i + 1] + LANES, mul(last, r))
+    vstore(late.between[i] + end_of(c), product_less(vload(w.tile), r, less))
+    vstore(late.between[i + 1], product_less(vload(w.tile + whole - LANES), r, less))
+    vstore(late.between[i + 1] + LANES, product_less(last, r, less))
     if 0 <= y < LANES:
         late.between[i][end_of(c) + y] = first_lane(target)
     elif whole - LANES <= y < c:
         late.between[i + 1][y - whole + LANES] = first_lane(target)
-    late.rows[i].inside, late.rows[i].r, late.rows[i].target, late.rows[i].sent = walk_past(w), r, target, 0
+    late.rows[i].inside, late.rows[i].r, late.rows[i].less = walk_past(w), r, less
+    late.rows[i].target, late.rows[i].sent = target, 0
 
 
 cdef void finish(LateGroup *late) noexcept nogil:
@@ -605,7 +606,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     fix_form(&own, ROWED, form)
     # Whether gradients go past the caches from the last walk, or while the next group is walked over; but for what lies between.
     past = grad and STORED_IS_REAL and s.streams and c >= PAST_CLASSES and (keeps(o) or has_low(o))
-    is_late = past and (o.glances or has_low(o))
+    is_late = past and (o.glances or has_low(o) or form == FLAT or form == BENT)
     # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
     apart = grad and (not STORED_IS_REAL or (o.glances and s.grad.raw == s.scores.raw))
     if grad and s.streams:
@@ -706,7 +707,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if is_late:
                 w = walk_row(src, dst + i * stride, <real *> dst + i * stride, c, y[i], NULL)
                 w.past = s.grad.raw + (start + i) * c
-                leave(late, i, &w, end, end, end)
+                leave(late, i, &w, end, end, end, end)
         elif grad:
             if general:
                 more = row_more(o, &s.probabilities, start + i, c, y[i])
@@ -723,9 +724,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                     w.target = iset(-1)
                 if c % LANES:
                     last[i] = vload_part(w.tile + c // LANES * LANES, c % LANES, 0)
-                leave(late, i, &w, last[i], vset(1), state.b)
+                leave(late, i, &w, last[i], vset(1), end, state.b)
             elif is_late:
-                leave(late, i, &w, last[i], state.a, state.b)
+                leave(late, i, &w, last[i], state.a, mul(state.c, vset(o.elsewhere)) if general and o.spreads else end, state.b)
             else:
                 close_rows(ROWED, o, &w, &state, last[i])
     if is_late:
