@@ -46,10 +46,10 @@ cdef enum:
     ANY = 6  # whatever options there are; of the softmax, if there are more forms, but for a softcap
 
 cdef enum:
-    GLANCE_CLASSES = 512  # from which on rows are GLANCED:
+    MANY_CLASSES = 512  # from which on gradients go past the caches from a walk, and rows are GLANCED:
     GLANCE = 8  # vectors whose maximum is taken for the row's,
     GLANCE_SIZE = 24  # if their scores are no larger in size,
-    GLANCE_BEYOND = 20  # and the row's, as the walk finds it, is no more above
+    GLANCE_BEYOND = 20  # and the row's, as the walk finds it, is no more above (and the gradient's factor is of a usual size)
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -507,24 +507,11 @@ cdef inline void put_ends(const Walk *w, vec head, vec tail, vec last) noexcept 
         put(ROWED, True, w, whole, last)
 
 
-cdef inline void scale_past(const Walk *w, vec last, vec r, vec target) noexcept nogil:
-    """The same of a row that goes past the caches: what are whole vectors there goes at once, its ends to w.dst."""
-    cdef Walk inside = walk_past(w)
-    cdef lane_int y = ifirst(inside.target)
-    scale_vectors(&inside, 0, inside.vectors, r, vset(0), target)
-    put_ends(w, mul(vload(w.tile), r), mul(vload(w.tile + (w.classes // LANES - 1) * LANES), r), mul(last, r))
-    if not 0 <= y < inside.classes and 0 <= ifirst(w.target) < w.classes:
-        sstore_one(w.dst + ifirst(w.target), first_lane(target))
-
-
 cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec r, vec target) noexcept nogil:
     """The exponentials that were kept, times r, as the gradient; but `target` at the target."""
     cdef ivec cls = iset(0)
     cdef vec v
     cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
-    if layout == ROWED and STORED_IS_REAL and w.past != NULL:
-        scale_past(w, last, r, target)
-        return
     for k in range(whole):
         v = mul(vload(kept(layout, w, k)), r)
         if has_target and layout == LANED:
@@ -996,6 +983,11 @@ cdef inline bint folds_low(const Options *o) noexcept nogil:
 cdef inline bint keeps(const Options *o) noexcept nogil:
     """Whether the first walk keeps numbers for the second."""
     return o.kind == SOFTMAX or o.kind == PROBABILITIES
+
+
+cdef inline bint is_glanced(const Options *o, Py_ssize_t c) noexcept nogil:
+    """Whether rows that are not transposed have the form GLANCED."""
+    return keeps(o) and not o.general and c >= MANY_CLASSES
 
 
 cdef inline void aim(const Options *o, vec *m, vec *target) noexcept nogil:

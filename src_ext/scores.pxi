@@ -18,7 +18,6 @@ cdef enum:
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
     EXTRAS = 256  # rows of a batch, at most: where entropies begin behind log-sum-exps
-    PAST_CLASSES = 512  # from which on what lies between rows that go past the caches by themselves is little
     GROUP_ROWS = 32  # that are walked over together, at most,
     GROUP_BYTES = 24576  # and what they take
 
@@ -599,13 +598,14 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef int i, r
     cdef bint general = form != PLAIN and form != GLANCED, doubtful = False
     cdef bint past, is_late, apart
+    cdef real beyond
     cdef mask fits
     cdef stored *to
     cdef Py_ssize_t done
     own.kind, own.power = kind, power
     fix_form(&own, ROWED, form)
     # Whether gradients go past the caches from the last walk, or while the next group is walked over; but for what lies between.
-    past = grad and STORED_IS_REAL and s.streams and c >= PAST_CLASSES and (keeps(o) or has_low(o))
+    past = grad and STORED_IS_REAL and s.streams and c >= MANY_CLASSES and (keeps(o) or has_low(o))
     is_late = past and (o.glances or has_low(o) or form == FLAT or form == BENT)
     # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
     apart = grad and (not STORED_IS_REAL or (o.glances and s.grad.raw == s.scores.raw))
@@ -677,7 +677,9 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if not o.glances:
                 break
             begin[i], m[i] = m[i], lane_greatest(state.top)
-            if all_lanes(vle(state.top, vset(begin[i] + GLANCE_BEYOND))):
+            # Where the gradient's factor is very small, both together would be 0.
+            beyond = 0 if grad and -5e-13 < mult[i] * s.scale < 5e-13 else GLANCE_BEYOND
+            if all_lanes(vle(state.top, vset(begin[i] + beyond))):
                 break
         first[i], second[i] = state.a, state.b
         if has_low(o):
@@ -858,7 +860,7 @@ cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
             general_tiles(grad, t)
         else:
             general_groups(grad, t)
-    elif layout == ROWED and (kind == SOFTMAX or kind == PROBABILITIES) and t.s.scores.columns >= GLANCE_CLASSES:
+    elif layout == ROWED and is_glanced(t.o, t.s.scores.columns):
         if kind == SOFTMAX and grad:
             of_kind(ROWED, SOFTMAX, 1, GLANCED, True, t)
         elif kind == SOFTMAX:
@@ -1125,7 +1127,8 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     if s.laned:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
-    elif s.grad.raw != NULL and (s.streams or s.grad.raw == s.scores.raw or not STORED_IS_REAL):
+    elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
+            s.grad.raw == s.scores.raw and is_glanced(&s.options, s.scores.columns))):
         s.scratch_size = 2 * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)

@@ -177,6 +177,10 @@ def test_a_maximum_that_comes_late(compiled, dtype, n_classes):
     small = SOFTMAX.value_and_grad(scores, y, reduction="none", upstream=np.full(len(y), factor), backend=compiled)[1]
     kept = np.abs(found_gradient) * factor > 16 * np.finfo(dtype).smallest_normal
     assert (small[kept] == found_gradient[kept] * factor).all()
+    factor = dtype(2.0**-75)
+    small = SOFTMAX.value_and_grad(scores, y, reduction="none", upstream=np.full(len(y), factor), backend=compiled)[1]
+    kept = np.abs(gradient).max(axis=1) * float(factor) > 1e8 * np.finfo(dtype).smallest_normal
+    assert gradient_ulps(small[kept] / factor, gradient[kept]).max() <= GRADIENT_ULPS
 
     in_place = scores.copy()
     again, _ = SOFTMAX.value_and_grad(in_place, y, out=in_place, reduction="none", backend=compiled)

@@ -12,7 +12,7 @@ from tests.conftest import BACKENDS
 BYTES = 34 << 20  # more than STREAM_BYTES in scores.pxi
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
 SHAPES = [("float32", c) for c in (100, 512, 1001, 4608, 70001)]
-SHAPES += [("float64", 1001), ("bfloat16", 1001), ("bfloat16", 9001)]
+SHAPES += [("float64", 1001), ("float64", 1024), ("bfloat16", 1001), ("bfloat16", 9001)]
 
 
 def at_offset(shape, dtype, offset):
@@ -27,7 +27,7 @@ def losses_of(c):
     return [
         fl.Hinge(),  # at an offset of 0
         fl.Softmax(),
-        fl.Softmax(label_smoothing=0.1),
+        fl.Softmax(label_smoothing=0.1, z_loss=1e-3),
         fl.Softmax(softcap=3.0),
         fl.Softmax(softcap=3.0, label_smoothing=0.1),
         # The class that sums leave out is the target, and the largest:
@@ -37,6 +37,7 @@ def losses_of(c):
         fl.Hinge(power=2),
         fl.Hinge(over="max"),
         fl.Logistic(),
+        *([fl.Hinge(pair_margins=np.arange(c * c).reshape(c, c) % 5 / 2)] if c == 512 else []),
     ]
 
 
@@ -53,7 +54,9 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
     weights = np.where(rng.random(n) < 0.1, 0.0, 1.0).astype(np.float64 if dtype == np.float64 else np.float32)
     parts = [slice(*ends) for ends in itertools.pairwise([0, n // 3, 2 * n // 3, n])]  # too small for that
     probabilities = rng.random((n, c), weights.dtype)
-    for k, (loss, y) in enumerate([*((loss, targets) for loss in losses_of(c)), (fl.Softmax(), probabilities)]):
+    for k, (loss, y) in enumerate(
+        [*((loss, targets) for loss in losses_of(c)), (fl.Softmax(), probabilities), (fl.Logistic(), probabilities)]
+    ):
         gradient = at_offset((n, c), dtype, k * 3)
         gradient[:] = 7
         loss.value_and_grad(scores, y, sample_weight=weights, reduction="sum", out=gradient, backend=level)
@@ -62,7 +65,7 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
                 scores[part], y[part], sample_weight=weights[part], reduction="sum", backend=level
             )
             assert gradient[part].tobytes() == np.asarray(expected).tobytes()
-    for name in ("softmax", "log_softmax"):
+    for name in ("softmax", "log_softmax", "sigmoid"):
         given = at_offset((n, c), dtype, 5)
         getattr(fl, name)(scores, out=given, backend=level)
         for part in parts:
