@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,6 +69,7 @@ class BlasSwitch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._libraries: tuple[list[Any], list[Any]] | None = None
         self._users = 0
         self._before: list[tuple[Any, int]] = []
         if hasattr(os, "register_at_fork"):
@@ -84,22 +84,23 @@ class BlasSwitch:
             self._users, self._before = 0, []
             self._lock.release()
 
-    @cached_property
-    def _libraries(self) -> tuple[list[Any], list[Any]]:
-        """Those with one number for the process, those with one for each thread."""
-        from threadpoolctl import ThreadpoolController
+    def _found(self) -> tuple[list[Any], list[Any]]:
+        """The libraries with one number for the process, and those with one for each thread; the lock is held."""
+        if self._libraries is None:
+            from threadpoolctl import ThreadpoolController
 
-        found = ThreadpoolController().select(user_api="blas").lib_controllers
-        per_thread = [has_number_of_each_thread(library) for library in found]
-        return (
-            [library for library, own in zip(found, per_thread, strict=True) if not own],
-            [library for library, own in zip(found, per_thread, strict=True) if own],
-        )
+            found = ThreadpoolController().select(user_api="blas").lib_controllers
+            per_thread = [has_number_of_each_thread(library) for library in found]
+            self._libraries = (
+                [library for library, own in zip(found, per_thread, strict=True) if not own],
+                [library for library, own in zip(found, per_thread, strict=True) if own],
+            )
+        return self._libraries
 
     def look_again(self) -> None:
         """Find the BLAS libraries anew at the next call: one was loaded since, maybe (SciPy brings its own)."""
         with self._lock:
-            self.__dict__.pop("_libraries", None)
+            self._libraries = None
 
     @staticmethod
     def _limit(libraries: list[Any], before: list[tuple[Any, int]]) -> None:
@@ -119,9 +120,10 @@ class BlasSwitch:
         try:
             with self._lock:
                 self._users += 1
+                shared, own = self._found()
                 if self._users == 1:
-                    self._limit(self._libraries[0], self._before)
-            self._limit(self._libraries[1], mine)
+                    self._limit(shared, self._before)
+            self._limit(own, mine)
             yield
         finally:
             self._restore(mine)
@@ -132,7 +134,9 @@ class BlasSwitch:
 
     def limit_this_thread(self) -> None:
         """In a thread that ends with the call: for libraries with a number for each."""
-        self._limit(self._libraries[1], [])
+        with self._lock:
+            own = self._found()[1]
+        self._limit(own, [])
 
 
 one_blas_thread = BlasSwitch()
@@ -287,7 +291,7 @@ class Rows:
         """Whether they are all of X's, in its order."""
         return self._rows is None
 
-    @cached_property
+    @property
     def direct(self) -> bool:
         """Whether features can be used where they are."""
         same = self._rows is None and self._centre is None and self._X.dtype == self._dtype

@@ -6,7 +6,6 @@ Rows are handled in chunks: a backend makes their scores, then the row losses in
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,6 +53,9 @@ class Csr:
     ndim = 2
     #: Whether gradients over all rows will be asked for again, so that a copy by features is worth making.
     is_reused = False
+    # Found when first asked for, without a lock: a forked child would wait for ever for one that was held.
+    _transposed: Csr | None = None
+    _entries_before: Array | None = None
 
     def __init__(self, matrix: Any, name: str = "X") -> None:
         csr = matrix.tocsr()
@@ -78,7 +80,7 @@ class Csr:
         if dtype == self.dtype:
             return self
         other: Csr = object.__new__(Csr)
-        other.__dict__.update(self.__dict__, dtype=dtype, values=self.values.astype(dtype))
+        other.__dict__.update(self.__dict__, dtype=dtype, values=self.values.astype(dtype), _transposed=None)
         return other
 
     def by_frequency(self) -> tuple[Csr, Array]:
@@ -94,9 +96,14 @@ class Csr:
         other.indices = places[self.indices]
         return other, places
 
-    @cached_property
+    @property
     def transposed(self) -> Csr:
         """The transpose (D, N): the entries of each feature, by rows."""
+        if self._transposed is None:
+            self._transposed = self._by_feature()
+        return self._transposed
+
+    def _by_feature(self) -> Csr:
         from scipy.sparse import csr_array
 
         by_feature = csr_array((self.values, self.indices, self.starts), shape=self.shape).tocsc()
@@ -107,14 +114,11 @@ class Csr:
         other.starts = np.ascontiguousarray(by_feature.indptr, self.indices.dtype)
         return other
 
-    @cached_property
-    def _entries_before(self) -> Array:
-        """For each feature, and past the last, the entries of those before it."""
-        counts = np.bincount(self.indices, minlength=self.shape[1])
-        return np.concatenate([[0], np.cumsum(counts)])
-
     def shares(self, parts: int) -> Array:
         """Bounds of that many ranges of features with about the same number of entries."""
+        if self._entries_before is None:  # for each feature, and past the last, the entries of those before it
+            counts = np.bincount(self.indices, minlength=self.shape[1])
+            self._entries_before = np.concatenate([[0], np.cumsum(counts)])
         wanted = np.arange(1, parts) * (len(self.values) / parts)
         inner = np.searchsorted(self._entries_before, wanted)
         return np.concatenate([[0], np.minimum(inner, self.shape[1]), [self.shape[1]]]).astype(np.int64)

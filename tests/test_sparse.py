@@ -122,6 +122,15 @@ def test_products(name, dtype, index):
             assert same_bits(*found)
 
 
+def test_another_type_has_a_transpose_of_its_own():
+    X = sparse.Csr(problem((50, 30, 33), "d")[0])
+    transposed = X.transposed
+    assert X.transposed is transposed, "made once"
+    other = X.astype(np.dtype("f"))
+    assert other.transposed.values.dtype == np.float32
+    assert same_bits(other.transposed.values, transposed.values.astype("f"))
+
+
 def test_hessian_products():
     X, y, W, rng = problem((40, 9, 5), "d")
     V = rng.standard_normal(W.shape)
