@@ -251,7 +251,7 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         else:  # few rows, if there is a softcap
             f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         if layout == ROWED and STORED_IS_REAL and keeps_some and w.late != NULL:
-            send_late(w.late, start + 16)
+            send_late(dense, w.late, start + 16)
         add_block(start, f.others, &all.others, &lost.others)
         if o.spreads:
             add_block(start, f.away, &all.away, &lost.away)
@@ -417,6 +417,11 @@ cdef inline void close_general(int layout, const Options *o, const Walk *w, cons
         walk_back(layout, True, o, w, s, last)
     else:
         walk_back(layout, False, o, w, s, last)
+
+
+cdef inline vec late_factor(const Options *o, vec factor) noexcept nogil:
+    """What is left of `general_slope` for class weights, or for all classes alike."""
+    return factor if o.dense else mul(factor, vset(o.elsewhere if o.spreads else 0))
 
 
 cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcept nogil:

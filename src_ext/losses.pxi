@@ -159,8 +159,8 @@ cdef struct Walk:
 cdef struct Late:
     # A row whose last walk is left to be made while the next row is walked over: memory that is written to while it is read from
     # is as busy as in a copy.
-    Walk inside  # what of it are whole vectors where the gradient goes
-    vec r, less, target  # its gradient: r times what was kept, `less` that; and the target's entry
+    Walk inside  # what of it are whole vectors where the gradient goes; `more`: the class weights, or NULL
+    vec r, less, target  # its gradient: r times what was kept, less `less`, times class weights; and the target's entry
     Py_ssize_t sent  # how many of these are there
 
 
@@ -422,27 +422,32 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, bint s
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline void scale_vectors(const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec less,
+cdef inline vec late_less(bint weighed, vec less, const real *weights, Py_ssize_t k) noexcept nogil:
+    return mul(less, vload(weights + k * LANES)) if weighed else less
+
+
+cdef inline void scale_vectors(bint weighed, const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec less,
                                vec target) noexcept nogil:
     """What was kept, times r, `less` that, but `target` at the target, past the caches: some of `walk_past`'s vectors."""
     cdef const real *p = inside.tile
+    cdef const real *u = inside.more + inside.first if weighed else NULL
     cdef real *q = <real *> inside.past
     cdef lane_int y = ifirst(inside.target)
     cdef Py_ssize_t k, at = y // LANES if 0 <= y < inside.classes else inside.vectors
     for k in range(start, min(at, stop)):
-        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, less))
+        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, late_less(weighed, less, u, k)))
     if start <= at < stop:
         vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target,
-                                       product_less(vload(p + at * LANES), r, less)))
+                                       product_less(vload(p + at * LANES), r, late_less(weighed, less, u, at))))
     for k in range(max(start, at + 1), stop):
-        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, less))
+        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, late_less(weighed, less, u, k)))
 
 
-cdef inline void send_late(Late *late, Py_ssize_t until) noexcept nogil:
+cdef inline void send_late(bint weighed, Late *late, Py_ssize_t until) noexcept nogil:
     """Send what waits, up to vector `until`."""
     until = min(until, late.inside.vectors)
     if late.sent < until:
-        scale_vectors(&late.inside, late.sent, until, late.r, late.less, late.target)
+        scale_vectors(weighed, &late.inside, late.sent, until, late.r, late.less, late.target)
         late.sent = until
 
 
@@ -467,7 +472,7 @@ cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m,
         else:
             block = block_exps(layout, False, False, keep, seek, w, start, &o, at_target, top, last)
         if STORED_IS_REAL and seek and keep and w.late != NULL:
-            send_late(w.late, start + 16)
+            send_late(False, w.late, start + 16)
         add_block(start, block, &total, &lost)
     return add(total, lost)
 
@@ -654,7 +659,7 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
         else:
             block_hinge(layout, False, grad, power, o, w, start, s, share, &block)
         if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
-            send_late(w.late, start + 16)
+            send_late(False, w.late, start + 16)
         add_block(start, block.loss, &loss, &lost)
         lost = add(lost, block.low)
         if power == 1:  # counts
@@ -867,7 +872,7 @@ cdef inline void open_logistic(int layout, bint grad, const Options *o, const Wa
         else:
             block = block_logistic(layout, False, grad, o, w, start, share, &own)
         if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
-            send_late(w.late, start + 16)
+            send_late(False, w.late, start + 16)
         add_block(start, block, &total, &lost)
         lost = add(lost, own)
     s.a, s.b, s.low = total, vset(0), number_or_zero(lost)

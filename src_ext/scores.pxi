@@ -521,17 +521,20 @@ cdef inline Py_ssize_t end_of(Py_ssize_t c) noexcept nogil:
 
 cdef inline void leave(LateGroup *late, int i, const Walk *w, vec last, vec r, vec less, vec target) noexcept nogil:
     """Leave the last walk over row i for later, but for its ends. Rows are left in order."""
+    cdef Late *row = &late.rows[i]
     cdef Py_ssize_t c = w.classes, whole = c // LANES * LANES
     cdef lane_int y = ifirst(w.target)
-    vstore(late.between[i] + end_of(c), product_less(vload(w.tile), r, less))
-    vstore(late.between[i + 1], product_less(vload(w.tile + whole - LANES), r, less))
-    vstore(late.between[i + 1] + LANES, product_less(last, r, less))
+    cdef bint weighed = w.more != NULL
+    vstore(late.between[i] + end_of(c), product_less(vload(w.tile), r, late_less(weighed, less, w.more, 0)))
+    vstore(late.between[i + 1],
+           product_less(vload(w.tile + whole - LANES), r, late_less(weighed, less, w.more + whole - LANES, 0)))
+    vstore(late.between[i + 1] + LANES,
+           product_less(last, r, mul(less, vload_part(w.more + whole, c - whole, 0)) if weighed else less))
     if 0 <= y < LANES:
         late.between[i][end_of(c) + y] = first_lane(target)
     elif whole - LANES <= y < c:
         late.between[i + 1][y - whole + LANES] = first_lane(target)
-    late.rows[i].inside, late.rows[i].r, late.rows[i].less = walk_past(w), r, less
-    late.rows[i].target, late.rows[i].sent = target, 0
+    row.inside, row.r, row.less, row.target, row.sent = walk_past(w), r, less, target, 0
 
 
 cdef void finish(LateGroup *late) noexcept nogil:
@@ -543,7 +546,10 @@ cdef void finish(LateGroup *late) noexcept nogil:
     c, end = late.columns, before_vector(late.to)
     stream_bytes(<char *> late.to, <char *> (late.between[0] + end_of(c)), end * <Py_ssize_t> sizeof(stored))
     for i in range(late.n):
-        send_late(&late.rows[i], late.rows[i].inside.vectors)
+        if late.rows[i].inside.more != NULL:
+            send_late(True, &late.rows[i], late.rows[i].inside.vectors)
+        else:
+            send_late(False, &late.rows[i], late.rows[i].inside.vectors)
         late.rows[i].sent = late.rows[i].inside.vectors = 0
         first = (i + 1) * c - c % LANES
         first -= since_vector(late.to + first)
@@ -606,7 +612,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     fix_form(&own, ROWED, form)
     # Whether gradients go past the caches from the last walk, or while the next group is walked over; but for what lies between.
     past = grad and STORED_IS_REAL and s.streams and c >= MANY_CLASSES and (keeps(o) or has_low(o))
-    is_late = past and (o.glances or has_low(o) or form == FLAT or form == BENT)
+    is_late = past and (o.glances or has_low(o) or form == FLAT or form == WEIGHED or form == BENT)
     # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
     apart = grad and (not STORED_IS_REAL or (o.glances and s.grad.raw == s.scores.raw))
     if grad and s.streams:
@@ -707,7 +713,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if grad:
                 memset(dst + i * stride, 0, c * sizeof(stored))
             if is_late:
-                w = walk_row(src, dst + i * stride, <real *> dst + i * stride, c, y[i], NULL)
+                w = walk_row(src, dst + i * stride, <real *> dst + i * stride, c, y[i], o.class_weight if form == WEIGHED else NULL)
                 w.past = s.grad.raw + (start + i) * c
                 leave(late, i, &w, end, end, end, end)
         elif grad:
@@ -726,9 +732,11 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                     w.target = iset(-1)
                 if c % LANES:
                     last[i] = vload_part(w.tile + c // LANES * LANES, c % LANES, 0)
+                w.more = NULL
                 leave(late, i, &w, last[i], vset(1), end, state.b)
             elif is_late:
-                leave(late, i, &w, last[i], state.a, mul(state.c, vset(o.elsewhere)) if general and o.spreads else end, state.b)
+                w.more = o.class_weight if form == WEIGHED else NULL
+                leave(late, i, &w, last[i], state.a, late_factor(o, state.c) if general else end, state.b)
             else:
                 close_rows(ROWED, o, &w, &state, last[i])
     if is_late:
