@@ -6,13 +6,6 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    # Halves of vectors of classes up to which 16 rows are handled transposed: shorter rows would leave lanes empty.
-    FEW = 4
-    FEW_SOFTMAX = 5
-    FEW_GENERAL = 10  # of the general softmax, which has more to do for each row;
-    FEW_BENT = 8  # with a softcap
-    FEW_LOGISTIC = 12  # of the plain logistic loss, with logarithms for the lanes of each row, or for 16 rows
-
     STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
@@ -42,16 +35,23 @@ cdef struct ScoresPass:
     double *partial
 
 
+cdef inline int few(const Options *o) noexcept nogil:
+    """Halves of vectors of classes up to which rows are handled transposed: shorter rows would leave lanes empty.
+
+    More where there is more to do for each row (general softmax), or a logarithm for its lanes (logistic); and where a row's end
+    takes more than a mask (vectors of less than 64 bytes).
+    """
+    cdef bint wide = VBYTES == 64
+    if o.kind == LOGISTIC and not o.general:
+        return 12 if wide else 14
+    if o.kind == SOFTMAX and o.general:
+        return 14 if not wide else 8 if o.bends else 10
+    return 5 if wide else 8 if o.kind == HINGE else 10
+
+
 cdef bint is_laned(const Options *o, const Matrix *a, const Matrix *b) noexcept nogil:
     """Whether the tile is transposed: few classes, or classes that are not contiguous in source or destination."""
-    cdef Py_ssize_t few = FEW
-    if o.kind == LOGISTIC and not o.general:
-        few = FEW_LOGISTIC
-    elif o.kind == SOFTMAX and o.general:
-        few = FEW_BENT if o.bends else FEW_GENERAL
-    elif o.kind == SOFTMAX:
-        few = FEW_SOFTMAX
-    return 2 * a.columns <= few * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
+    return 2 * a.columns <= few(o) * LANES or a.column_stride != 1 or (b.raw != NULL and b.column_stride != 1)
 
 
 cdef inline void load_tile(const Matrix *a, Py_ssize_t row, int n, real *tile) noexcept nogil:
