@@ -419,9 +419,11 @@ cdef inline void close_general(int layout, const Options *o, const Walk *w, cons
         walk_back(layout, False, o, w, s, last)
 
 
-cdef inline vec late_factor(const Options *o, vec factor) noexcept nogil:
-    """What is left of `general_slope` for class weights, or for all classes alike."""
-    return factor if o.dense else mul(factor, vset(o.elsewhere if o.spreads else 0))
+cdef inline vec less_of(const Options *o, vec factor) noexcept nogil:
+    """What a gradient's entries have less than their share of what was kept (`general_slope`): in all, or times class weights."""
+    if o.dense:
+        return factor
+    return mul(factor, vset(o.elsewhere)) if o.spreads else vset(0)
 
 
 cdef inline vec stat(int layout, const Options *o, const Walk *w, int k) noexcept nogil:

@@ -149,7 +149,7 @@ cdef struct Walk:
     Py_ssize_t ahead_step
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
-    const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none
+    const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none. In a Late: class weights
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
     int near  # `nearness` of all scores, in the general form
     real *slopes  # where the general form keeps them, if it does, laid out as `tile`

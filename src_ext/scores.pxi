@@ -38,15 +38,17 @@ cdef struct ScoresPass:
 cdef inline int few(const Options *o) noexcept nogil:
     """Halves of vectors of classes up to which rows are handled transposed: shorter rows would leave lanes empty.
 
-    More where there is more to do for each row (general softmax), or a logarithm for its lanes (logistic); and where a row's end
-    takes more than a mask (vectors of less than 64 bytes).
+    More where there is more to do for each row (softmax), or a logarithm for its lanes (logistic); and where a row's end takes
+    more than a mask (vectors of less than 64 bytes).
     """
     cdef bint wide = VBYTES == 64
     if o.kind == LOGISTIC and not o.general:
-        return 12 if wide else 14
+        return 12
     if o.kind == SOFTMAX and o.general:
-        return 14 if not wide else 8 if o.bends else 10
-    return 5 if wide else 8 if o.kind == HINGE else 10
+        return 8 if wide and o.bends else 10
+    if o.kind == SOFTMAX:
+        return 5 if wide else 10
+    return 4 if wide else 7
 
 
 cdef bint is_laned(const Options *o, const Matrix *a, const Matrix *b) noexcept nogil:
@@ -736,7 +738,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
                 leave(late, i, &w, last[i], vset(1), end, state.b)
             elif is_late:
                 w.more = o.class_weight if form == WEIGHED else NULL
-                leave(late, i, &w, last[i], state.a, late_factor(o, state.c) if general else end, state.b)
+                leave(late, i, &w, last[i], state.a, less_of(o, state.c) if general else end, state.b)
             else:
                 close_rows(ROWED, o, &w, &state, last[i])
     if is_late:

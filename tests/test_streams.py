@@ -27,6 +27,7 @@ def losses_of(c):
     return [
         fl.Hinge(),  # at an offset of 0
         fl.Softmax(),
+        fl.Softmax(temperature=2.0),
         fl.Softmax(label_smoothing=0.1, z_loss=1e-3),
         fl.Softmax(softcap=3.0),
         fl.Softmax(softcap=3.0, label_smoothing=0.1),
@@ -51,6 +52,7 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
     scores[:] = rng.standard_normal((n, c), np.float32) * 3
     targets = rng.integers(0, c, n)
     targets[:3] = 0, c - 1, c // 2  # at the ends of a row
+    scores[:, c // 3] = -np.inf  # a class that is masked: its entries are 0, with the sign of the factor
     weights = np.where(rng.random(n) < 0.1, 0.0, 1.0).astype(np.float64 if dtype == np.float64 else np.float32)
     parts = [slice(*ends) for ends in itertools.pairwise([0, n // 3, 2 * n // 3, n])]  # too small for that
     probabilities = rng.random((n, c), weights.dtype)
@@ -59,11 +61,10 @@ def test_large_gradients_have_the_bits_of_small_ones(dtype, c, level):
     ):
         gradient = at_offset((n, c), dtype, k * 3)
         gradient[:] = 7
-        loss.value_and_grad(scores, y, sample_weight=weights, reduction="sum", out=gradient, backend=level)
+        options = {"reduction": "sum", "upstream": (-1.0) ** k, "backend": level}
+        loss.value_and_grad(scores, y, sample_weight=weights, out=gradient, **options)
         for part in parts:
-            _, expected = loss.value_and_grad(
-                scores[part], y[part], sample_weight=weights[part], reduction="sum", backend=level
-            )
+            _, expected = loss.value_and_grad(scores[part], y[part], sample_weight=weights[part], **options)
             assert gradient[part].tobytes() == np.asarray(expected).tobytes()
     for name in ("softmax", "log_softmax", "sigmoid"):
         given = at_offset((n, c), dtype, 5)
