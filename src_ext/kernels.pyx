@@ -63,6 +63,7 @@ cdef extern from "simd.h" nogil:
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
     vec add_unless(mask, vec, vec) noexcept
+    vec add_product_unless(mask, vec, vec, vec) noexcept
     vec vabs(vec) noexcept
     vec with_sign(vec, vec) noexcept
     vec add_where(mask, vec, vec) noexcept

@@ -567,6 +567,7 @@ cdef struct HingeSums:
     # What is summed of a row's classes.
     vec loss
     vec low  # what loss lacks, as rounded
+    vec slack  # of squares: of margins times what they lack, which counts twice
     vec pull
 
 
@@ -586,10 +587,11 @@ cdef inline void hinge_step(int layout, bint part, bint grad, int power, const W
             sums.pull = add(sums.pull, m)
             put(layout, part, w, k, mul(m, share))
         m = choose(idle, zero, d)
-        rest = sub(rest, edge.m)
-        sums.low = add_unless(idle, sums.low, mul(add(m, m), rest))
-        sums.loss = exact_sum(sums.loss, mul(m, m), &rest)
-        sums.low = add(sums.low, rest)
+        sums.slack = add_product_unless(idle, sums.slack, m, sub(rest, edge.m))
+        # What is lost where a square is added to less than itself, so that the sum doubles, is less than the last such sum's.
+        d = add(sums.loss, mul(m, m))
+        sums.low = add(sums.low, product_less(m, m, sub(d, sums.loss)))
+        sums.loss = d
 
 
 cdef inline vec hinge_score(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -613,7 +615,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     cdef mask none = vlt(second, second)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
-    own.loss = own.low = own.pull = second
+    own.loss = own.low = own.slack = own.pull = second
     for k in range(start, whole):
         hinge_step(layout, False, grad, power, w, k, hinge_score(layout, False, o, w, k),
                    ieq(cls, w.target) if careful else none, edge, share, &own)
@@ -631,6 +633,8 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
             add_target_term(layout, True, power, o, w, whole, cls, &own)
     if power == 1:
         own.loss = join_sums(layout == LANED or LANES < 8, own.loss, second, third, fourth, &own.low)
+    else:
+        own.low = add(own.low, add(own.slack, own.slack))
     sums[0] = own
 
 

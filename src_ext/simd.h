@@ -278,6 +278,15 @@ FL_INLINE vec add_unless(mask m, vec a, vec b) {
 #endif
 }
 
+/* a + b c, but a where m. */
+FL_INLINE vec add_product_unless(mask m, vec a, vec b, vec c) {
+#ifdef FL_MASK_REGISTERS
+    return VOP(mask3_fmadd)(b, c, a, (mask)~m);
+#else
+    return a + choose(m, vset(0), b * c);
+#endif
+}
+
 /* a + b where m, else a. */
 FL_INLINE vec add_where(mask m, vec a, vec b) {
 #ifdef FL_MASK_REGISTERS
