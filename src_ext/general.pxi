@@ -251,7 +251,7 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
         else:  # few rows, if there is a softcap
             f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
         if layout == ROWED and STORED_IS_REAL and keeps_some and w.late != NULL:
-            send_late(dense, w.late, start + 16)
+            send_late(LATE_WEIGHED if dense else LATE_SHARE, w.late, start + 16)
         add_block(start, f.others, &all.others, &lost.others)
         if o.spreads:
             add_block(start, f.away, &all.away, &lost.away)

@@ -94,6 +94,7 @@ cdef extern from "simd.h" nogil:
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
+    vec add_square(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
     lane_int ifirst(ivec) noexcept
     lane_int lane_least(ivec) noexcept

@@ -32,7 +32,7 @@ cdef enum:
 cdef enum:
     # Forms that a row loss is compiled in.
     PLAIN = 0
-    GLANCED = 9  # the same of `softmax` and `transform softmax`, for rows of many classes (see `glance`)
+    MANY = 9  # the same, for rows of many classes: they may be sent late (`Late`), and need no walk for the maximum (`glance`)
     # Of the softmax, as general.pxi has them:
     FLAT = 1  # without a softcap,
     WEIGHED = 2  # the same, u being class weights that are even,
@@ -46,10 +46,17 @@ cdef enum:
     ANY = 6  # whatever options there are; of the softmax, if there are more forms, but for a softcap
 
 cdef enum:
-    MANY_CLASSES = 512  # from which on gradients go past the caches from a walk, and rows are GLANCED:
+    MANY_CLASSES = 512  # from which on gradients go past the caches from a walk, and plain rows have the form MANY
     GLANCE = 8  # vectors whose maximum is taken for the row's,
     GLANCE_SIZE = 24  # if their scores are no larger in size,
     GLANCE_BEYOND = 20  # and the row's, as the walk finds it, is no more above (and the gradient's factor is of a usual size)
+
+cdef enum:
+    # How what is left of a row is sent past the caches (see `late_value`).
+    LATE_SHARE = 0
+    LATE_WEIGHED = 1
+    LATE_LOG = 2
+    LATE_ZEROS = 3
 
 cdef struct Options:
     # What a plain row loss reads.
@@ -60,7 +67,7 @@ cdef struct Options:
     real classes
     # What the general form reads too (general.pxi).
     bint general
-    bint glances  # as GLANCED says
+    bint many  # the form is MANY
     real at_target, elsewhere  # u of the target and of other classes, before class weights
     bint spreads  # whether u may be more than the target's: set by `fix_form`
     real z_loss
@@ -91,11 +98,11 @@ cdef struct Options:
 
 cdef inline void fix_form(Options *o, int layout, int form) noexcept nogil:
     """What a form says of the options, as constants."""
-    o.general, o.glances = form != PLAIN and form != GLANCED, form == GLANCED
+    o.general, o.many = form != PLAIN and form != MANY, form == MANY
     o.slopes_in_units, o.spreads = form == BENT or form == BENT_ANY, o.dense or o.elsewhere != 0
     if o.kind == LOGISTIC:
         o.bends = o.dense = o.entropy = o.shard = o.paired = False
-        if form == PLAIN or form == GIVEN:
+        if form == PLAIN or form == MANY or form == GIVEN:
             o.probabilities = form == GIVEN
         return
     if form == FLAT or form == WEIGHED or form == UNEVEN or form == GIVEN or form == BENT:
@@ -149,7 +156,7 @@ cdef struct Walk:
     Py_ssize_t ahead_step
     Py_ssize_t dst_ahead  # numbers from the gradient to that of the row that is walked over a group later (ROWED)
     ivec target  # of each lane (LANED), or the same in all (ROWED)
-    const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none. In a Late: class weights
+    const real *more  # a number for each row and class, laid out as `tile` or `src`; NULL: none. LATE_WEIGHED: class weights
     Py_ssize_t more_ahead  # numbers from there to those that come next (ROWED)
     int near  # `nearness` of all scores, in the general form
     real *slopes  # where the general form keeps them, if it does, laid out as `tile`
@@ -159,9 +166,10 @@ cdef struct Walk:
 cdef struct Late:
     # A row whose last walk is left to be made while the next row is walked over: memory that is written to while it is read from
     # is as busy as in a copy.
-    Walk inside  # what of it are whole vectors where the gradient goes; `more`: the class weights, or NULL
-    vec r, less, target  # its gradient: r times what was kept, less `less`, times class weights; and the target's entry
-    Py_ssize_t sent  # how many of these are there
+    Walk inside  # what of it are whole vectors where the gradient goes
+    vec r, less, target  # what `late_value` takes, and the target's entry
+    ivec other  # LATE_ZEROS: the class whose entry is `less`
+    Py_ssize_t sent  # how many vectors are there
 
 
 cdef inline Walk walk_lanes(real *tile, Py_ssize_t c, ivec target, const real *more) noexcept nogil:
@@ -321,12 +329,13 @@ cdef inline void add_block(Py_ssize_t start, vec block, vec *total, vec *lost) n
 cdef struct State:
     # What is known of some rows, one a lane; while a row is walked over (ROWED) of its lanes.
     vec m  # softmax family: the maximum. Hinge: see `aim`
-    vec start  # GLANCED: the maximum that the first walk started from,
+    vec start  # MANY: the maximum that the first walk started from,
     vec top  # and the one that it found
     vec target  # the target's score
     vec a  # what the walks find
     vec b
-    vec low  # what a lacks, as rounded (hinge)
+    vec low  # what a lacks, as rounded (hinge); of HINGE_MAX, for the gradient: a as the walk left it, over the lanes (MANY)
+    ivec place  # HINGE_MAX: the first block that holds a lane's largest margin (MANY)
     vec c  # and in the general form
     vec near  # `nearness`: how the row was bent; unless it is far, from c on (slopes_in_units)
     vec more[4]
@@ -422,32 +431,45 @@ cdef inline vec block_exps(int layout, bint careful, bint far, bint keep, bint s
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline vec late_less(bint weighed, vec less, const real *weights, Py_ssize_t k) noexcept nogil:
-    return mul(less, vload(weights + k * LANES)) if weighed else less
+cdef inline vec late_value(int way, const real *kept, const real *weights, vec r, vec less) noexcept nogil:
+    """A vector of what is sent late: r times what was kept, less `less`, that times class weights (LATE_WEIGHED); scores less
+    `less` and r (LATE_LOG); or zeros."""
+    if way == LATE_ZEROS:
+        return vset(0)
+    if way == LATE_LOG:
+        return sub(sub(vload(kept), less), r)
+    return product_less(vload(kept), r, mul(less, vload(weights)) if way == LATE_WEIGHED else less)
 
 
-cdef inline void scale_vectors(bint weighed, const Walk *inside, Py_ssize_t start, Py_ssize_t stop, vec r, vec less,
-                               vec target) noexcept nogil:
-    """What was kept, times r, `less` that, but `target` at the target, past the caches: some of `walk_past`'s vectors."""
-    cdef const real *p = inside.tile
-    cdef const real *u = inside.more + inside.first if weighed else NULL
-    cdef real *q = <real *> inside.past
-    cdef lane_int y = ifirst(inside.target)
-    cdef Py_ssize_t k, at = y // LANES if 0 <= y < inside.classes else inside.vectors
+cdef inline void late_vectors(int way, const Late *late, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+    """Some of a row's vectors past the caches."""
+    # In variables of their own: through a pointer they would be read anew after every store.
+    cdef vec r = late.r, less = late.less, target = late.target
+    cdef ivec y = late.inside.target, other = late.other, cls = classes_of(ROWED, start)
+    cdef const real *p = late.inside.tile
+    cdef const real *u = late.inside.more + late.inside.first if way == LATE_WEIGHED else NULL
+    cdef real *q = <real *> late.inside.past
+    cdef lane_int first = ifirst(y)
+    cdef Py_ssize_t k, at = first // LANES if 0 <= first < late.inside.classes else late.inside.vectors
+    if way == LATE_ZEROS:
+        for k in range(start, stop):
+            vstream(q + k * LANES, choose(ieq(cls, other), less, choose(ieq(cls, y), target, vset(0))))
+            cls = next_classes(ROWED, cls)
+        return
     for k in range(start, min(at, stop)):
-        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, late_less(weighed, less, u, k)))
+        vstream(q + k * LANES, late_value(way, p + k * LANES, u + k * LANES, r, less))
     if start <= at < stop:
-        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), inside.target), target,
-                                       product_less(vload(p + at * LANES), r, late_less(weighed, less, u, at))))
+        vstream(q + at * LANES, choose(ieq(classes_of(ROWED, at), y), target,
+                                       late_value(way, p + at * LANES, u + at * LANES, r, less)))
     for k in range(max(start, at + 1), stop):
-        vstream(q + k * LANES, product_less(vload(p + k * LANES), r, late_less(weighed, less, u, k)))
+        vstream(q + k * LANES, late_value(way, p + k * LANES, u + k * LANES, r, less))
 
 
-cdef inline void send_late(bint weighed, Late *late, Py_ssize_t until) noexcept nogil:
+cdef inline void send_late(int way, Late *late, Py_ssize_t until) noexcept nogil:
     """Send what waits, up to vector `until`."""
     until = min(until, late.inside.vectors)
     if late.sent < until:
-        scale_vectors(weighed, &late.inside, late.sent, until, late.r, late.less, late.target)
+        late_vectors(way, late, late.sent, until)
         late.sent = until
 
 
@@ -472,7 +494,7 @@ cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m,
         else:
             block = block_exps(layout, False, False, keep, seek, w, start, &o, at_target, top, last)
         if STORED_IS_REAL and seek and keep and w.late != NULL:
-            send_late(False, w.late, start + 16)
+            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block, &total, &lost)
     return add(total, lost)
 
@@ -529,14 +551,21 @@ cdef inline void scale(int layout, bint has_target, const Walk *w, vec last, vec
         put_at_target(ROWED, w, target)
 
 
+cdef inline vec from_start(const Origin *o, const State *s, vec *low, vec *power) noexcept nogil:
+    """What a walk summed (s.a), from what it started from to what it should have; and what that lacks, as rounded."""
+    cdef vec others, less
+    power[0] = less_powers(sub(o.steps, origin_of(s.start).steps), &less)
+    others = mul(s.a, power[0])
+    low[0] = add(product_less(s.a, power[0], others), mul(s.a, less))
+    return others
+
+
 cdef inline vec settle_softmax(int layout, bint grad, bint glanced, State *s, vec factor) noexcept nogil:
     cdef Origin o = origin_of(s.m)
-    cdef vec others = s.a, low = vset(0), power, less, above, lost, rest, r
+    cdef vec others = s.a, low = vset(0), power, above, lost, rest, r
     cdef Sum sums
-    if glanced:  # from what the walk started from to what it should have
-        power = less_powers(sub(o.steps, origin_of(s.start).steps), &less)
-        others = mul(s.a, power)
-        low = add(product_less(s.a, power, others), mul(s.a, less))
+    if glanced:
+        others = from_start(&o, s, &low, &power)
     sums = complete(&o, others, low, s.m, s.target, s.b if layout == LANED else exp_from(True, &o, s.target))
     if grad:
         r = div(factor, sums.total)
@@ -588,10 +617,7 @@ cdef inline void hinge_step(int layout, bint part, bint grad, int power, const W
             put(layout, part, w, k, mul(m, share))
         m = choose(idle, zero, d)
         sums.slack = add_product_unless(idle, sums.slack, m, sub(rest, edge.m))
-        # What is lost where a square is added to less than itself, so that the sum doubles, is less than the last such sum's.
-        d = add(sums.loss, mul(m, m))
-        sums.low = add(sums.low, product_less(m, m, sub(d, sums.loss)))
-        sums.loss = d
+        sums.loss = add_square(sums.loss, m, &sums.low)
 
 
 cdef inline vec hinge_score(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -662,8 +688,8 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
             block_hinge(layout, True, grad, power, o, w, start, s, share, &block)
         else:
             block_hinge(layout, False, grad, power, o, w, start, s, share, &block)
-        if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
-            send_late(False, w.late, start + 16)
+        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
+            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block.loss, &loss, &lost)
         lost = add(lost, block.low)
         if power == 1:  # counts
@@ -701,8 +727,8 @@ cdef inline vec per_class_of(const Options *o, vec total, vec low) noexcept nogi
 
 # --- hinge, over="max" -----------------------------------------------------------------------------------------------
 # max(0, max_{j≠y} m_j)^power. The gradient goes to the lowest class that has the largest margin; in a row with NaN, to
-# the first NaN. The first walk finds the largest s_j − s_y of a wrong class and whether there is NaN; the second writes
-# zeros and finds the class.
+# the first NaN. The walk finds the largest s_j − s_y of a wrong class and whether there is NaN, and of each lane of a
+# row of many classes the first block that holds its largest margin: the class is looked for there. Else in a second walk.
 cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Options *o, const Walk *w, Py_ssize_t start,
                                 vec top, vec st, vec *bad) noexcept nogil:
     cdef vec d, low = vset(<real> -INFINITY), some = bad[0]
@@ -725,14 +751,22 @@ cdef inline vec block_hinge_max(int layout, bint careful, bint grad, const Optio
 
 
 cdef inline void open_hinge_max(int layout, bint grad, const Options *o, const Walk *w, State *s) noexcept nogil:
-    cdef vec top = vset(<real> -INFINITY), bad = vset(0)
+    cdef vec top = vset(<real> -INFINITY), most = top, bad = vset(0), own, m
+    cdef ivec place = iset(0)
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
+        own = vset(<real> -INFINITY)
         if is_careful(layout, w, start):
-            top = block_hinge_max(layout, True, grad, o, w, start, top, s.target, &bad)
+            own = block_hinge_max(layout, True, grad, o, w, start, own, s.target, &bad)
         else:
-            top = block_hinge_max(layout, False, grad, o, w, start, top, s.target, &bad)
-    s.a, s.b = top, bad
+            own = block_hinge_max(layout, False, grad, o, w, start, own, s.target, &bad)
+        if o.many and STORED_IS_REAL and w.late != NULL:
+            send_late(LATE_ZEROS, w.late, start + 16)
+        top = vmax(top, own)
+        if o.many:
+            m = add(own, vset(o.margin))
+            place, most = ichoose(vlt(most, m), iset(<lane_int> start), place), vmax(most, m)
+    s.a, s.b, s.place = top, bad, place
 
 
 cdef inline vec settle_hinge_max(const Options *o, State *s, vec factor) noexcept nogil:
@@ -759,28 +793,54 @@ cdef inline mask is_top(int layout, bint part, const Options *o, const Walk *w, 
     return mor(veq(m, top), mandnot(bad, veq(m, m)))
 
 
-cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, const State *s) noexcept nogil:
+cdef inline ivec top_classes(int layout, bint writes, Py_ssize_t start, Py_ssize_t stop, const Options *o, const Walk *w,
+                             const State *s) noexcept nogil:
+    """The lowest class of each lane that `is_top`, in some of the vectors; none: the number of classes. If `writes`, zeros for
+    the gradient."""
     cdef vec zero = vset(0), top = s.b
     cdef mask bad = mandnot(veq(zero, zero), veq(top, top)), wrong
-    cdef ivec none = iset(<lane_int> w.classes), found = none, cls = classes_of(layout, 0)
-    cdef lane_int least
-    cdef Py_ssize_t k, whole = w.classes // LANES if layout == ROWED else w.vectors
-    for k in range(whole):
+    cdef ivec none = iset(<lane_int> w.classes), found = none, cls = classes_of(layout, start)
+    cdef Py_ssize_t k, whole = whole_vectors(layout, True, w, stop)
+    for k in range(start, whole):
         wrong = mandnot(is_top(layout, False, o, w, k, s.target, top, bad), ieq(cls, w.target))
         found = imin(found, ichoose(wrong, cls, none))
-        put(layout, False, w, k, zero)
+        if writes:
+            put(layout, False, w, k, zero)
         cls = next_classes(layout, cls)
-    if whole < w.vectors:
+    if start <= whole < stop:
         wrong = mandnot(is_top(layout, True, o, w, whole, s.target, top, bad), ieq(cls, w.target))
         found = imin(found, ichoose(wrong, cls, none))
-        put(layout, True, w, whole, zero)
+        if writes:
+            put(layout, True, w, whole, zero)
+    return found
+
+
+cdef inline lane_int top_class(const Options *o, const Walk *w, const State *s) noexcept nogil:
+    """The class with the gradient, of a row of many classes; none: their number (ROWED)."""
+    cdef Py_ssize_t start = 0, stop = w.vectors
+    cdef vec m = add(s.low, vset(o.margin))
+    if all_lanes(veq(s.b, s.b)):
+        start = lane_least(ichoose(veq(m, s.b), s.place, iset(<lane_int> w.classes)))
+        stop = min(stop, start + 16)
+    return lane_least(top_classes(ROWED, False, start, stop, o, w, s))
+
+
+cdef inline void close_hinge_max(int layout, const Options *o, const Walk *w, const State *s) noexcept nogil:
+    cdef vec zero = vset(0)
+    cdef ivec found, cls = iset(0)
+    cdef lane_int top
+    cdef Py_ssize_t k
     if layout == ROWED:
-        least = lane_least(found)
-        if least < w.classes:
-            sstore_one(w.dst + least, first_lane(s.a))
+        if o.many:
+            top = top_class(o, w, s)
+            memset(w.dst, 0, w.classes * sizeof(stored))
+        else:
+            top = lane_least(top_classes(ROWED, True, 0, w.vectors, o, w, s))
+        if top < w.classes:
+            sstore_one(w.dst + top, first_lane(s.a))
             put_at_target(ROWED, w, sub(zero, s.a))
         return
-    cls = iset(0)
+    found = top_classes(LANED, False, 0, w.vectors, o, w, s)
     for k in range(w.vectors):
         put(LANED, False, w, k, choose(ieq(cls, found), s.a, choose(ieq(cls, w.target), sub(zero, s.a), zero)))
         cls = iadd(cls, iset(1))
@@ -875,14 +935,44 @@ cdef inline void open_logistic(int layout, bint grad, const Options *o, const Wa
             block = block_logistic(layout, True, grad, o, w, start, share, &own)
         else:
             block = block_logistic(layout, False, grad, o, w, start, share, &own)
-        if layout == ROWED and grad and STORED_IS_REAL and w.late != NULL:
-            send_late(False, w.late, start + 16)
+        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
+            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block, &total, &lost)
         lost = add(lost, own)
     s.a, s.b, s.low = total, vset(0), number_or_zero(lost)
 
 
 # --- softmax, log-softmax and log-sum-exp themselves -----------------------------------------------------------------
+cdef inline vec block_rests(bint careful, bint writes, const Walk *w, Py_ssize_t start, const Origin *o, vec *most,
+                            vec *top) noexcept nogil:
+    """Σ of the exponentials of each lane without its largest, which is in `most`; and the maximum (ROWED)."""
+    cdef vec first = vset(0), second = first, third = first, fourth = first, greatest = most[0], largest = top[0], x
+    cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(ROWED, careful, w, stop)
+    for k in range(start, whole):
+        x = fetch(ROWED, False, w, k, 0)
+        largest = vmax(largest, x)
+        x = exp_from(False, o, x)
+        fetch_ahead(ROWED, writes, w, k)
+        # Of NaN and a number, the second is the smaller and the larger (and NaN of a sum stays).
+        first, second, third, fourth = second, third, fourth, add(first, vmin(greatest, x))
+        greatest = vmax(greatest, x)
+    if careful and whole < stop:
+        x = fetch(ROWED, True, w, whole, <real> -INFINITY)
+        largest = vmax(largest, x)
+        x = exp_from(False, o, x)
+        fetch_ahead(ROWED, writes, w, whole)
+        first = add(first, vmin(greatest, x))
+        greatest = vmax(greatest, x)
+    most[0], top[0] = greatest, largest
+    return add(add(first, second), add(third, fourth))
+
+
+cdef inline vec without_greatest(vec v) noexcept nogil:
+    """v, but 0 in one lane, which holds the greatest."""
+    cdef ivec none = iset(LANES)
+    return choose(ieq(iota(), iset(lane_least(ichoose(veq(v, vset(lane_greatest(v))), iota(), none)))), vset(0), v)
+
+
 cdef inline vec block_tops(int layout, bint careful, bint far, bint writes, const Walk *w, Py_ssize_t start, vec m,
                            const Origin *o, vec *tops) noexcept nogil:
     """Σ of the exponentials without those of scores that are m, which are counted. Sums in turn as in block_exps."""
@@ -915,20 +1005,30 @@ cdef inline void open_transform(int layout, int kind, bint seek, const Walk *w, 
     if kind == PROBABILITIES:
         s.a = row_exps(layout, True, seek, w, s.m, &s.b, &s.top, last)
         return
+    if seek:
+        s.top = s.m if far else vset(<real> -INFINITY)
     for start in range(0, w.vectors, 16):
         if far:
             block = block_tops(layout, True, True, writes, w, start, s.m, &o, &tops)
+        elif seek and is_careful(layout, w, start):
+            block = block_rests(True, writes, w, start, &o, &tops, &s.top)
+        elif seek:
+            block = block_rests(False, writes, w, start, &o, &tops, &s.top)
         elif is_careful(layout, w, start):
             block = block_tops(layout, True, False, writes, w, start, s.m, &o, &tops)
         else:
             block = block_tops(layout, False, False, writes, w, start, s.m, &o, &tops)
+        if STORED_IS_REAL and seek and writes and w.late != NULL:
+            send_late(LATE_LOG, w.late, start + 16)
         add_block(start, block, &total, &lost)
+    if seek and not far:
+        lost, tops = add(lost, without_greatest(tops)), choose(ieq(iota(), iset(0)), vset(1), vset(0))
     s.a, s.b = add(total, lost), tops
 
 
-cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
+cdef inline vec settle_transform(int kind, bint glanced, State *s) noexcept nogil:
     """The log-sum-exp. Where the maximum is infinite that is NaN; its limit for `logsumexp`, unless there is NaN."""
-    cdef vec m = s.m, one = vset(1), others = s.a, top, z, rest
+    cdef vec m = s.m, one = vset(1), others = s.a, low = vset(0), top, z, rest
     cdef Origin o = origin_of(m)
     cdef Sum sums
     cdef mask infinite
@@ -936,7 +1036,8 @@ cdef inline vec settle_transform(int kind, State *s) noexcept nogil:
         s.a = div(one, others)
         return m
     top = exp_from(True, &o, m)
-    sums = complete(&o, add(others, mul(sub(s.b, one), top)), vset(0), m, m, top)
+    others = from_start(&o, s, &low, &rest) if glanced else s.a
+    sums = complete(&o, add(others, mul(sub(s.b, one), top)), low, m, m, top)
     z = log_of(&sums, m, &rest)
     if kind == LOG_SUM:
         infinite = mandnot(veq(m, m), veq(sub(m, m), vset(0)))
@@ -994,9 +1095,23 @@ cdef inline bint keeps(const Options *o) noexcept nogil:
     return o.kind == SOFTMAX or o.kind == PROBABILITIES
 
 
-cdef inline bint is_glanced(const Options *o, Py_ssize_t c) noexcept nogil:
-    """Whether rows that are not transposed have the form GLANCED."""
-    return keeps(o) and not o.general and c >= MANY_CLASSES
+cdef inline bint is_transform(const Options *o) noexcept nogil:
+    return o.kind == PROBABILITIES or o.kind == LOG_PROBABILITIES or o.kind == LOG_SUM
+
+
+cdef inline bint glances(const Options *o) noexcept nogil:
+    """Whether a row's maximum is found by the walk that takes exponentials (see `glance`)."""
+    return o.many and (o.kind == SOFTMAX or is_transform(o))
+
+
+cdef inline bint sends_late(const Options *o) noexcept nogil:
+    """Whether rows may have to be sent late (`Late`); some general forms are not."""
+    return o.many or o.general
+
+
+cdef inline bint is_many(const Options *o, bint grad, Py_ssize_t c) noexcept nogil:
+    """Whether plain rows that are not transposed have the form MANY."""
+    return c >= MANY_CLASSES and (grad or o.kind == SOFTMAX or is_transform(o))
 
 
 cdef inline void aim(const Options *o, vec *m, vec *target) noexcept nogil:
@@ -1011,7 +1126,7 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
     if is_general_softmax(o):
         open_general(layout, grad, o, w, s, last)
     elif o.kind == SOFTMAX:
-        s.a = row_exps(layout, grad, o.glances, w, s.m, &s.b, &s.top, last)
+        s.a = row_exps(layout, grad, glances(o), w, s.m, &s.b, &s.top, last)
     elif o.kind == FROM_STATS:
         open_from_stats(layout, o, w, factor, s)
     elif o.kind == HINGE_MAX:
@@ -1023,9 +1138,9 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
     elif o.kind == LOGISTIC:
         open_logistic(layout, grad, o, w, factor, s)
     elif o.kind == PROBABILITIES:
-        open_transform(layout, PROBABILITIES, o.glances, w, s, last)
+        open_transform(layout, PROBABILITIES, glances(o), w, s, last)
     else:
-        open_transform(layout, o.kind, False, w, s, last)
+        open_transform(layout, o.kind, glances(o), w, s, last)
 
 
 cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
@@ -1058,7 +1173,7 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
     if is_general_softmax(o):
         return settle_general(grad, o, s, factor)
     if o.kind == SOFTMAX:
-        return settle_softmax(layout, grad, o.glances, s, factor)
+        return settle_softmax(layout, grad, glances(o), s, factor)
     if o.kind == FROM_STATS:
         return s.a
     if o.kind == HINGE:
@@ -1067,7 +1182,7 @@ cdef inline vec settle(int layout, bint grad, const Options *o, State *s, vec fa
         return per_class_of(o, s.a, number_or_zero(s.low))
     if o.kind == HINGE_MAX:
         return settle_hinge_max(o, s, factor)
-    return settle_transform(o.kind, s)
+    return settle_transform(o.kind, glances(o), s)
 
 
 cdef inline void close_rows(int layout, const Options *o, const Walk *w, const State *s, vec last) noexcept nogil:

@@ -506,7 +506,7 @@ cdef inline void settle_general_group(bint grad, const Options *o, int n, const 
 cdef struct LateGroup:
     # Rows whose gradients are sent past the caches while the next group is walked over.
     Late rows[32]
-    int n
+    int n, way
     Py_ssize_t columns
     stored *to
     stored *held
@@ -521,22 +521,33 @@ cdef inline Py_ssize_t end_of(Py_ssize_t c) noexcept nogil:
     return LANES + c % LANES
 
 
-cdef inline void leave(LateGroup *late, int i, const Walk *w, vec last, vec r, vec less, vec target) noexcept nogil:
-    """Leave the last walk over row i for later, but for its ends. Rows are left in order."""
+cdef inline void leave(int way, LateGroup *late, int i, const Walk *w, vec last, vec r, vec less, vec target,
+                       lane_int other) noexcept nogil:
+    """Leave the last walk over row i for later, but for its ends, of which the last is `last` of what was kept. Rows are left in
+    order."""
     cdef Late *row = &late.rows[i]
     cdef Py_ssize_t c = w.classes, whole = c // LANES * LANES
-    cdef lane_int y = ifirst(w.target)
-    cdef bint weighed = w.more != NULL
-    vstore(late.between[i] + end_of(c), product_less(vload(w.tile), r, late_less(weighed, less, w.more, 0)))
-    vstore(late.between[i + 1],
-           product_less(vload(w.tile + whole - LANES), r, late_less(weighed, less, w.more + whole - LANES, 0)))
+    cdef real end[16]
+    vstore(late.between[i] + end_of(c), late_value(way, w.tile, w.more, r, less))
+    vstore(late.between[i + 1], late_value(way, w.tile + whole - LANES, w.more + whole - LANES, r, less))
+    vstore(end, last)
     vstore(late.between[i + 1] + LANES,
-           product_less(last, r, mul(less, vload_part(w.more + whole, c - whole, 0)) if weighed else less))
-    if 0 <= y < LANES:
-        late.between[i][end_of(c) + y] = first_lane(target)
-    elif whole - LANES <= y < c:
-        late.between[i + 1][y - whole + LANES] = first_lane(target)
+           product_less(last, r, mul(less, vload_part(w.more + whole, c - whole, 0))) if way == LATE_WEIGHED else
+           late_value(way, end, NULL, r, less))
+    put_between(late, i, c, ifirst(w.target), first_lane(target))
+    if way == LATE_ZEROS:
+        put_between(late, i, c, other, first_lane(less))
     row.inside, row.r, row.less, row.target, row.sent = walk_past(w), r, less, target, 0
+    row.other = iset(other - <lane_int> row.inside.first)
+
+
+cdef inline void put_between(LateGroup *late, int i, Py_ssize_t c, lane_int k, real entry) noexcept nogil:
+    """The entry of class k, if that lies at an end of row i."""
+    cdef Py_ssize_t whole = c // LANES * LANES
+    if 0 <= k < LANES:
+        late.between[i][end_of(c) + k] = entry
+    elif whole - LANES <= k < c:
+        late.between[i + 1][k - whole + LANES] = entry
 
 
 cdef void finish(LateGroup *late) noexcept nogil:
@@ -548,10 +559,14 @@ cdef void finish(LateGroup *late) noexcept nogil:
     c, end = late.columns, before_vector(late.to)
     stream_bytes(<char *> late.to, <char *> (late.between[0] + end_of(c)), end * <Py_ssize_t> sizeof(stored))
     for i in range(late.n):
-        if late.rows[i].inside.more != NULL:
-            send_late(True, &late.rows[i], late.rows[i].inside.vectors)
+        if late.way == LATE_WEIGHED:
+            send_late(LATE_WEIGHED, &late.rows[i], late.rows[i].inside.vectors)
+        elif late.way == LATE_LOG:
+            send_late(LATE_LOG, &late.rows[i], late.rows[i].inside.vectors)
+        elif late.way == LATE_ZEROS:
+            send_late(LATE_ZEROS, &late.rows[i], late.rows[i].inside.vectors)
         else:
-            send_late(False, &late.rows[i], late.rows[i].inside.vectors)
+            send_late(LATE_SHARE, &late.rows[i], late.rows[i].inside.vectors)
         late.rows[i].sent = late.rows[i].inside.vectors = 0
         first = (i + 1) * c - c % LANES
         first -= since_vector(late.to + first)
@@ -573,14 +588,14 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     """
     cdef Options own = s.options
     cdef const Options *o = &own
-    # Of each row, over its lanes; and what comes of that, one number a row.
-    cdef vec top[32]
+    # Of each row, over its lanes (`first`: its maximum, then what the first walk finds); and what comes of that, one number a row.
     cdef vec first[32]
     cdef vec second[32]
     cdef vec low[32]
     cdef vec last[32]
+    cdef ivec place[32]
     cdef real m[32]
-    cdef real begin[32]  # GLANCED: what the first walk started from
+    cdef real begin[32]  # where it `glances`: what the first walk started from
     cdef real target[32]
     cdef real a[32]
     cdef real b[32]
@@ -604,25 +619,28 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     cdef const stored *next = src + ahead * s.scores.row_stride
     cdef const real *more = NULL
     cdef int i, r
-    cdef bint general = form != PLAIN and form != GLANCED, doubtful = False
-    cdef bint past, is_late, apart
+    cdef bint general = form != PLAIN and form != MANY, doubtful = False
+    cdef bint past, is_late, apart, is_max = kind == HINGE_MAX and form == MANY, is_log = kind == LOG_PROBABILITIES
+    cdef int way = LATE_WEIGHED if form == WEIGHED else LATE_ZEROS if is_max else LATE_LOG if is_log else LATE_SHARE
     cdef real beyond
+    cdef lane_int found_class
     cdef mask fits
     cdef stored *to
     cdef Py_ssize_t done
     own.kind, own.power = kind, power
     fix_form(&own, ROWED, form)
     # Whether gradients go past the caches from the last walk, or while the next group is walked over; but for what lies between.
-    past = grad and STORED_IS_REAL and s.streams and c >= MANY_CLASSES and (keeps(o) or has_low(o))
-    is_late = past and (o.glances or has_low(o) or form == FLAT or form == WEIGHED or form == BENT)
+    past = (grad and STORED_IS_REAL and sends_late(o) and s.streams and c >= MANY_CLASSES
+            and (keeps(o) or has_low(o) or is_max or is_log))
+    is_late = past and (form == MANY or has_low(o) or form == FLAT or form == WEIGHED or form == BENT)
     # Whether what is kept is apart from the gradient's place, where scores that are walked over again may be.
-    apart = grad and (not STORED_IS_REAL or (o.glances and s.grad.raw == s.scores.raw))
+    apart = grad and (not STORED_IS_REAL or (glances(o) and keeps(o) and s.grad.raw == s.scores.raw))
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), whole_columns(c) if is_late else c
         if is_late and late.n > 0 and late.held == dst:
             dst += stride * group_rows(c)
     for i in range(n, (n + LANES - 1) // LANES * LANES):
-        top[i] = first[i] = second[i] = low[i] = end
+        first[i] = second[i] = low[i] = end
         if general:
             found[0][i] = found[1][i] = size[i] = end
             u_pivot[i] = 0
@@ -631,14 +649,14 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     for i in range(n):
         if shifts(o):
             w = walk_row(src + i * s.scores.row_stride, NULL, NULL, c, 0, NULL)
-            if o.glances:
-                top[i] = glance(&w, &fits)
-            if not (o.glances and all_lanes(fits)):
-                top[i] = row_max(&w, &size[i] if o.slopes_in_units else NULL)
+            if glances(o):
+                first[i] = glance(&w, &fits)
+            if not (glances(o) and all_lanes(fits)):
+                first[i] = row_max(&w, &size[i] if o.slopes_in_units else NULL)
         if has_target(o):
             target[i] = sone(src + i * s.scores.row_stride + y[i])
-    aim_group(o, n, top, m, target)
-    if o.glances:
+    aim_group(o, n, first, m, target)
+    if glances(o):
         memcpy(begin, m, sizeof(m))
     if general and o.kind == SOFTMAX:
         for r in range((n + LANES - 1) // LANES):
@@ -682,7 +700,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         for r in range(2):
             state.m = vset(m[i])
             open_rows(ROWED, grad, o, &w, vset(mult[i] * s.scale), &state, &last[i])
-            if not o.glances:
+            if not glances(o):
                 break
             begin[i], m[i] = m[i], lane_greatest(state.top)
             # Where the gradient's factor is very small, both together would be 0.
@@ -692,6 +710,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         first[i], second[i] = state.a, state.b
         if has_low(o):
             low[i] = state.low
+        if is_max:
+            place[i] = state.place
         if general:
             found[0][i], found[1][i] = state.more[0], state.more[2]
             if o.kind == SOFTMAX and o.probabilities:
@@ -717,7 +737,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if is_late:
                 w = walk_row(src, dst + i * stride, <real *> dst + i * stride, c, y[i], o.class_weight if form == WEIGHED else NULL)
                 w.past = s.grad.raw + (start + i) * c
-                leave(late, i, &w, end, end, end, end)
+                leave(way, late, i, &w, end, end, end, end, -1)
         elif grad:
             if general:
                 more = row_more(o, &s.probabilities, start + i, c, y[i])
@@ -727,22 +747,34 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if general and keeps_slopes(o):
                 w.slopes = kept_slopes(scratch, c, i)
             state.m, state.target, state.a, state.b = vset(m[i]), vset(target[i]), vset(a[i]), vset(b[i])
+            if is_max:
+                state.low, state.place = first[i], place[i]
             if past:
                 w.past = s.grad.raw + (start + i) * c
-            if is_late and not keeps(o):  # what was written is the gradient, but at the target
+            if is_late and is_max:
+                found_class = top_class(o, &w, &state)
+                if found_class == c:
+                    state.a = end
+                leave(way, late, i, &w, end, end, state.a, sub(end, state.a), found_class)
+            elif is_late and is_log:  # what is sent is of the scores
+                if c % LANES:
+                    last[i] = sload_part(w.src + c // LANES * LANES, c % LANES, 0)
+                w.tile = <real *> w.src
+                leave(way, late, i, &w, last[i], state.b, state.a, end, -1)
+            elif is_late and not keeps(o):  # what was written is the gradient, but at the target
                 if not has_target(o):
                     w.target = iset(-1)
                 if c % LANES:
                     last[i] = vload_part(w.tile + c // LANES * LANES, c % LANES, 0)
                 w.more = NULL
-                leave(late, i, &w, last[i], vset(1), end, state.b)
+                leave(way, late, i, &w, last[i], vset(1), end, state.b, -1)
             elif is_late:
                 w.more = o.class_weight if form == WEIGHED else NULL
-                leave(late, i, &w, last[i], state.a, less_of(o, state.c) if general else end, state.b)
+                leave(way, late, i, &w, last[i], state.a, less_of(o, state.c) if general else end, state.b, -1)
             else:
                 close_rows(ROWED, o, &w, &state, last[i])
     if is_late:
-        late.n, late.columns, late.to, late.held = n, c, s.grad.raw + start * c, dst
+        late.n, late.way, late.columns, late.to, late.held = n, way, c, s.grad.raw + start * c, dst
     elif grad and s.streams:
         done, to = 0, s.grad.raw + start * c
         for i in range(n if past else 0):
@@ -852,8 +884,8 @@ cdef inline void by_general_kind(int layout, bint grad, const Call *t) noexcept 
         of_kind(layout, FROM_STATS, 1, ANY, True, t)
 
 
-# Functions of their own, which the compiler must not put into their caller (CMakeLists.txt): beside the general forms'
-# code the plain forms' was 5 % slower.
+# Some are functions of their own, which the compiler must not put into their caller (CMakeLists.txt): of a function that has many
+# of them arrays lie apart on the stack, and with the rows they should stay in the first-level cache (2 to 5 % of short rows).
 cdef void general_tiles(bint grad, const Call *t) noexcept nogil:
     by_general_kind(LANED, grad, t)
 
@@ -862,45 +894,57 @@ cdef void general_groups(bint grad, const Call *t) noexcept nogil:
     by_general_kind(ROWED, grad, t)
 
 
+cdef void softmax_groups(const Call *t) noexcept nogil:
+    of_kind(ROWED, SOFTMAX, 1, PLAIN, True, t)
+
+
+cdef inline void by_plain_kind(int layout, int form, bint grad, const Call *t) noexcept nogil:
+    cdef int kind = t.o.kind, power = t.o.power
+    if layout == ROWED and form == PLAIN and kind == SOFTMAX and grad:
+        softmax_groups(t)
+    elif kind == SOFTMAX and grad:
+        of_kind(layout, SOFTMAX, 1, form, True, t)
+    elif kind == SOFTMAX:
+        of_kind(layout, SOFTMAX, 1, form, False, t)
+    elif kind == HINGE and power == 1 and grad:
+        of_kind(layout, HINGE, 1, form, True, t)
+    elif kind == HINGE and grad:
+        of_kind(layout, HINGE, 2, form, True, t)
+    elif kind == HINGE_MAX and grad:
+        of_kind(layout, HINGE_MAX, power, form, True, t)
+    elif kind == LOGISTIC:  # one walk: there is little to gain from a constant
+        of_kind(layout, LOGISTIC, 1, form, grad, t)
+    elif kind == PROBABILITIES:
+        of_kind(layout, PROBABILITIES, 1, form, True, t)
+    elif kind == LOG_PROBABILITIES:
+        of_kind(layout, LOG_PROBABILITIES, 1, form, True, t)
+    elif kind == LOG_SUM:
+        of_kind(layout, LOG_SUM, 1, form, False, t)
+    elif form == MANY:  # what is left has no gradient to send
+        return
+    elif kind == HINGE and power == 1:
+        of_kind(layout, HINGE, 1, PLAIN, False, t)
+    elif kind == HINGE:
+        of_kind(layout, HINGE, 2, PLAIN, False, t)
+    else:
+        of_kind(layout, HINGE_MAX, power, PLAIN, False, t)
+
+
+cdef void groups_of_many(bint grad, const Call *t) noexcept nogil:
+    by_plain_kind(ROWED, MANY, grad, t)
+
+
 cdef inline void by_kind(int layout, bint grad, const Call *t) noexcept nogil:
     """Kind, power and gradient or not as constants, so that each is compiled for its case alone."""
-    cdef int kind = t.o.kind, power = t.o.power
-    if t.o.general or kind == FROM_STATS:
+    if t.o.general or t.o.kind == FROM_STATS:
         if layout == LANED:
             general_tiles(grad, t)
         else:
             general_groups(grad, t)
-    elif layout == ROWED and is_glanced(t.o, t.s.scores.columns):
-        if kind == SOFTMAX and grad:
-            of_kind(ROWED, SOFTMAX, 1, GLANCED, True, t)
-        elif kind == SOFTMAX:
-            of_kind(ROWED, SOFTMAX, 1, GLANCED, False, t)
-        else:
-            of_kind(ROWED, PROBABILITIES, 1, GLANCED, True, t)
-    elif kind == SOFTMAX and grad:
-        of_kind(layout, SOFTMAX, 1, PLAIN, True, t)
-    elif kind == SOFTMAX:
-        of_kind(layout, SOFTMAX, 1, PLAIN, False, t)
-    elif kind == HINGE and power == 1 and grad:
-        of_kind(layout, HINGE, 1, PLAIN, True, t)
-    elif kind == HINGE and power == 1:
-        of_kind(layout, HINGE, 1, PLAIN, False, t)
-    elif kind == HINGE and grad:
-        of_kind(layout, HINGE, 2, PLAIN, True, t)
-    elif kind == HINGE:
-        of_kind(layout, HINGE, 2, PLAIN, False, t)
-    elif kind == HINGE_MAX and grad:
-        of_kind(layout, HINGE_MAX, power, PLAIN, True, t)
-    elif kind == HINGE_MAX:
-        of_kind(layout, HINGE_MAX, power, PLAIN, False, t)
-    elif kind == LOGISTIC:  # one walk: there is little to gain from a constant
-        of_kind(layout, LOGISTIC, 1, PLAIN, grad, t)
-    elif kind == PROBABILITIES:
-        of_kind(layout, PROBABILITIES, 1, PLAIN, True, t)
-    elif kind == LOG_PROBABILITIES:
-        of_kind(layout, LOG_PROBABILITIES, 1, PLAIN, True, t)
+    elif layout == ROWED and is_many(t.o, grad, t.s.scores.columns):
+        groups_of_many(grad, t)
     else:
-        of_kind(layout, LOG_SUM, 1, PLAIN, False, t)
+        by_plain_kind(layout, PLAIN, grad, t)
 
 
 cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -1138,7 +1182,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
-            s.grad.raw == s.scores.raw and is_glanced(&s.options, s.scores.columns))):
+            s.grad.raw == s.scores.raw and keeps(&s.options) and is_many(&s.options, True, s.scores.columns))):
         s.scratch_size = 2 * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)

@@ -472,6 +472,20 @@ FL_INLINE vec exact_sum(vec a, vec b, vec *rest) {
     return sum;
 }
 
+/* total + m m, for total >= 0; what that lacks, as rounded, is added to *low: all of it, but where a square is added to less than
+ * itself. Then the sum doubles, so that of all such steps less is lost than a rounding of the last; with one fused multiply-add
+ * each for the square's own rounding and for the sum's. */
+FL_INLINE vec add_square(vec total, vec m, vec *low) {
+#if (defined(__x86_64__) && defined(__FMA__)) || defined(__ARM_FEATURE_FMA)
+    vec sum = total + m * m;
+    *low += product_less(m, m, sum - total);
+#else
+    vec rest, sum = exact_sum(total, m * m, &rest);
+    *low += rest;
+#endif
+    return sum;
+}
+
 /* ---- over the lanes ---- */
 #ifdef __clang__
 #define FL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

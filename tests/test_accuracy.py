@@ -171,6 +171,14 @@ def test_a_maximum_that_comes_late(compiled, dtype, n_classes):
     probabilities = p.exps / p.total[:, None]
     probabilities[np.arange(len(y)), scores.argmax(axis=1)] = 1 / p.total
     assert gradient_ulps(fl.softmax(scores, backend=compiled), probabilities).max() <= GRADIENT_ULPS
+    log_sum = np.log1p(p.others)
+    found_log = fl.log_softmax(scores, backend=compiled)
+    assert loss_ulps(found_log, p.shifted - log_sum[:, None]).max() <= LOSS_ULPS
+    # Of the largest class it may be next to 0, and is accurate relative to itself.
+    found_top = np.take_along_axis(found_log, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    assert (np.abs(found_top + log_sum) <= 4 * unit(log_sum, dtype)).all()
+    z = accuracy.widened(scores.max(axis=1)) + log_sum
+    assert loss_ulps(fl.logsumexp(scores, backend=compiled), z).max() <= LOSS_ULPS
 
     # A factor that is small is not lost beside one that is small as well.
     factor = dtype(2.0**-40)

@@ -375,8 +375,10 @@ def test_hinge_of_infinities(backend, dtype, hinge):
         np.testing.assert_equal(float(value), expected, err_msg=name)
 
 
-def test_transforms_of_specials(backend, dtype):
+@pytest.mark.parametrize("masked", [0, 700])
+def test_transforms_of_specials(backend, dtype, masked):
     scores = np.array([[1, -np.inf, 3], [-np.inf] * 3, [np.inf, 0, 1], [np.nan, 0, 1], [np.nan, np.inf, 1]], dtype)
+    scores = np.pad(scores, ((0, 0), (masked, masked)), constant_values=-np.inf)
     for kind in ("softmax", "log_softmax", "logsumexp"):
         found = getattr(fl, kind)(scores, backend=backend)
         p = 1 / (1 + math.exp(2))
@@ -385,7 +387,32 @@ def test_transforms_of_specials(backend, dtype):
             "log_softmax": [[math.log(p), -np.inf, math.log1p(-p)]] + [[np.nan] * 3] * 4,
             "logsumexp": [1 - math.log(p), -np.inf, np.inf, np.nan, np.nan],
         }[kind]
+        if kind != "logsumexp":
+            assert (np.delete(found[0], range(masked, masked + 3)) == (0 if kind == "softmax" else -np.inf)).all()
+            found = found[:, masked : masked + 3]
         np.testing.assert_allclose(found, expected, rtol=8 * float(np.finfo(dtype).eps), err_msg=kind)
+
+
+@pytest.mark.parametrize("n_classes", [97, 600, 4500])
+def test_largest_margins_that_are_tied(backend, dtype, n_classes):
+    """The gradient is the lowest class's whose margin, as rounded, is the largest; of NaN the first's."""
+    rng = np.random.default_rng(n_classes)
+    scores = rng.integers(-3, 4, (24, n_classes)).astype(dtype)
+    scores[:8] += rng.random((8, n_classes)).astype(dtype) * np.finfo(dtype).eps  # where the margin rounds
+    y = rng.integers(0, n_classes, 24)
+    y[:3] = 0, n_classes - 1, 300 % n_classes
+    scores[8, n_classes // 2] = scores[9, -1] = scores[10, 0] = 9
+    scores[11], scores[12] = -np.inf, 1
+    scores[12, y[12]] = 5  # no margin is left
+    scores[13, [n_classes // 3, -1]] = np.nan
+    scores[14, y[14]] = np.nan
+    loss = fl.Hinge(over="max")
+    expected_losses, expected = loss.value_and_grad(scores, y, reduction="none", backend="reference")
+    in_place = scores.copy()
+    for source, out in ((scores, np.empty_like(scores)), (in_place, in_place)):
+        losses, gradient = loss.value_and_grad(source, y, reduction="none", out=out, backend=backend)
+        np.testing.assert_allclose(losses, expected_losses, rtol=4 * float(np.finfo(dtype).eps))
+        np.testing.assert_array_equal(gradient, expected)
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
