@@ -243,6 +243,8 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
     cdef Py_ssize_t start
     cdef bint careful
     for start in range(0, w.vectors, 16):
+        if layout == ROWED and STORED_IS_REAL and keeps_some and w.late != NULL:
+            send_late(LATE_WEIGHED if dense else LATE_SHARE, w.late, start)
         careful = holds_either(layout, w, start, s.pivot)
         if o.slopes_in_units and w.near == NEAR:
             f = general_blocks(layout, careful, dense, NEAR, keeps_some, o, w, start, s.pivot, origin, last)
@@ -250,8 +252,6 @@ cdef inline void walk_general(int layout, bint dense, bint keeps_some, const Opt
             f = general_blocks(layout, careful or dense, dense, WIDE, keeps_some, o, w, start, s.pivot, origin, last)
         else:  # few rows, if there is a softcap
             f = general_blocks(layout, careful or o.slopes_in_units, dense, FAR, keeps_some, o, w, start, s.pivot, origin, last)
-        if layout == ROWED and STORED_IS_REAL and keeps_some and w.late != NULL:
-            send_late(LATE_WEIGHED if dense else LATE_SHARE, w.late, start + 16)
         add_block(start, f.others, &all.others, &lost.others)
         if o.spreads:
             add_block(start, f.away, &all.away, &lost.away)

@@ -46,7 +46,7 @@ cdef enum:
     ANY = 6  # whatever options there are; of the softmax, if there are more forms, but for a softcap
 
 cdef enum:
-    MANY_CLASSES = 512  # from which on gradients go past the caches from a walk, and plain rows have the form MANY
+    MANY_CLASSES = 384  # from which on gradients go past the caches from a walk, and plain rows have the form MANY
     GLANCE = 8  # vectors whose maximum is taken for the row's,
     GLANCE_SIZE = 24  # if their scores are no larger in size,
     GLANCE_BEYOND = 20  # and the row's, as the walk finds it, is no more above (and the gradient's factor is of a usual size)
@@ -465,9 +465,10 @@ cdef inline void late_vectors(int way, const Late *late, Py_ssize_t start, Py_ss
         vstream(q + k * LANES, late_value(way, p + k * LANES, u + k * LANES, r, less))
 
 
-cdef inline void send_late(int way, Late *late, Py_ssize_t until) noexcept nogil:
-    """Send what waits, up to vector `until`."""
-    until = min(until, late.inside.vectors)
+cdef inline void send_late(int way, Late *late, Py_ssize_t start) noexcept nogil:
+    """Send what waits where the block of 16 vectors from `start` on is to be written: one vector more, since they may begin
+    elsewhere."""
+    cdef Py_ssize_t until = min(start + 17, late.inside.vectors)
     if late.sent < until:
         late_vectors(way, late, late.sent, until)
         late.sent = until
@@ -487,14 +488,14 @@ cdef inline vec row_exps(int layout, bint keep, bint seek, const Walk *w, vec m,
     cdef bint far = not all_lanes(is_near(m))
     at_target[0], top[0] = total, vset(<real> -INFINITY)
     for start in range(0, w.vectors, 16):
+        if STORED_IS_REAL and seek and keep and w.late != NULL:
+            send_late(LATE_SHARE, w.late, start)
         if far:
             block = block_exps(layout, True, True, keep, seek, w, start, &o, at_target, top, last)
         elif is_careful(layout, w, start):
             block = block_exps(layout, True, False, keep, seek, w, start, &o, at_target, top, last)
         else:
             block = block_exps(layout, False, False, keep, seek, w, start, &o, at_target, top, last)
-        if STORED_IS_REAL and seek and keep and w.late != NULL:
-            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block, &total, &lost)
     return add(total, lost)
 
@@ -684,12 +685,12 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
     cdef HingeSums block
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
+        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
+            send_late(LATE_SHARE, w.late, start)
         if is_careful(layout, w, start):
             block_hinge(layout, True, grad, power, o, w, start, s, share, &block)
         else:
             block_hinge(layout, False, grad, power, o, w, start, s, share, &block)
-        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
-            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block.loss, &loss, &lost)
         lost = add(lost, block.low)
         if power == 1:  # counts
@@ -761,7 +762,7 @@ cdef inline void open_hinge_max(int layout, bint grad, const Options *o, const W
         else:
             own = block_hinge_max(layout, False, grad, o, w, start, own, s.target, &bad)
         if o.many and STORED_IS_REAL and w.late != NULL:
-            send_late(LATE_ZEROS, w.late, start + 16)
+            send_late(LATE_ZEROS, w.late, start)
         top = vmax(top, own)
         if o.many:
             m = add(own, vset(o.margin))
@@ -931,12 +932,12 @@ cdef inline void open_logistic(int layout, bint grad, const Options *o, const Wa
     cdef vec total = vset(0), lost = total, block, share = mul(factor, vset(o.per_class)), own
     cdef Py_ssize_t start
     for start in range(0, w.vectors, 16):
+        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
+            send_late(LATE_SHARE, w.late, start)
         if is_careful(layout, w, start):
             block = block_logistic(layout, True, grad, o, w, start, share, &own)
         else:
             block = block_logistic(layout, False, grad, o, w, start, share, &own)
-        if layout == ROWED and grad and STORED_IS_REAL and sends_late(o) and w.late != NULL:
-            send_late(LATE_SHARE, w.late, start + 16)
         add_block(start, block, &total, &lost)
         lost = add(lost, own)
     s.a, s.b, s.low = total, vset(0), number_or_zero(lost)
@@ -1019,7 +1020,7 @@ cdef inline void open_transform(int layout, int kind, bint seek, const Walk *w, 
         else:
             block = block_tops(layout, False, False, writes, w, start, s.m, &o, &tops)
         if STORED_IS_REAL and seek and writes and w.late != NULL:
-            send_late(LATE_LOG, w.late, start + 16)
+            send_late(LATE_LOG, w.late, start)
         add_block(start, block, &total, &lost)
     if seek and not far:
         lost, tops = add(lost, without_greatest(tops)), choose(ieq(iota(), iset(0)), vset(1), vset(0))

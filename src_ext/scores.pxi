@@ -13,6 +13,8 @@ cdef enum:
     EXTRAS = 256  # rows of a batch, at most: where entropies begin behind log-sum-exps
     GROUP_ROWS = 32  # that are walked over together, at most,
     GROUP_BYTES = 24576  # and what they take
+    LONG_ROW = 1 << 18  # bytes of a row's scores, from which on what is asked for ahead is not the next row but
+    NEAR_AHEAD = 49152  # what lies so many bytes ahead
 
 cdef struct ScoresPass:
     Matrix scores, grad
@@ -509,7 +511,6 @@ cdef struct LateGroup:
     int n, way
     Py_ssize_t columns
     stored *to
-    stored *held
     # What lies between rows, and before the first and behind the last: the end of one and the beginning of the next, which share
     # a line there (`end_of`). Written long before it is sent: what is read across two stores that are still on their way waits
     # for them, and for all that are ahead of them, past the caches.
@@ -637,8 +638,6 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
     apart = grad and (not STORED_IS_REAL or (glances(o) and keeps(o) and s.grad.raw == s.scores.raw))
     if grad and s.streams:
         dst, stride = held_rows(scratch, c), whole_columns(c) if is_late else c
-        if is_late and late.n > 0 and late.held == dst:
-            dst += stride * group_rows(c)
     for i in range(n, (n + LANES - 1) // LANES * LANES):
         first[i] = second[i] = low[i] = end
         if general:
@@ -685,6 +684,8 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         w = walk_row(src + i * s.scores.row_stride, dst + i * stride if grad else NULL,
                      kept_row(grad, apart, dst + i * stride, scratch, c, i), c, y[i], more)
         w.ahead, w.ahead_step = next + i * s.scores.row_stride, LANES
+        if c * <Py_ssize_t> sizeof(stored) >= LONG_ROW:  # two of them, and what is kept of one, would not stay in a cache
+            w.ahead = w.src + NEAR_AHEAD // sizeof(stored)
         w.dst_ahead = 0 if s.streams else ahead * stride
         if is_late:
             w.late = &late.rows[i]
@@ -774,7 +775,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             else:
                 close_rows(ROWED, o, &w, &state, last[i])
     if is_late:
-        late.n, late.way, late.columns, late.to, late.held = n, way, c, s.grad.raw + start * c, dst
+        late.n, late.way, late.columns, late.to = n, way, c, s.grad.raw + start * c
     elif grad and s.streams:
         done, to = 0, s.grad.raw + start * c
         for i in range(n if past else 0):
@@ -1183,7 +1184,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
             s.grad.raw == s.scores.raw and keeps(&s.options) and is_many(&s.options, True, s.scores.columns))):
-        s.scratch_size = 2 * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
+        s.scratch_size = (1 if STORED_IS_REAL else 2) * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
         s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)

@@ -11,7 +11,7 @@ from tests.conftest import BACKENDS
 
 BYTES = 34 << 20  # more than STREAM_BYTES in scores.pxi
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
-SHAPES = [("float32", c) for c in (100, 512, 1001, 4608, 70001)]
+SHAPES = [("float32", c) for c in (100, 401, 512, 1001, 4608, 70001)]
 SHAPES += [("float64", 1001), ("float64", 1024), ("bfloat16", 1001), ("bfloat16", 9001)]
 
 
