@@ -466,9 +466,8 @@ cdef inline void late_vectors(int way, const Late *late, Py_ssize_t start, Py_ss
 
 
 cdef inline void send_late(int way, Late *late, Py_ssize_t start) noexcept nogil:
-    """Send what waits where the block of 16 vectors from `start` on is to be written: one vector more, since they may begin
-    elsewhere."""
-    cdef Py_ssize_t until = min(start + 17, late.inside.vectors)
+    """Send what waits where the block of 16 vectors from `start` on is to be written, and no less."""
+    cdef Py_ssize_t until = min(start + 16, late.inside.vectors)
     if late.sent < until:
         late_vectors(way, late, late.sent, until)
         late.sent = until
@@ -636,7 +635,7 @@ cdef inline void add_target_term(int layout, bint part, int power, const Options
 
 cdef inline void block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
                              Py_ssize_t start, const State *edge, vec share, HingeSums *sums) noexcept nogil:
-    # Four sums in turn, as in block_exps; of squares one, to which all are added without loss.
+    # Four sums in turn, as in block_exps; of squares one (`add_square`).
     cdef vec second = vset(0), third = second, fourth = second
     cdef HingeSums own
     cdef mask none = vlt(second, second)
@@ -954,7 +953,7 @@ cdef inline vec block_rests(bint careful, bint writes, const Walk *w, Py_ssize_t
         largest = vmax(largest, x)
         x = exp_from(False, o, x)
         fetch_ahead(ROWED, writes, w, k)
-        # Of NaN and a number, the second is the smaller and the larger (and NaN of a sum stays).
+        # Of NaN and a number, the second is the smaller (and NaN of a sum stays).
         first, second, third, fourth = second, third, fourth, add(first, vmin(greatest, x))
         greatest = vmax(greatest, x)
     if careful and whole < stop:

