@@ -281,11 +281,11 @@ cdef inline void fold_general(const Options *o, const vec *b, const vec *u_other
     if o.dense:
         s.more[1] = vload(u_pivot)
     if o.dense and not o.even_weights:
-        s.more[0] = transposed_sum(u_others, 1)
+        s.more[0] = transposed_sum(u_others)
     if o.spreads:
-        s.b = transposed_sum(b, 1)
+        s.b = transposed_sum(b)
     if o.entropy:
-        s.more[2] = transposed_sum(spread, 1)
+        s.more[2] = transposed_sum(spread)
 
 
 cdef inline vec settle_general(bint grad, const Options *o, State *s, vec factor) noexcept nogil:

@@ -72,18 +72,24 @@ cdef extern from "simd.h" nogil:
     vec join_bits(vec, vec) noexcept
     bint all_below_2(vec) noexcept
     ivec imin(ivec, ivec) noexcept
+    ivec imax(ivec, ivec) noexcept
+    ivec quotients(ivec, lane_int) noexcept
+    ivec size_bits(vec) noexcept
     const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, NEAR_TANH
-    const double FL_LN2
+    const double FL_LN2, FL_ROUND
     vec nearest_steps(vec) noexcept
     vec round_to_step(vec) noexcept
     vec vexp2(vec, vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec less_powers(vec, vec *) noexcept
+    vec usual_exp(vec, vec) noexcept
     vec raised_exp(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vlog1p(vec) noexcept
+    vec log_in_full(vec, vec) noexcept
+    void one_by_one() noexcept
     vec reciprocal(vec) noexcept
     vec vtanh(vec, vec *) noexcept
     vec tanh_near(vec) noexcept
@@ -100,8 +106,8 @@ cdef extern from "simd.h" nogil:
     lane_int lane_least(ivec) noexcept
     vec look_up(vec, ivec) noexcept
     real lane_greatest(vec) noexcept
-    vec transposed_sum(const vec *, Py_ssize_t) noexcept
-    vec transposed_max(const vec *, Py_ssize_t) noexcept
+    vec transposed_sum(const vec *) noexcept
+    vec transposed_max(const vec *) noexcept
     vec exact_transposed_sum(const vec *, const vec *, vec *) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
@@ -130,6 +136,7 @@ cdef extern from "simd.h" nogil:
     vec mul "FL_MUL" (vec, vec) noexcept
     vec div "FL_DIV" (vec, vec) noexcept
     ivec iadd "FL_ADD" (ivec, ivec) noexcept
+    ivec isub "FL_SUB" (ivec, ivec) noexcept
     ivec imul "FL_MUL" (ivec, ivec) noexcept
 
 cdef extern from *:
@@ -600,6 +607,7 @@ def weigh(targets, class_weight, ignored, sample_weight, multiplier, int n_threa
 include "losses.pxi"
 include "general.pxi"
 include "scores.pxi"
+include "packed.pxi"
 include "features.pxi"
 include "sparse.pxi"
 include "descent.pxi"

@@ -1146,13 +1146,13 @@ cdef inline void open_rows(int layout, bint grad, const Options *o, const Walk *
 cdef inline void fold(const Options *o, const vec *a, const vec *b, const vec *low, State *s) noexcept nogil:
     """What the lanes of LANES rows hold, one row a lane (ROWED)."""
     if o.kind == HINGE_MAX:
-        s.a = transposed_max(a, 1)
+        s.a = transposed_max(a)
     elif has_low(o):
         s.a = exact_transposed_sum(a, low if folds_low(o) else NULL, &s.low)
     else:
-        s.a = transposed_sum(a, 1)
+        s.a = transposed_sum(a)
     if not keeps(o) and o.kind != LOGISTIC:
-        s.b = transposed_sum(b, 1)
+        s.b = transposed_sum(b)
 
 
 cdef inline void merge(const Options *o, State *s, const State *more) noexcept nogil:

@@ -6,7 +6,7 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches
+    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches; of packed rows from half of that
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
@@ -30,6 +30,7 @@ cdef struct ScoresPass:
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
+    bint packed
     bint laned
     bint streams  # the gradient goes past the caches
     char *scratch  # for each thread: transposed tiles, or what is kept of a group, and its gradient if it streams
@@ -340,7 +341,7 @@ cdef void keep_group_tops(const ScoresPass *s, Py_ssize_t row, int n, const real
         top[i] = vset(0)
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
-        vstore(m + g, transposed_max(top + g, 1))
+        vstore(m + g, transposed_max(top + g))
     for i in range(n):
         w = walk_row(s.scores.raw + (row + i) * s.scores.row_stride, NULL, NULL, s.scores.columns, 0, NULL)
         if mult[i] == 0:
@@ -459,7 +460,7 @@ cdef inline void aim_group(const Options *o, int n, const vec *top, real *m, rea
     cdef Py_ssize_t v, g
     for v in range((n + LANES - 1) // LANES):
         g = v * LANES
-        start, at = transposed_max(top + g, 1) if shifts(o) else vset(0), vload(target + g)
+        start, at = transposed_max(top + g) if shifts(o) else vset(0), vload(target + g)
         aim(o, &start, &at)
         vstore(m + g, start)
         vstore(target + g, at)
@@ -661,7 +662,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
         for r in range((n + LANES - 1) // LANES):
             end = vload(m + r * LANES)
             if o.slopes_in_units:
-                vstore(near + r * LANES, nearness(o, transposed_max(size + r * LANES, 1)))
+                vstore(near + r * LANES, nearness(o, transposed_max(size + r * LANES)))
                 end = steps_of_origin(o, end, vload(near + r * LANES))
             else:
                 end = origin_of_distance(o, end)
@@ -1142,12 +1143,16 @@ cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> GROUP_ROWS, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
 
 
+cdef double scores_apart(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
+    return scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
+
+
 cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef ScoresPass *s = <ScoresPass *> job
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
+    s.partial[k] = scores_packed(s, start, stop, scratch) if s.packed else scores_apart(s, start, stop, scratch)
     if s.streams:
         streamed()
     restore_mode(mode)
@@ -1163,13 +1168,13 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.laned = is_laned(&s.options, &s.scores, &s.grad)
-    s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
+    s.packed, s.laned = is_packed(s), is_laned(&s.options, &s.scores, &s.grad)
+    s.streams = ((s.packed or not s.laned) and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
-                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > STREAM_BYTES)
+                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.packed else STREAM_BYTES))
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.laned or s.packed else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
@@ -1188,6 +1193,8 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     if not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
         s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)
+    if s.packed:
+        s.scratch_size += packed_size(s.scores.columns) * <Py_ssize_t> sizeof(real)
     if s.scratch_size:
         s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)

@@ -129,6 +129,10 @@ FL_INLINE ivec iota(void) {
     static const lane_int count[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return iload(count);
 }
+/* i / n, rounded down, for small numbers: of half a step more, so that no rounding shows. */
+FL_INLINE ivec quotients(ivec i, lane_int n) {
+    return __builtin_convertvector((__builtin_convertvector(i, vec) + (real)0.5) * ((real)1 / n), ivec);
+}
 
 /* ---- pieces: 128 bits of a vector, GROUP numbers; the first n of them from memory (zeros else) and to it, n in [1, GROUP].
  * Tails of rows are written by pieces where there are no mask registers: a store with a mask in a vector takes 13 cycles on
@@ -264,9 +268,10 @@ FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
 
 FL_INLINE int first_bit(uint64_t bits) { return __builtin_ctzll(bits); } /* of bits that are not all 0 */
 
-/* |v|; and |v| with the sign of another. */
+/* |v|, and its bits, which are ordered as sizes are, with NaN above all; and |v| with the sign of another. */
 FL_INLINE ivec sign_bits(void) { return (ivec)vset(-(real)0.0); }
-FL_INLINE vec vabs(vec v) { return (vec)((ivec)v & ~sign_bits()); }
+FL_INLINE ivec size_bits(vec v) { return (ivec)v & ~sign_bits(); }
+FL_INLINE vec vabs(vec v) { return (vec)size_bits(v); }
 FL_INLINE vec with_sign(vec size, vec v) { return (vec)((ivec)size | ((ivec)v & sign_bits())); }
 
 /* a + b, but a where m. */
@@ -518,12 +523,14 @@ FL_INLINE lane_int ifirst(ivec v) { return v[0]; }
 #define FASTLOSS_BITS_ 64
 #endif
 FL_INLINE ivec imin(ivec a, ivec b) { return (ivec)FL_INTEGER(min)((__m512i)a, (__m512i)b); }
+FL_INLINE ivec imax(ivec a, ivec b) { return (ivec)FL_INTEGER(max)((__m512i)a, (__m512i)b); }
 FL_INLINE lane_int lane_least(ivec v) { return FL_INTEGER(reduce_min)((__m512i)v); }
 #else
 FL_INLINE ivec imin(ivec a, ivec b) {
     ivec less = (ivec)(a < b);
     return (less & a) | (~less & b);
 }
+FL_INLINE ivec imax(ivec a, ivec b) { return imin(b, a) ^ a ^ b; }
 FL_INLINE lane_int lane_least(ivec v) {
     lane_int least = v[0];
     for (int k = 1; k < LANES; k++) least = v[k] < least ? v[k] : least;
@@ -541,14 +548,60 @@ FL_INLINE real lane_greatest(vec v) {
 #endif
 }
 
-/* Entries of a table that fits in a register, TABLE numbers; by the low bits of the indices. */
+/* Entries of a table that fits in a register, TABLE numbers (0: there is no way); by the low bits of the indices. */
 #ifdef FL_MASK_REGISTERS
 #define TABLE LANES
 FL_INLINE vec look_up(vec table, ivec at) { return FL_PASTE(FL_PREFIX, FL_PASTE(permutexvar_, FL_SUFFIX))((__m512i)at, table); }
+#elif VBYTES == 32 && FASTLOSS_BITS == 32
+#define TABLE LANES
+FL_INLINE vec look_up(vec table, ivec at) { return (vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)at); }
 #else
 #define TABLE 0
 FL_INLINE vec look_up(vec table, ivec at) { return table; }
 #endif
+
+/* ---- sums over lanes of several vectors at once, in two steps, by shuffles within 128 bits and then of 128 bits ----
+ * fold_group: GROUP vectors, one a row, become one, in which each 128 bits hold a partial sum of each row. fold_groups: such
+ * vectors, of LANES rows, become the sums of the rows. */
+#ifdef __x86_64__
+#define FL_PAIR(a, b, type) \
+    ((vec)FL_PASTE(FL_PREFIX, unpacklo_##type)(a, b) + (vec)FL_PASTE(FL_PREFIX, unpackhi_##type)(a, b))
+#elif FASTLOSS_BITS == 32
+#define FL_PAIR_ps(a, b) (FL_SHUFFLE(a, b, 0, 4, 1, 5) + FL_SHUFFLE(a, b, 2, 6, 3, 7))
+#define FL_PAIR_pd(a, b) (FL_SHUFFLE((vec)a, (vec)b, 0, 1, 4, 5) + FL_SHUFFLE((vec)a, (vec)b, 2, 3, 6, 7))
+#define FL_PAIR(a, b, type) FL_PAIR_##type(a, b)
+#else
+#define FL_PAIR(a, b, type) (FL_SHUFFLE(a, b, 0, 2) + FL_SHUFFLE(a, b, 1, 3))
+#endif
+FL_INLINE vec fold_group(const vec *r) {
+#if FASTLOSS_BITS == 32
+    typedef double pairs __attribute__((vector_size(VBYTES)));
+    pairs a = (pairs)FL_PAIR(r[0], r[1], ps), b = (pairs)FL_PAIR(r[2], r[3], ps);
+    return FL_PAIR(a, b, pd);
+#else
+    return FL_PAIR(r[0], r[1], pd);
+#endif
+}
+FL_INLINE vec fold_groups(const vec *p) {
+#if VBYTES == 64
+#define FL_QUARTERS(a, b, which) ((vec)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), which))
+    vec a = FL_QUARTERS(p[0], p[1], 0x44) + FL_QUARTERS(p[0], p[1], 0xee);
+    vec b = FL_QUARTERS(p[2], p[3], 0x44) + FL_QUARTERS(p[2], p[3], 0xee);
+    return FL_QUARTERS(a, b, 0x88) + FL_QUARTERS(a, b, 0xdd);
+#elif VBYTES == 32
+    __m256 a = (__m256)p[0], b = (__m256)p[1];
+    return (vec)_mm256_permute2f128_ps(a, b, 0x20) + (vec)_mm256_permute2f128_ps(a, b, 0x31);
+#else
+    return p[0];
+#endif
+}
+/* Lane k of the result is the sum of the lanes of p[k]. */
+FL_INLINE vec transposed_sum(const vec *p) {
+    vec groups[LANES / GROUP];
+#pragma GCC unroll 4
+    for (int k = 0; k < LANES / GROUP; k++) groups[k] = fold_group(p + k * GROUP);
+    return fold_groups(groups);
+}
 
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
@@ -570,23 +623,18 @@ FL_INLINE void transpose(vec r[LANES]) {
     if (LANES > 8) zip_round(r, LANES);
 }
 
-/* Lane k of the result is the sum, or the maximum, of the lanes of p[k * stride]: the same rounds, which join what they
- * bring together. */
-#define FL_FOLD(name, JOIN)                                                                                \
-    FL_INLINE vec name(const vec *p, ptrdiff_t stride) {                                                   \
-        vec r[LANES];                                                                                      \
-        _Pragma("GCC unroll 16") for (int k = 0; k < LANES; k++) r[k] = p[k * stride];                     \
-        FL_FOLD_ROUND(8, JOIN) FL_FOLD_ROUND(4, JOIN) FL_FOLD_ROUND(2, JOIN) FL_FOLD_ROUND(1, JOIN)        \
-        return r[0];                                                                                       \
-    }
-#define FL_FOLD_ROUND(HALF, JOIN)                                                                          \
-    if (LANES > HALF)                                                                                      \
-        _Pragma("GCC unroll 8") for (int k = 0; k < HALF; k++) {                                           \
-            vec low = zip_low(r[k], r[(k + HALF) % LANES]), high = zip_high(r[k], r[(k + HALF) % LANES]);  \
-            r[k] = JOIN;                                                                                   \
-        }
-FL_FOLD(transposed_sum, low + high)
-FL_FOLD(transposed_max, vmax(low, high))
+/* Lane k of the result is the maximum of the lanes of p[k]: the same rounds, which join what they bring together. */
+#define FL_MAX_ROUND(HALF)                                                                                         \
+    if (LANES > HALF)                                                                                              \
+        _Pragma("GCC unroll 8") for (int k = 0; k < HALF; k++)                                                     \
+            r[k] = vmax(zip_low(r[k], r[(k + HALF) % LANES]), zip_high(r[k], r[(k + HALF) % LANES]));
+FL_INLINE vec transposed_max(const vec *p) {
+    vec r[LANES];
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++) r[k] = p[k];
+    FL_MAX_ROUND(8) FL_MAX_ROUND(4) FL_MAX_ROUND(2) FL_MAX_ROUND(1)
+    return r[0];
+}
 /* The sums without loss: *rest is what they lack, as rounded, and the sums of the lanes of low[k], if it is not NULL. */
 #define FL_EXACT_ROUND(HALF)                                                                              \
     if (LANES > HALF) {                                                                                   \
@@ -684,42 +732,6 @@ FL_INLINE void scatter_narrow(int width, stored *to, ptrdiff_t row_stride, ptrdi
     }
 }
 #endif
-
-/* ---- sums over lanes of several vectors at once, in two steps, by shuffles within 128 bits and then of 128 bits ----
- * fold_group: GROUP vectors, one a row, become one, in which each 128 bits hold a partial sum of each row. fold_groups: such
- * vectors, of LANES rows, become the sums of the rows. */
-#ifdef __x86_64__
-#define FL_PAIR(a, b, type) \
-    ((vec)FL_PASTE(FL_PREFIX, unpacklo_##type)(a, b) + (vec)FL_PASTE(FL_PREFIX, unpackhi_##type)(a, b))
-#elif FASTLOSS_BITS == 32
-#define FL_PAIR_ps(a, b) (FL_SHUFFLE(a, b, 0, 4, 1, 5) + FL_SHUFFLE(a, b, 2, 6, 3, 7))
-#define FL_PAIR_pd(a, b) (FL_SHUFFLE((vec)a, (vec)b, 0, 1, 4, 5) + FL_SHUFFLE((vec)a, (vec)b, 2, 3, 6, 7))
-#define FL_PAIR(a, b, type) FL_PAIR_##type(a, b)
-#else
-#define FL_PAIR(a, b, type) (FL_SHUFFLE(a, b, 0, 2) + FL_SHUFFLE(a, b, 1, 3))
-#endif
-FL_INLINE vec fold_group(const vec *r) {
-#if FASTLOSS_BITS == 32
-    typedef double pairs __attribute__((vector_size(VBYTES)));
-    pairs a = (pairs)FL_PAIR(r[0], r[1], ps), b = (pairs)FL_PAIR(r[2], r[3], ps);
-    return FL_PAIR(a, b, pd);
-#else
-    return FL_PAIR(r[0], r[1], pd);
-#endif
-}
-FL_INLINE vec fold_groups(const vec *p) {
-#if VBYTES == 64
-#define FL_QUARTERS(a, b, which) ((vec)_mm512_shuffle_f32x4((__m512)(a), (__m512)(b), which))
-    vec a = FL_QUARTERS(p[0], p[1], 0x44) + FL_QUARTERS(p[0], p[1], 0xee);
-    vec b = FL_QUARTERS(p[2], p[3], 0x44) + FL_QUARTERS(p[2], p[3], 0xee);
-    return FL_QUARTERS(a, b, 0x88) + FL_QUARTERS(a, b, 0xdd);
-#elif VBYTES == 32
-    __m256 a = (__m256)p[0], b = (__m256)p[1];
-    return (vec)_mm256_permute2f128_ps(a, b, 0x20) + (vec)_mm256_permute2f128_ps(a, b, 0x31);
-#else
-    return p[0];
-#endif
-}
 
 /* ---- columns of rows, by pieces: a vector is joined from pieces of the rows k, k + GROUP, k + 2 GROUP, …; a transpose within
  * pieces, of GROUP such vectors, makes vectors of one column each. Shuffles within 128 bits are the cheapest, and pieces
@@ -1001,15 +1013,14 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
-/* The same, bit for bit, but where results are above 2 RAISED: there vexp goes on to infinity. Whole powers of 2 are added to
- * exponents, which is half the work of `scalef`. */
-FL_INLINE vec raised_exp(vec x, vec from) {
+/* The same, bit for bit, for normal results up to 2 RAISED: whole powers of 2 are added to exponents, which is half the work of
+ * `scalef`. */
+FL_INLINE vec usual_exp(vec x, vec from) {
+    vec start = vset(FL_MAGIC) - from;
+    vec t = x * vset(FL_LOG2_E) + start, q = expm1_in_step(less_steps(x, t - start));
 #ifdef FL_MASK_REGISTERS
     const int shift = FL_MANTISSA - (LANES == 16 ? 4 : 3); /* from the lowest bit of t, which is a step, to its place in exponents */
     const ivec powers = (ivec)vload(fl_powers) - (iota() << shift); /* without what is shifted of a part of a power */
-    vec start = vset(FL_MAGIC) - from;
-    x = VOP(max)((from - vset(FL_BIAS)) * vset((real)FL_LN2), x); /* NaN stays; what is lower has an exponent of 0 */
-    vec t = x * vset(FL_LOG2_E) + start, q = expm1_in_step(less_steps(x, t - start));
 #if FASTLOSS_BITS == 32
     const ivec part = (ivec)_mm512_permutexvar_epi32((__m512i)t, (__m512i)powers);
 #else
@@ -1017,6 +1028,14 @@ FL_INLINE vec raised_exp(vec x, vec from) {
 #endif
     const vec power = (vec)(part + ((ivec)t << shift));
     return power * q + power;
+#else
+    return (q + vset(1)) * (vec)(((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA));
+#endif
+}
+/* The same, of what is lower 0: of any x, but where results are above 2 RAISED (there vexp goes on to infinity). */
+FL_INLINE vec raised_exp(vec x, vec from) {
+#ifdef FL_MASK_REGISTERS
+    return usual_exp(VOP(max)((from - vset(FL_BIAS)) * vset((real)FL_LN2), x), from); /* NaN stays; 0 is an exponent of 0 */
 #else
     return vexp(x, from);
 #endif
@@ -1099,13 +1118,15 @@ static __attribute__((noinline)) vec vtanh(vec x, vec *short_of_one) {
     return choose(vlt(size, vset(NEAR_TANH)), tanh_near(x), with_sign(far, x));
 }
 
-/* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.
- * As fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. k FL_LN2_HIGH is exact, and what its sum with
- * `plus` loses is added to the small parts: the error is that of one rounding, and 0.2 units of 1. */
-FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
+/* log(u (1 + low)) - k FL_LN2_HIGH for normal u > 0 and small low; NaN for u NaN or inf. *big is k FL_LN2_HIGH, exactly.
+ * As fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. */
+FL_INLINE vec log_steps(vec u, vec *steps, vec *f) {
     ivec k = ((ivec)u - iset(FL_SQRT_HALF)) >> FL_MANTISSA;
-    vec f = (vec)((ivec)u - (k << FL_MANTISSA)) - vset(1);
-    vec e = (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
+    *f = (vec)((ivec)u - (k << FL_MANTISSA)) - vset(1);
+    *steps = (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
+    return *steps * vset(FL_LN2_HIGH);
+}
+FL_INLINE vec log_rest(vec steps, vec f, vec low) {
     vec s = f / (vset(2) + f), z = s * s;
 #if FASTLOSS_BITS == 32
     vec series = vset(0xf89e26p-26f);
@@ -1121,11 +1142,21 @@ FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
     series = series * z + vset(3.999999999940941908e-01);
     series = series * z + vset(6.666666666666735130e-01);
 #endif
-    vec half = f * f * vset((real)0.5), lost;
-    vec base = exact_sum(e * vset(FL_LN2_HIGH), plus, &lost);
+    vec half = f * f * vset((real)0.5);
+    return f - (half - (s * (half + z * series) + (steps * vset(FL_LN2_LOW) + low)));
+}
+/* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.
+ * What the sum of k FL_LN2_HIGH and `plus` loses is added to the small parts: the error is that of one rounding, and 0.2 units
+ * of 1. */
+FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
+    vec steps, f, lost, base = exact_sum(log_steps(u, &steps, &f), plus, &lost);
     low = choose(veq(base - base, vset(0)), low + lost, vset(0)); /* NaN where base is infinite */
-    vec part = f - (half - (s * (half + z * series) + (e * vset(FL_LN2_LOW) + low)));
-    return exact_sum(base, part, rest) + (u - u);
+    return exact_sum(base, log_rest(steps, f, low), rest) + (u - u);
+}
+/* log(u (1 + low)) for normal u > 0 and small low. */
+FL_INLINE vec log_in_full(vec u, vec low) {
+    vec steps, f, base = log_steps(u, &steps, &f);
+    return base + log_rest(steps, f, low);
 }
 
 /* log(1 + e) for e in [0, 1], small ones to their last place: a polynomial that interpolates log(1 + e) / e at Chebyshev points
@@ -1165,6 +1196,9 @@ FL_INLINE void restore_mode(unsigned before) {
     (void)before;
 #endif
 }
+
+/* In a loop, keeps it from being made into scatters, which take longer. */
+FL_INLINE void one_by_one(void) { __asm__ volatile(""); }
 
 /* ---- sums of row losses: one double for each lane of a tile ---- */
 FL_INLINE void add_products(double sums[TILE], const real *a, const real *b) {

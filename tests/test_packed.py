@@ -1,0 +1,86 @@
+"""Rows of few classes that lie end to end are computed many at a time, across rows: what comes of each is its own."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastloss as fl
+from tests.conftest import BACKENDS
+
+LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
+TYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
+CLASSES = (4, 5, 10, 15, 16, 17, 31, 37, 100, 383)
+
+
+def wide(a):
+    """NaN of types that NumPy does not know is not taken for NaN."""
+    return a.astype(np.float64)
+
+
+def odd_rows(n, c, dtype, rng):
+    """Scores of which most rows are usual, and each of the others is odd in a way of its own."""
+    scores = rng.standard_normal((n, c)) * 3
+    scores[1 % n] *= 20
+    scores[5 % n] *= 1000
+    scores[6 % n] += 1e4
+    scores[7 % n, ::2] = -np.inf
+    scores[8 % n] = -np.inf
+    scores[11 % n, c // 2] = np.inf
+    scores[12 % n, c - 1] = np.nan
+    scores[13 % n] = 40, *[-40] * (c - 1)  # as far apart as may be
+    return scores.astype(dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_together_have_the_bits_of_rows_alone(level, dtype):
+    rng = np.random.default_rng(4)
+    for c in CLASSES:
+        for n in (1, 7, 16, 23, 35, 300):
+            scores, y = odd_rows(n, c, dtype, rng), rng.integers(0, c, n)
+            y[13 % n] = rng.integers(0, 2) * (c - 1)
+            y[2 % n] = -1  # ignored
+            loss = fl.Softmax(ignore_index=-1)
+            out = np.empty_like(scores)
+            losses, grad = loss.value_and_grad(scores, y, reduction="none", out=out, backend=level)
+            for i in range(n) if n < 100 else (*range(16), 100, 255, 256, 299):
+                alone, alone_grad = loss.value_and_grad(
+                    scores[i : i + 1].copy(), y[i : i + 1], reduction="none", backend=level
+                )
+                np.testing.assert_array_equal(alone[0], losses[i], err_msg=f"C = {c}, row {i} of {n}")
+                np.testing.assert_array_equal(wide(alone_grad[0]), wide(grad[i]), err_msg=f"C = {c}, row {i} of {n}")
+            in_place = scores.copy()
+            loss.value_and_grad(in_place, y, reduction="none", out=in_place, backend=level)
+            np.testing.assert_array_equal(wide(in_place), wide(grad))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("c", [5, 10, 37, 300])
+def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c):
+    """They go past the caches."""
+    n, rng = (17 << 20) // (c * dtype.itemsize) + 1, np.random.default_rng(c)
+    scores, y = (rng.standard_normal((n, c), np.float32) * 3).astype(dtype), rng.integers(0, c, n)
+    losses, grad = fl.Softmax().value_and_grad(scores, y, reduction="none", backend=level)
+    for part in (slice(0, n // 2), slice(n // 2, n)):
+        expected, expected_grad = fl.Softmax().value_and_grad(scores[part], y[part], reduction="none", backend=level)
+        np.testing.assert_array_equal(losses[part], expected)
+        np.testing.assert_array_equal(wide(grad[part]), wide(expected_grad))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_odd_rows_against_the_reference(level, dtype):
+    rng = np.random.default_rng(5)
+    eps = np.finfo(np.float32 if dtype.itemsize < 4 else dtype).eps
+    for c in CLASSES:
+        scores, y = odd_rows(40, c, dtype, rng), rng.integers(0, c, 40)
+        losses, grad = fl.Softmax().value_and_grad(scores, y, reduction="none", backend=level)
+        expected, expected_grad = fl.Softmax().value_and_grad(
+            scores.astype(np.float64), y, reduction="none", backend="reference"
+        )
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_allclose(losses, expected, rtol=4 * eps, atol=4 * eps)
+        np.testing.assert_allclose(
+            wide(grad), expected_grad, rtol=1e-2 if dtype.itemsize < 4 else 16 * eps, atol=1e-6
+        )
