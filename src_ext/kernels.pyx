@@ -82,7 +82,12 @@ cdef extern from "simd.h" nogil:
     vec vexp2(vec, vec) noexcept
     vec less_steps(vec, vec) noexcept
     vec less_powers(vec, vec *) noexcept
-    vec usual_exp(vec, vec) noexcept
+    ctypedef struct Steps:
+        real per_step, high, low, unit
+    Steps plain_steps() noexcept
+    Steps steps_of(double) noexcept
+    vec usual_exp(Steps, vec, vec) noexcept
+    vec any_exp(Steps, vec, vec) noexcept
     vec raised_exp(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept

@@ -80,6 +80,7 @@ cdef struct Options:
     bint slopes_in_units  # slopes are times (bent_unit / log 2)^2
     real slope_unit, per_slope_unit  # that, and 1 / that
     real per_temperature
+    Steps steps  # of exponentials of scores / T; unit 0: T is of no usual size
     # What u is multiplied by, smoothing / C of an index target included; NULL: all 1. Logistic: what targets 0 count in
     # each column, then what targets 1 do.
     const real *class_weight
@@ -1236,6 +1237,7 @@ cdef int read_options(Options *o, row_loss, _Loan loan, Py_ssize_t c) except -1:
             o.bends_near[k] = <real> (unit * fl_bends[k])
             unit /= softcap * softcap
         o.per_temperature, o.elsewhere, o.at_target = <real> (1 / temperature), <real> elsewhere, <real> at_target
+        o.steps = steps_of(temperature)
         m = loan.matrix(class_weight, False)
         o.class_weight, o.dense = m.data, m.data != NULL
         o.weighted_target = <real> (at_target / elsewhere) if elsewhere else 1

@@ -1,4 +1,4 @@
-# Rows of few classes that lie end to end: plain softmax in a third layout.
+# Rows of few classes that lie end to end: softmax in a third layout, plain or with a temperature, label smoothing and z-loss.
 #
 # LANES rows are as many vectors as they have classes, all full, without a transpose. Exponentials are kept as they come, with 0
 # in place of the target's; rows are then read one by one, for their sums, which are folded together; and the factor of each
@@ -6,10 +6,13 @@
 # scores themselves, and no row's maximum is looked for. Else they start from a whole power of 2 near that of the row's maximum:
 # so they have the same bits, and what comes of a row does not depend on those beside it.
 #
-# ℓ = log(1 + Σ_{j≠y} exp s_j / exp s_y), in full where the target dominates; gradient as in losses.pxi.
+# ℓ = log(1 + Σ_{j≠y} exp s_j / exp s_y), in full where the target dominates; gradient as in losses.pxi. With options, as
+# general.pxi has them: d = s / T, L = log(1 + Σ_{j≠y} exp d_j / exp d_y), z = d_y + L and ℓ = U L + Σ u_j (d_y − d_j) + λ z²,
+# where only smoothing of more than half would have terms cancel.
 
 cdef enum:
     PACKED_LEAST = 4  # classes, from which on this is faster than transposes
+    PACKED_SPREAD = 8  # the same with label smoothing
     PACKED_BYTES = 8192  # of scores that are handled together, and at most
     PACKED_ROWS = 256  # rows; but no less than a tile
     PATIENCE = 7  # times that scores are not tried again, once they were not usual
@@ -21,9 +24,16 @@ cdef inline Py_ssize_t packed_rows(Py_ssize_t c) noexcept nogil:
     return max(<Py_ssize_t> TILE, min(<Py_ssize_t> PACKED_ROWS, PACKED_BYTES // (c * <Py_ssize_t> sizeof(real))) // TILE * TILE)
 
 
+cdef inline bint is_flat(const ScoresPass *s) noexcept nogil:
+    """Whether options are such as are made for this layout."""
+    cdef const Options *o = &s.options
+    return (form_of(o) == FLAT and not o.entropy and not o.shard and s.z == NULL and o.at_target >= 0.5 and o.steps.unit != 0
+            and (o.elsewhere == 0 or s.scores.columns >= PACKED_SPREAD))
+
+
 cdef bint is_packed(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
-    return (TABLE >= LANES and s.options.kind == SOFTMAX and not s.options.general and s.top == NULL
+    return (TABLE >= LANES and s.options.kind == SOFTMAX and (not s.options.general or is_flat(s)) and s.top == NULL
             and PACKED_LEAST <= c < MANY_CLASSES and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
@@ -36,7 +46,8 @@ cdef inline Py_ssize_t packed_size(Py_ssize_t c) noexcept nogil:
 cdef struct Packed:
     # Some rows that are handled together.
     const stored *src
-    stored *dst  # their gradient, or NULL
+    stored *dst  # their gradient, or NULL,
+    stored *to  # and where it is put at first
     Py_ssize_t c, vectors
     int n, groups  # rows, and groups of LANES
     const ivec *rows  # of c vectors: the row of its group that each lane holds
@@ -48,6 +59,11 @@ cdef struct Packed:
     real target[256 + 16]
     real a[256]
     real b[256]
+    # With options: the target's score; and Σ (s_y − s_j), then what entries have less than their share.
+    real score[256]
+    real less[256]
+    Steps steps
+    real usual_size
 
 
 cdef void number_rows(Py_ssize_t c, ivec *rows) noexcept nogil:
@@ -57,30 +73,31 @@ cdef void number_rows(Py_ssize_t c, ivec *rows) noexcept nogil:
         rows[k] = quotients(iadd(iota(), iset(<lane_int> (k * LANES))), <lane_int> c)
 
 
-cdef inline void ask_ahead(const Packed *p, const stored *at, bint far) noexcept nogil:
-    """Ask for the scores that come next, and the lines of their gradient if it is large, while what is `at` is computed with."""
-    prefetch(at + p.n * p.c)
+cdef inline void ask_ahead(const stored *src, stored *dst, Py_ssize_t ahead, bint far) noexcept nogil:
+    """Ask for the scores that come next, and the lines of their gradient if it is large, while these are computed with."""
+    prefetch(src + ahead)
     if far:
-        prefetch_to_write(p.dst + (at - p.src) + p.n * p.c)
+        prefetch_to_write(dst + ahead)
 
 
-cdef inline bint keep_usual(const Packed *p, bint far) noexcept nogil:
+cdef inline bint keep_usual(const Packed *p, Steps steps, bint far) noexcept nogil:
     """Exponentials of scores; False, once some have been written, if they are not of a usual size."""
-    cdef ivec size = iset(0), most = size_bits(vset(USUAL_SIZE))
+    cdef ivec size = iset(0), most = size_bits(vset(p.usual_size))
     cdef Py_ssize_t start, k, ahead = p.n * p.c, vectors = p.vectors
     cdef const stored *src = p.src
+    cdef stored *dst = p.dst
     cdef real *kept = p.kept
     cdef vec x, zero = vset(0)
     for start in range(0, vectors, 16):
         for k in range(start, min(start + 16, ahead // LANES)):
             x = sload(src + k * LANES)
-            ask_ahead(p, src + k * LANES, far)
+            ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
             size = imax(size, size_bits(x))
-            vstore(kept + k * LANES, usual_exp(x, zero))
+            vstore(kept + k * LANES, usual_exp(steps, x, zero))
         if start + 16 >= vectors and ahead % LANES:
             x = sload_part(src + (vectors - 1) * LANES, ahead % LANES, 0)
             size = imax(size, size_bits(x))
-            vstore(kept + (vectors - 1) * LANES, usual_exp(x, zero))
+            vstore(kept + (vectors - 1) * LANES, usual_exp(steps, x, zero))
         if not all_lanes(ige(most, size)):
             return False
     return True
@@ -103,39 +120,40 @@ cdef inline vec row_maxima(const stored *p, Py_ssize_t c, int n) noexcept nogil:
 
 cdef void keep_any(Packed *p, bint far) noexcept nogil:
     """Exponentials of any scores, from whole powers of 2."""
-    cdef vec top, steps, start, shift, x
+    cdef Steps by = p.steps
+    cdef vec top, steps, start, shift, x, per_log_2 = vset(by.per_step)
     cdef mask near
     cdef bint all_near = True
-    cdef Py_ssize_t k, c = p.c, left
+    cdef Py_ssize_t k, c = p.c, left, ahead = p.n * c
     cdef const stored *src = p.src
+    cdef stored *dst = p.dst
     cdef real *kept = p.kept
     cdef const ivec *rows = p.rows
     cdef int g, i
     for g in range(p.groups):
         i = g * LANES
         top = row_maxima(src + i * c, c, LANES) if p.n - i >= LANES else row_maxima(src + i * c, c, p.n - i)
-        near = is_near(top)
+        near = is_near(mul(top, vset(by.unit)))
         all_near = all_near and all_lanes(near)
-        steps = sub(add(mul(top, vset(<real> (1 / FL_LN2))), vset(FL_ROUND)), vset(FL_ROUND))
+        steps = sub(add(mul(top, per_log_2), vset(<real> FL_ROUND)), vset(<real> FL_ROUND))
         vstore(p.shift + i, choose(near, vset(0), top))
         vstore(p.start + i, sub(choose(near, steps, vset(0)), vset(RAISED_BITS)))
     for g in range(p.groups):
         start, shift, left = vload(p.start + g * LANES), vload(p.shift + g * LANES), p.n * c - g * LANES * c
         if all_near:
             for k in range(min(c, left // LANES)):
-                x = sload(src + k * LANES)
-                ask_ahead(p, src + k * LANES, far)
-                vstore(kept + k * LANES, raised_exp(x, look_up(start, rows[k])))
+                ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
+                vstore(kept + k * LANES, any_exp(by, sload(src + k * LANES), look_up(start, rows[k])))
         else:
             for k in range(min(c, left // LANES)):
+                ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
                 x = sub(sload(src + k * LANES), look_up(shift, rows[k]))
-                ask_ahead(p, src + k * LANES, far)
-                vstore(kept + k * LANES, raised_exp(x, look_up(start, rows[k])))
+                vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
         if left < c * LANES and left % LANES:
             k = left // LANES
             x = sub(sload_part(src + k * LANES, left % LANES, 0), look_up(shift, rows[k]))
-            vstore(kept + k * LANES, raised_exp(x, look_up(start, rows[k])))
-        src, kept = src + c * LANES, kept + c * LANES
+            vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
+        src, dst, kept = src + c * LANES, dst + c * LANES, kept + c * LANES
 
 
 cdef inline vec row_sum(const real *p, Py_ssize_t whole, Py_ssize_t some) noexcept nogil:
@@ -166,20 +184,41 @@ cdef inline vec row_sums(const real *p, Py_ssize_t c, int n) noexcept nogil:
     return transposed_sum(rows)
 
 
-cdef vec distant_loss(const Packed *p, int first, const lane_int *y, vec others, vec at) noexcept nogil:
-    """Losses of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
-    cdef real scores[16]
-    cdef vec rest
-    cdef int i
-    for i in range(LANES):
-        scores[i] = sone(p.src + (first + i) * p.c + y[first + i]) if first + i < p.n else 0
-    rest = add(sub(vload(p.shift + first), vload(scores)), mul(vload(p.start + first), vset(<real> FL_LN2)))
-    return add(vlog(others, vset(0), rest, &rest), sub(at, at))  # NaN where that is one
+cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at, vec *z) noexcept nogil:
+    """L and z of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
+    cdef vec unit = vset(p.steps.unit), log_start = mul(vload(p.start + first), vset(<real> FL_LN2)), rest
+    cdef vec nan = sub(at, at)  # where that is one
+    z[0] = add(vlog(others, vset(0), add(mul(vload(p.shift + first), unit), log_start), &rest), nan)
+    return add(vlog(others, vset(0), add(mul(sub(vload(p.shift + first), target), unit), log_start), &rest), nan)
 
 
-cdef inline void settle_packed(Packed *p, bint usual, const lane_int *y, const real *mult, real scale, real *losses) noexcept nogil:
+cdef inline vec distances(const Packed *p, int first, int n) noexcept nogil:
+    """Σ (s_y − s_j) of n <= LANES rows from `first` on."""
+    cdef Py_ssize_t i, k, c = p.c, whole = c // LANES, some = c % LANES
+    cdef const stored *q = p.src + first * c
+    cdef const real *target = p.score + first
+    cdef vec rows[16]
+    cdef vec a, b, t
+    for i in range(n, LANES):
+        rows[i] = vset(0)
+    if whole == 0:
+        for i in range(n):
+            rows[i] = sub(vset(target[i]), sload_part(q + i * c, some, target[i]))
+    else:
+        for i in range(n):
+            a, b, t = vset(0), vset(0), vset(target[i])
+            if some:
+                a = sub(t, sload_part(q + i * c + whole * LANES, some, target[i]))
+            for k in range(whole):
+                a, b = b, add(a, sub(t, sload(q + i * c + k * LANES)))
+            rows[i] = add(a, b)
+    return transposed_sum(rows)
+
+
+cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *o, const real *mult, real scale,
+                               real *losses) noexcept nogil:
     """Losses, from the sums in p.a; and what the gradient needs."""
-    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor
+    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target = zero, pull, z, far_z, u
     cdef mask dead, fits
     cdef int g, i
     for g in range(p.groups):
@@ -190,31 +229,60 @@ cdef inline void settle_packed(Packed *p, bint usual, const lane_int *y, const r
         # What total lacks, as rounded, and what the ratio does, relative to it.
         lost = mul(sub(mul(lost, at), product_less(ratio, at, others)), r)
         loss = log_in_full(total, lost)
+        target = vload(p.score + i) if flat or not usual else zero
+        z = add(mul(target, vset(p.steps.unit)), loss)
         if not usual:
             fits = vle(ratio, vset(<real> (REAL_MAX / 8)))
             if not all_lanes(fits):
-                loss = choose(fits, loss, distant_loss(p, i, y, others, at))
+                loss = choose(fits, loss, distant_loss(p, i, target, others, at, &far_z))
+                z = choose(fits, z, far_z)
         dead = veq(factor, zero)
+        factor = mul(factor, vset(scale))
+        pull = sub(zero, others)
+        if flat:
+            u = vset(o.elsewhere * (o.classes - 1))
+            loss = mul(loss, add(u, vset(o.at_target)))
+            pull = mul(pull, vset(o.at_target))
+            factor = mul(factor, vset(p.steps.unit))
+            if o.elsewhere != 0:
+                # A target that is masked: its infinite loss is not made less by others.
+                total = add(loss, mul(vload(p.less + i), vset(o.elsewhere * p.steps.unit)))
+                loss = choose(veq(sub(loss, loss), zero), total, loss)
+                vstore(p.less + i, choose(dead, zero, mul(factor, vset(o.elsewhere))))
+            if o.z_loss != 0:
+                loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
+                u = add(u, mul(vset(2 * o.z_loss), z))
+            pull = add(pull, mul(u, at))
+            u = add(u, vset(o.at_target))
         vstore(losses + i, choose(dead, zero, loss))
-        r = mul(r, mul(factor, vset(scale)))
-        vstore(p.a + i, choose(dead, zero, r))
-        vstore(p.b + i, choose(dead, zero, mul(others, sub(zero, r))))
+        r = mul(r, factor)
+        vstore(p.b + i, choose(dead, zero, mul(pull, r)))
+        vstore(p.a + i, choose(dead, zero, mul(r, u) if flat else r))
 
 
-cdef inline void put_packed(const Packed *p, stored *to, const lane_int *y, const real *mult, bint all_live) noexcept nogil:
-    """The gradient. `to` may be where exponentials are kept: none is written over before it is read."""
+cdef inline vec packed_slope(bint spreads, const real *kept, vec r, vec less, ivec row) noexcept nogil:
+    if spreads:
+        return product_less(vload(kept), look_up(r, row), look_up(less, row))
+    return mul(vload(kept), look_up(r, row))
+
+
+cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, const real *mult, bint all_live) noexcept nogil:
+    """The gradient. It may take the place of the exponentials: none is written over before it is read."""
     cdef Py_ssize_t k, c = p.c, left = p.n * c
     cdef const ivec *rows = p.rows
     cdef const real *kept = p.kept
-    cdef vec r
+    cdef stored *to = p.to
+    cdef vec r, less = vset(0)
     cdef int g, i
     for g in range(p.groups):
         r = vload(p.a + g * LANES)
+        if spreads:
+            less = vload(p.less + g * LANES)
         for k in range(min(c, left // LANES)):
-            sstore(to + k * LANES, mul(vload(kept + k * LANES), look_up(r, rows[k])))
+            sstore(to + k * LANES, packed_slope(spreads, kept + k * LANES, r, less, rows[k]))
         if left < c * LANES and left % LANES:
             k = left // LANES
-            sstore_part(to + k * LANES, mul(vload(kept + k * LANES), look_up(r, rows[k])), left % LANES)
+            sstore_part(to + k * LANES, packed_slope(spreads, kept + k * LANES, r, less, rows[k]), left % LANES)
         kept, left = kept + c * LANES, left - c * LANES
         for i in range(min(LANES, p.n - g * LANES)):
             one_by_one()
@@ -238,21 +306,65 @@ cdef inline bint are_usual_factors(const real *mult, int n, real scale) noexcept
     return True
 
 
+cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
+                               const real *mult, int *patience, real *losses) noexcept nogil:
+    cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale)
+    cdef Py_ssize_t k
+    cdef int i
+    cdef Steps steps = p.steps if flat else plain_steps()
+    if usual and patience[0] == 0:
+        usual = keep_usual(p, steps, True) if far else keep_usual(p, steps, False)
+        patience[0] = 0 if usual else PATIENCE
+    else:
+        usual, patience[0] = False, max(0, patience[0] - 1)
+    if not usual:
+        keep_any(p, far)
+    for i in range(p.n):
+        k = i * p.c + y[i]
+        p.target[i], p.kept[k] = p.kept[k], 0
+    for i in range(p.n // LANES):
+        vstore(p.a + i * LANES, row_sums(p.kept + i * LANES * p.c, p.c, LANES))
+    i = p.n // LANES * LANES
+    if i < p.n:
+        vstore(p.target + p.n, vset(1))
+        vstore(p.a + i, row_sums(p.kept + i * p.c, p.c, p.n - i))
+    if flat or not usual:
+        for i in range(p.n):
+            p.score[i] = sone(p.src + i * p.c + y[i])
+        for i in range(p.n, p.groups * LANES):
+            p.score[i] = 0
+    if flat and s.options.elsewhere != 0:
+        for i in range(p.n // LANES):
+            vstore(p.less + i * LANES, distances(p, i * LANES, LANES))
+        i = p.n // LANES * LANES
+        if i < p.n:
+            vstore(p.less + i, distances(p, i, p.n - i))
+    if usual:
+        settle_packed(flat, p, True, &s.options, mult, s.scale, losses)
+    else:
+        settle_packed(flat, p, False, &s.options, mult, s.scale, losses)
+    if p.dst != NULL and flat and s.options.elsewhere != 0:
+        put_packed(True, p, y, mult, all_live)
+    elif p.dst != NULL:
+        put_packed(False, p, y, mult, all_live)
+
+
 cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
     """Σ multiplier · ℓ of rows [start, stop)."""
     cdef Packed own
     cdef Packed *p = &own
-    cdef Py_ssize_t c = s.scores.columns, batch = packed_rows(c), row, t, k
+    cdef Py_ssize_t c = s.scores.columns, batch = packed_rows(c), row, t
     cdef lane_int y[256]
     cdef real mult[256]
     cdef real losses[256]
     cdef double sums[16]
     cdef int i, live, patience = 0
-    cdef bint usual
     cdef bint far = (s.grad.raw != NULL and not s.streams and s.grad.raw != s.scores.raw
                      and s.scores.rows * c * <Py_ssize_t> sizeof(stored) > FAR_BYTES)
     memset(sums, 0, sizeof(sums))
     number_rows(c, <ivec *> scratch)
+    own.steps = s.options.steps if s.options.general else plain_steps()
+    own.usual_size = USUAL_SIZE / own.steps.unit
     own.c, own.rows, own.kept = c, <ivec *> scratch, scratch + c * LANES
     for t in range((stop - start + batch - 1) // batch):
         row = start + t * batch
@@ -264,32 +376,13 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         if live < own.n:
             for i in range(own.n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
-        usual = are_usual_factors(mult, 1 if s.multiplier == NULL else own.n, s.scale)
-        if usual and patience == 0:
-            usual = keep_usual(p, True) if far else keep_usual(p, False)
-            patience = 0 if usual else PATIENCE
+        own.to = <stored *> own.kept if s.streams else own.dst
+        if s.options.general:
+            packed_losses(True, p, s, far, live == own.n, y, mult, &patience, losses)
         else:
-            usual, patience = False, max(0, patience - 1)
-        if not usual:
-            keep_any(p, far)
-        for i in range(own.n):
-            k = i * c + y[i]
-            own.target[i], own.kept[k] = own.kept[k], 0
-        for i in range(own.n // LANES):
-            vstore(own.a + i * LANES, row_sums(own.kept + i * LANES * c, c, LANES))
-        i = own.n // LANES * LANES
-        if i < own.n:
-            vstore(own.target + own.n, vset(1))
-            vstore(own.a + i, row_sums(own.kept + i * c, c, own.n - i))
-        if usual:
-            settle_packed(p, True, y, mult, s.scale, losses)
-        else:
-            settle_packed(p, False, y, mult, s.scale, losses)
+            packed_losses(False, p, s, far, live == own.n, y, mult, &patience, losses)
         if own.dst != NULL and s.streams:
-            put_packed(p, <stored *> own.kept, y, mult, live == own.n)
-            stream_bytes(<char *> own.dst, <char *> own.kept, own.n * c * <Py_ssize_t> sizeof(stored))
-        elif own.dst != NULL:
-            put_packed(p, own.dst, y, mult, live == own.n)
+            stream_bytes(<char *> own.dst, <char *> own.to, own.n * c * <Py_ssize_t> sizeof(stored))
         for i in range(own.n, (own.n + TILE - 1) // TILE * TILE):
             losses[i] = 0
         if s.row_loss != NULL:

@@ -1013,11 +1013,26 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
-/* The same, bit for bit, for normal results up to 2 RAISED: whole powers of 2 are added to exponents, which is half the work of
- * `scalef`. */
-FL_INLINE vec usual_exp(vec x, vec from) {
+/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp for T = 1. Whole powers of 2 are added to
+ * exponents, which is half the work of `scalef`. What T makes of the numbers that divide x into steps: */
+typedef struct {
+    real per_step; /* 1 / (T log 2) */
+    real high, low; /* T log 2, in two parts, of which the first has as few bits as FL_LN2_HIGH */
+    real unit; /* 1 / T */
+} Steps;
+FL_INLINE Steps plain_steps(void) { return (Steps){FL_LOG2_E, FL_LN2_HIGH, FL_LN2_LOW, 1}; }
+/* Of no usual temperature: 0 all. */
+FL_INLINE Steps steps_of(double temperature) {
+    if (!(temperature > 1e-6 && temperature < 1e6)) return (Steps){0, 0, 0, 0};
+    int exponent;
+    const double step = temperature * FL_LN2, bits = FASTLOSS_BITS == 32 ? 512 : 4294967296.0;
+    const double mantissa = frexp(step, &exponent), high = ldexp(rint(mantissa * bits) / bits, exponent);
+    return (Steps){(real)(1 / step), (real)high, (real)(step - high), (real)(1 / temperature)};
+}
+FL_INLINE vec usual_exp(Steps s, vec x, vec from) {
     vec start = vset(FL_MAGIC) - from;
-    vec t = x * vset(FL_LOG2_E) + start, q = expm1_in_step(less_steps(x, t - start));
+    vec t = x * vset(s.per_step) + start, n = t - start;
+    vec q = expm1_in_step((x - n * vset(s.high) - n * vset(s.low)) * vset(s.unit));
 #ifdef FL_MASK_REGISTERS
     const int shift = FL_MANTISSA - (LANES == 16 ? 4 : 3); /* from the lowest bit of t, which is a step, to its place in exponents */
     const ivec powers = (ivec)vload(fl_powers) - (iota() << shift); /* without what is shifted of a part of a power */
@@ -1032,10 +1047,19 @@ FL_INLINE vec usual_exp(vec x, vec from) {
     return (q + vset(1)) * (vec)(((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA));
 #endif
 }
-/* The same, of what is lower 0: of any x, but where results are above 2 RAISED (there vexp goes on to infinity). */
+/* The same of any x, but where results are above 2 RAISED; of what is lower 0. */
+FL_INLINE vec any_exp(Steps s, vec x, vec from) {
+#ifdef FL_MASK_REGISTERS
+    return usual_exp(s, VOP(max)((from - vset(FL_BIAS)) * vset(s.high + s.low), x), from); /* NaN stays; 0 is an exponent of 0 */
+#else
+    vec e = usual_exp(s, x, from);
+    return choose(vlt(x, (from - vset(FL_BIAS - 1)) * vset(s.high + s.low)), vset(0), e);
+#endif
+}
+/* vexp, bit for bit, but where results are above 2 RAISED: there vexp goes on to infinity. */
 FL_INLINE vec raised_exp(vec x, vec from) {
 #ifdef FL_MASK_REGISTERS
-    return usual_exp(VOP(max)((from - vset(FL_BIAS)) * vset((real)FL_LN2), x), from); /* NaN stays; 0 is an exponent of 0 */
+    return any_exp(plain_steps(), x, from);
 #else
     return vexp(x, from);
 #endif
