@@ -93,7 +93,7 @@ cdef extern from "simd.h" nogil:
     vec vexp(vec, vec) noexcept
     vec vlog(vec, vec, vec, vec *) noexcept
     vec vlog1p(vec) noexcept
-    vec log_in_full(vec, vec) noexcept
+    vec log_in_full(vec, vec, vec) noexcept
     void one_by_one() noexcept
     vec reciprocal(vec) noexcept
     vec vtanh(vec, vec *) noexcept

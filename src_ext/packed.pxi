@@ -7,7 +7,7 @@
 # so they have the same bits, and what comes of a row does not depend on those beside it.
 #
 # ℓ = log(1 + Σ_{j≠y} exp s_j / exp s_y), in full where the target dominates; gradient as in losses.pxi. With options, as
-# general.pxi has them: d = s / T, L = log(1 + Σ_{j≠y} exp d_j / exp d_y), z = d_y + L and ℓ = U L + Σ u_j (d_y − d_j) + λ z²,
+# general.pxi has them: d = s / T, L = log(1 + Σ_{j≠y} exp d_j / exp d_y), z = log Σ exp d_j and ℓ = U L + Σ u_j (d_y − d_j) + λ z²,
 # where only smoothing of more than half would have terms cancel.
 
 cdef enum:
@@ -59,7 +59,8 @@ cdef struct Packed:
     real target[256 + 16]
     real a[256]
     real b[256]
-    # With options: the target's score; and Σ (s_y − s_j), then what entries have less than their share.
+    # With options, or scores that are not usual: the target's; and with smoothing its part of the loss, then what entries have less
+    # than their share.
     real score[256]
     real less[256]
     Steps steps
@@ -184,16 +185,14 @@ cdef inline vec row_sums(const real *p, Py_ssize_t c, int n) noexcept nogil:
     return transposed_sum(rows)
 
 
-cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at, vec *z) noexcept nogil:
-    """L and z of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
-    cdef vec unit = vset(p.steps.unit), log_start = mul(vload(p.start + first), vset(<real> FL_LN2)), rest
-    cdef vec nan = sub(at, at)  # where that is one
-    z[0] = add(vlog(others, vset(0), add(mul(vload(p.shift + first), unit), log_start), &rest), nan)
-    return add(vlog(others, vset(0), add(mul(sub(vload(p.shift + first), target), unit), log_start), &rest), nan)
+cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at) noexcept nogil:
+    """L of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
+    cdef vec rest = add(mul(sub(vload(p.shift + first), target), vset(p.steps.unit)), mul(vload(p.start + first), vset(<real> FL_LN2)))
+    return add(vlog(others, vset(0), rest, &rest), sub(at, at))  # NaN where that is one
 
 
-cdef inline vec distances(const Packed *p, int first, int n) noexcept nogil:
-    """Σ (s_y − s_j) of n <= LANES rows from `first` on."""
+cdef inline vec distances(const Packed *p, int first, int n, vec unit) noexcept nogil:
+    """Σ (s_y − s_j) unit of n <= LANES rows from `first` on: of the largest numbers too, which mask classes."""
     cdef Py_ssize_t i, k, c = p.c, whole = c // LANES, some = c % LANES
     cdef const stored *q = p.src + first * c
     cdef const real *target = p.score + first
@@ -203,14 +202,14 @@ cdef inline vec distances(const Packed *p, int first, int n) noexcept nogil:
         rows[i] = vset(0)
     if whole == 0:
         for i in range(n):
-            rows[i] = sub(vset(target[i]), sload_part(q + i * c, some, target[i]))
+            rows[i] = mul(sub(vset(target[i]), sload_part(q + i * c, some, target[i])), unit)
     else:
         for i in range(n):
             a, b, t = vset(0), vset(0), vset(target[i])
             if some:
-                a = sub(t, sload_part(q + i * c + whole * LANES, some, target[i]))
+                a = mul(sub(t, sload_part(q + i * c + whole * LANES, some, target[i])), unit)
             for k in range(whole):
-                a, b = b, add(a, sub(t, sload(q + i * c + k * LANES)))
+                a, b = b, add(a, mul(sub(t, sload(q + i * c + k * LANES)), unit))
             rows[i] = add(a, b)
     return transposed_sum(rows)
 
@@ -218,7 +217,7 @@ cdef inline vec distances(const Packed *p, int first, int n) noexcept nogil:
 cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *o, const real *mult, real scale,
                                real *losses) noexcept nogil:
     """Losses, from the sums in p.a; and what the gradient needs."""
-    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target = zero, pull, z, far_z, u
+    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target, pull, z, u
     cdef mask dead, fits
     cdef int g, i
     for g in range(p.groups):
@@ -228,36 +227,40 @@ cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *
         total = exact_sum(ratio, vset(1), &lost)
         # What total lacks, as rounded, and what the ratio does, relative to it.
         lost = mul(sub(mul(lost, at), product_less(ratio, at, others)), r)
-        loss = log_in_full(total, lost)
+        loss = log_in_full(total, lost, zero)
         target = vload(p.score + i) if flat or not usual else zero
-        z = add(mul(target, vset(p.steps.unit)), loss)
         if not usual:
             fits = vle(ratio, vset(<real> (REAL_MAX / 8)))
             if not all_lanes(fits):
-                loss = choose(fits, loss, distant_loss(p, i, target, others, at, &far_z))
-                z = choose(fits, z, far_z)
+                loss = choose(fits, loss, distant_loss(p, i, target, others, at))
         dead = veq(factor, zero)
         factor = mul(factor, vset(scale))
-        pull = sub(zero, others)
+        u = zero
         if flat:
             u = vset(o.elsewhere * (o.classes - 1))
-            loss = mul(loss, add(u, vset(o.at_target)))
-            pull = mul(pull, vset(o.at_target))
             factor = mul(factor, vset(p.steps.unit))
+            loss = mul(loss, add(u, vset(o.at_target)))
             if o.elsewhere != 0:
                 # A target that is masked: its infinite loss is not made less by others.
-                total = add(loss, mul(vload(p.less + i), vset(o.elsewhere * p.steps.unit)))
+                total = add(loss, vload(p.less + i))
                 loss = choose(veq(sub(loss, loss), zero), total, loss)
                 vstore(p.less + i, choose(dead, zero, mul(factor, vset(o.elsewhere))))
             if o.z_loss != 0:
+                z = log_in_full(add(others, at), zero, zero if usual else vload(p.start + i))
+                if not usual:
+                    z = add(z, mul(vload(p.shift + i), vset(p.steps.unit)))
                 loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
                 u = add(u, mul(vset(2 * o.z_loss), z))
-            pull = add(pull, mul(u, at))
-            u = add(u, vset(o.at_target))
         vstore(losses + i, choose(dead, zero, loss))
-        r = mul(r, factor)
-        vstore(p.b + i, choose(dead, zero, mul(pull, r)))
-        vstore(p.a + i, choose(dead, zero, mul(r, u) if flat else r))
+        if flat:
+            pull = sub(mul(u, mul(at, r)), mul(vset(o.at_target), mul(others, r)))
+            r = mul(r, add(u, vset(o.at_target)))
+            vstore(p.b + i, choose(dead, zero, mul(pull, factor)))
+            vstore(p.a + i, choose(dead, zero, mul(r, factor)))
+        else:
+            r = mul(r, factor)
+            vstore(p.b + i, choose(dead, zero, mul(others, sub(zero, r))))
+            vstore(p.a + i, choose(dead, zero, r))
 
 
 cdef inline vec packed_slope(bint spreads, const real *kept, vec r, vec less, ivec row) noexcept nogil:
@@ -296,22 +299,25 @@ cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, co
 
 
 cdef inline bint are_usual_factors(const real *mult, int n, real scale) noexcept nogil:
-    """Whether no gradient would be lost as exponentials of usual scores are multiplied by these: 0 are those of rows without one."""
+    """Whether the gradient, for these factors, stays within normal numbers on its way from exponentials of usual scores: 0 are those
+    of rows without one."""
     cdef int i
-    cdef real factor
+    cdef real size
     for i in range(n):
-        factor = mult[i] * scale
-        if mult[i] != 0 and -5e-13 < factor < 5e-13:
+        size = mult[i] * scale
+        size = -size if size < 0 else size
+        if mult[i] != 0 and not <real> 5e-13 <= size <= <real> 1e12:
             return False
     return True
 
 
 cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
                                const real *mult, int *patience, real *losses) noexcept nogil:
-    cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale)
+    cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale * p.steps.unit)
     cdef Py_ssize_t k
     cdef int i
     cdef Steps steps = p.steps if flat else plain_steps()
+    cdef vec unit
     if usual and patience[0] == 0:
         usual = keep_usual(p, steps, True) if far else keep_usual(p, steps, False)
         patience[0] = 0 if usual else PATIENCE
@@ -334,11 +340,12 @@ cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint f
         for i in range(p.n, p.groups * LANES):
             p.score[i] = 0
     if flat and s.options.elsewhere != 0:
+        unit = vset(s.options.elsewhere * steps.unit)
         for i in range(p.n // LANES):
-            vstore(p.less + i * LANES, distances(p, i * LANES, LANES))
+            vstore(p.less + i * LANES, distances(p, i * LANES, LANES, unit))
         i = p.n // LANES * LANES
         if i < p.n:
-            vstore(p.less + i, distances(p, i, p.n - i))
+            vstore(p.less + i, distances(p, i, p.n - i, unit))
     if usual:
         settle_packed(flat, p, True, &s.options, mult, s.scale, losses)
     else:

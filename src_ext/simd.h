@@ -1013,7 +1013,7 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
-/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp for T = 1. Whole powers of 2 are added to
+/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp with plain_steps. Whole powers of 2 are added to
  * exponents, which is half the work of `scalef`. What T makes of the numbers that divide x into steps: */
 typedef struct {
     real per_step; /* 1 / (T log 2) */
@@ -1177,10 +1177,12 @@ FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
     low = choose(veq(base - base, vset(0)), low + lost, vset(0)); /* NaN where base is infinite */
     return exact_sum(base, log_rest(steps, f, low), rest) + (u - u);
 }
-/* log(u (1 + low)) for normal u > 0 and small low. */
-FL_INLINE vec log_in_full(vec u, vec low) {
-    vec steps, f, base = log_steps(u, &steps, &f);
-    return base + log_rest(steps, f, low);
+/* log(u (1 + low) 2^powers) for normal u > 0, small low and a small whole number of powers, which may as well be in u. */
+FL_INLINE vec log_in_full(vec u, vec low, vec powers) {
+    vec steps, f;
+    log_steps(u, &steps, &f);
+    steps += powers;
+    return steps * vset(FL_LN2_HIGH) + log_rest(steps, f, low);
 }
 
 /* log(1 + e) for e in [0, 1], small ones to their last place: a polynomial that interpolates log(1 + e) / e at Chebyshev points

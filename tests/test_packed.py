@@ -91,3 +91,50 @@ def test_odd_rows_against_the_reference(level, dtype, options):
         np.testing.assert_allclose(losses, expected, rtol=max(4 * eps, 1e-12), atol=4 * eps)
         rtol = 1e-2 if dtype.itemsize < 4 else 16 * eps
         np.testing.assert_allclose(wide(grad), expected_grad, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("beside", [0, 500])
+@pytest.mark.parametrize("weight", [1e-20, 6e-13, 1e-8, 1e8, 1e23])
+def test_weights_of_any_size(level, beside, weight):
+    """Also where all scores are as low, or as high, as usual ones may be, and a row beside them is not usual."""
+    loss = fl.Softmax(temperature=0.5)
+    for low in (-19.5, 19.5):
+        scores, y = np.full((8, 5), low, np.float32), np.arange(8) % 5
+        scores[7, 0] = beside
+        weights = np.full(8, weight)
+        found = loss.value_and_grad(scores, y, sample_weight=weights, reduction="sum", backend=level)[1]
+        expected = loss.value_and_grad(
+            scores.astype(np.float64), y, sample_weight=weights, reduction="sum", backend="reference"
+        )[1]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("z_loss", [1e-3, 1.0, 100.0])
+def test_z_loss_where_the_target_is_far_below(level, z_loss):
+    """z is near 0 there, and no difference of large numbers."""
+    rng, loss = np.random.default_rng(7), fl.Softmax(z_loss=z_loss)
+    for target in (-10, -30, -39, -75, -300):
+        scores = rng.standard_normal((40, 10)).astype(np.float32)
+        scores -= np.log(np.exp(scores[:, 1:]).sum(1, keepdims=True))
+        scores[:, 0] = target
+        losses, grad = loss.value_and_grad(scores, np.zeros(40, int), reduction="none", backend=level)
+        expected, expected_grad = loss.value_and_grad(
+            scores.astype(np.float64), np.zeros(40, int), reduction="none", backend="reference"
+        )
+        np.testing.assert_allclose(losses, expected, rtol=4e-7)
+        largest = np.abs(expected_grad).max(1, keepdims=True)
+        np.testing.assert_allclose(grad / largest, expected_grad / largest, atol=1e-6 * max(1, z_loss))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_smoothing_with_classes_masked_by_the_lowest_number(level):
+    rng, loss = np.random.default_rng(8), fl.Softmax(temperature=5.0, label_smoothing=0.1)
+    scores = rng.standard_normal((20, 10)).astype(np.float32)
+    scores[:, 7:] = np.finfo(np.float32).min
+    losses, _ = loss.value_and_grad(scores, np.arange(20) % 7, reduction="none", backend=level)
+    expected, _ = loss.value_and_grad(
+        scores.astype(np.float64), np.arange(20) % 7, reduction="none", backend="reference"
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
