@@ -141,7 +141,6 @@ cdef extern from "simd.h" nogil:
     vec mul "FL_MUL" (vec, vec) noexcept
     vec div "FL_DIV" (vec, vec) noexcept
     ivec iadd "FL_ADD" (ivec, ivec) noexcept
-    ivec isub "FL_SUB" (ivec, ivec) noexcept
     ivec imul "FL_MUL" (ivec, ivec) noexcept
 
 cdef extern from *:

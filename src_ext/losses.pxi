@@ -285,6 +285,11 @@ cdef inline vec row_max(const Walk *w, vec *size) noexcept nogil:
     return m
 
 
+cdef inline bint is_tiny(real factor) noexcept nogil:
+    """Whether a gradient's factor may be lost to flushing, times what brings exponentials to where they should start."""
+    return -5e-13 < factor < 5e-13
+
+
 cdef inline vec glance(const Walk *w, mask *fits) noexcept nogil:
     """The maximum, of each lane, of GLANCE vectors of a row; and in which lanes they are not too large (ROWED).
 

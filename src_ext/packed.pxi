@@ -8,7 +8,8 @@
 #
 # ℓ = log(1 + Σ_{j≠y} exp s_j / exp s_y), in full where the target dominates; gradient as in losses.pxi. With options, as
 # general.pxi has them: d = s / T, L = log(1 + Σ_{j≠y} exp d_j / exp d_y), z = log Σ exp d_j and ℓ = U L + Σ u_j (d_y − d_j) + λ z²,
-# where only smoothing of more than half would have terms cancel.
+# where only smoothing of more than half would have terms cancel. So this layout knows its loss, as the other two do not: without
+# a maximum there is another formula, and between its steps rows are met in two ways.
 
 cdef enum:
     PACKED_LEAST = 4  # classes, from which on this is faster than transposes
@@ -48,7 +49,7 @@ cdef struct Packed:
     const stored *src
     stored *dst  # their gradient, or NULL,
     stored *to  # and where it is put at first
-    Py_ssize_t c, vectors
+    Py_ssize_t c
     int n, groups  # rows, and groups of LANES
     const ivec *rows  # of c vectors: the row of its group that each lane holds
     real *kept  # exponentials
@@ -84,7 +85,7 @@ cdef inline void ask_ahead(const stored *src, stored *dst, Py_ssize_t ahead, bin
 cdef inline bint keep_usual(const Packed *p, Steps steps, bint far) noexcept nogil:
     """Exponentials of scores; False, once some have been written, if they are not of a usual size."""
     cdef ivec size = iset(0), most = size_bits(vset(p.usual_size))
-    cdef Py_ssize_t start, k, ahead = p.n * p.c, vectors = p.vectors
+    cdef Py_ssize_t start, k, ahead = p.n * p.c, vectors = (ahead + LANES - 1) // LANES
     cdef const stored *src = p.src
     cdef stored *dst = p.dst
     cdef real *kept = p.kept
@@ -141,15 +142,12 @@ cdef void keep_any(Packed *p, bint far) noexcept nogil:
         vstore(p.start + i, sub(choose(near, steps, vset(0)), vset(RAISED_BITS)))
     for g in range(p.groups):
         start, shift, left = vload(p.start + g * LANES), vload(p.shift + g * LANES), p.n * c - g * LANES * c
-        if all_near:
-            for k in range(min(c, left // LANES)):
-                ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
-                vstore(kept + k * LANES, any_exp(by, sload(src + k * LANES), look_up(start, rows[k])))
-        else:
-            for k in range(min(c, left // LANES)):
-                ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
-                x = sub(sload(src + k * LANES), look_up(shift, rows[k]))
-                vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
+        for k in range(min(c, left // LANES)):
+            x = sload(src + k * LANES)
+            ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
+            if not all_near:
+                x = sub(x, look_up(shift, rows[k]))
+            vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
         if left < c * LANES and left % LANES:
             k = left // LANES
             x = sub(sload_part(src + k * LANES, left % LANES, 0), look_up(shift, rows[k]))
@@ -306,7 +304,7 @@ cdef inline bint are_usual_factors(const real *mult, int n, real scale) noexcept
     for i in range(n):
         size = mult[i] * scale
         size = -size if size < 0 else size
-        if mult[i] != 0 and not <real> 5e-13 <= size <= <real> 1e12:
+        if mult[i] != 0 and (is_tiny(size) or not size <= <real> 1e12):
             return False
     return True
 
@@ -377,7 +375,7 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         row = start + t * batch
         own.n = <int> min(batch, stop - row)
         own.src, own.dst = s.scores.raw + row * c, s.grad.raw + row * c if s.grad.raw != NULL else NULL
-        own.groups, own.vectors = (own.n + LANES - 1) // LANES, (own.n * c + LANES - 1) // LANES
+        own.groups = (own.n + LANES - 1) // LANES
         live = tile_multipliers(s.multiplier, row, own.n, (own.n + TILE - 1) // TILE * TILE, mult)
         convert(&s.targets, row, own.n, y)
         if live < own.n:

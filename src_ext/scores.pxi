@@ -30,8 +30,8 @@ cdef struct ScoresPass:
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
-    bint packed
-    bint laned
+    bint packed  # the layout: this, or
+    bint laned  # this, or rowed
     bint streams  # the gradient goes past the caches
     char *scratch  # for each thread: transposed tiles, or what is kept of a group, and its gradient if it streams
     Py_ssize_t scratch_size
@@ -705,8 +705,7 @@ cdef inline void group_losses_case(int kind, int power, int form, bint grad, con
             if not glances(o):
                 break
             begin[i], m[i] = m[i], lane_greatest(state.top)
-            # Where the gradient's factor is very small, both together would be 0.
-            beyond = 0 if grad and -5e-13 < mult[i] * s.scale < 5e-13 else GLANCE_BEYOND
+            beyond = 0 if grad and is_tiny(mult[i] * s.scale) else GLANCE_BEYOND
             if all_lanes(vle(state.top, vset(begin[i] + beyond))):
                 break
         first[i], second[i] = state.a, state.b
@@ -1143,16 +1142,15 @@ cdef inline Py_ssize_t group_rows(Py_ssize_t columns) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> GROUP_ROWS, GROUP_BYTES // (columns * <Py_ssize_t> sizeof(real))))
 
 
-cdef double scores_apart(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
-    return scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
-
-
 cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef ScoresPass *s = <ScoresPass *> job
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    s.partial[k] = scores_packed(s, start, stop, scratch) if s.packed else scores_apart(s, start, stop, scratch)
+    if s.packed:
+        s.partial[k] = scores_packed(s, start, stop, scratch)
+    else:
+        s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
     if s.streams:
         streamed()
     restore_mode(mode)
@@ -1168,13 +1166,14 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.packed, s.laned = is_packed(s), is_laned(&s.options, &s.scores, &s.grad)
-    s.streams = ((s.packed or not s.laned) and s.grad.raw != NULL and s.grad.raw != s.scores.raw
+    s.packed = is_packed(s)
+    s.laned = not s.packed and is_laned(&s.options, &s.scores, &s.grad)
+    s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
                  and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.packed else STREAM_BYTES))
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.laned or s.packed else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.packed or s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
@@ -1184,17 +1183,17 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
-    if s.laned:
+    if s.packed:
+        s.scratch_size = packed_size(s.scores.columns) * <Py_ssize_t> sizeof(real)
+    elif s.laned:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
             s.grad.raw == s.scores.raw and keeps(&s.options) and is_many(&s.options, True, s.scores.columns))):
         s.scratch_size = (1 if STORED_IS_REAL else 2) * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
-    if not s.laned and keeps_slopes(&s.options):
+    if not s.packed and not s.laned and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
         s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)
-    if s.packed:
-        s.scratch_size += packed_size(s.scores.columns) * <Py_ssize_t> sizeof(real)
     if s.scratch_size:
         s.scratch_size = (s.scratch_size + 127) // 64 * 64
         memory = <char *> malloc(s.scratch_size * n_threads + 64)

@@ -1013,8 +1013,7 @@ FL_INLINE vec vexp(vec x, vec from) {
     vec t = x * vset(FL_LOG2_E) + start;
     return power_of_2(t, expm1_in_step(less_steps(x, t - start)));
 }
-/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp with plain_steps. Whole powers of 2 are added to
- * exponents, which is half the work of `scalef`. What T makes of the numbers that divide x into steps: */
+/* What a temperature T makes of the numbers that divide x into steps. */
 typedef struct {
     real per_step; /* 1 / (T log 2) */
     real high, low; /* T log 2, in two parts, of which the first has as few bits as FL_LN2_HIGH */
@@ -1029,6 +1028,8 @@ FL_INLINE Steps steps_of(double temperature) {
     const double mantissa = frexp(step, &exponent), high = ldexp(rint(mantissa * bits) / bits, exponent);
     return (Steps){(real)(1 / step), (real)high, (real)(step - high), (real)(1 / temperature)};
 }
+/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp with plain_steps. Whole powers of 2 are added to
+ * exponents, which is half the work of `scalef`. */
 FL_INLINE vec usual_exp(Steps s, vec x, vec from) {
     vec start = vset(FL_MAGIC) - from;
     vec t = x * vset(s.per_step) + start, n = t - start;
@@ -1142,15 +1143,14 @@ static __attribute__((noinline)) vec vtanh(vec x, vec *short_of_one) {
     return choose(vlt(size, vset(NEAR_TANH)), tanh_near(x), with_sign(far, x));
 }
 
-/* log(u (1 + low)) - k FL_LN2_HIGH for normal u > 0 and small low; NaN for u NaN or inf. *big is k FL_LN2_HIGH, exactly.
- * As fdlibm does it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. */
-FL_INLINE vec log_steps(vec u, vec *steps, vec *f) {
+/* The logarithm of normal u > 0, as fdlibm has it: u = 2^k m, f = m - 1, s = f / (2 + f), a series in s^2. log_parts gives k and f;
+ * log_rest log(u (1 + low)) - k FL_LN2_HIGH, for small low. */
+FL_INLINE vec log_parts(vec u, vec *f) {
     ivec k = ((ivec)u - iset(FL_SQRT_HALF)) >> FL_MANTISSA;
     *f = (vec)((ivec)u - (k << FL_MANTISSA)) - vset(1);
-    *steps = (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
-    return *steps * vset(FL_LN2_HIGH);
+    return (vec)((ivec)vset(FL_ROUND) + k) - vset(FL_ROUND);
 }
-FL_INLINE vec log_rest(vec steps, vec f, vec low) {
+FL_INLINE vec log_rest(vec k, vec f, vec low) {
     vec s = f / (vset(2) + f), z = s * s;
 #if FASTLOSS_BITS == 32
     vec series = vset(0xf89e26p-26f);
@@ -1167,22 +1167,21 @@ FL_INLINE vec log_rest(vec steps, vec f, vec low) {
     series = series * z + vset(6.666666666666735130e-01);
 #endif
     vec half = f * f * vset((real)0.5);
-    return f - (half - (s * (half + z * series) + (steps * vset(FL_LN2_LOW) + low)));
+    return f - (half - (s * (half + z * series) + (k * vset(FL_LN2_LOW) + low)));
 }
 /* plus + log(u (1 + low)) for normal u > 0 and small low; NaN for u NaN or inf. *rest is what the result, as rounded, lacks.
  * What the sum of k FL_LN2_HIGH and `plus` loses is added to the small parts: the error is that of one rounding, and 0.2 units
  * of 1. */
 FL_INLINE vec vlog(vec u, vec low, vec plus, vec *rest) {
-    vec steps, f, lost, base = exact_sum(log_steps(u, &steps, &f), plus, &lost);
+    vec f, lost, k = log_parts(u, &f), base = exact_sum(k * vset(FL_LN2_HIGH), plus, &lost);
     low = choose(veq(base - base, vset(0)), low + lost, vset(0)); /* NaN where base is infinite */
-    return exact_sum(base, log_rest(steps, f, low), rest) + (u - u);
+    return exact_sum(base, log_rest(k, f, low), rest) + (u - u);
 }
-/* log(u (1 + low) 2^powers) for normal u > 0, small low and a small whole number of powers, which may as well be in u. */
+/* log(u (1 + low) 2^powers) for normal u > 0, small low and a small whole number of powers: the same bits if they are in u instead.
+ * NaN for low NaN alone. */
 FL_INLINE vec log_in_full(vec u, vec low, vec powers) {
-    vec steps, f;
-    log_steps(u, &steps, &f);
-    steps += powers;
-    return steps * vset(FL_LN2_HIGH) + log_rest(steps, f, low);
+    vec f, k = log_parts(u, &f) + powers;
+    return k * vset(FL_LN2_HIGH) + log_rest(k, f, low);
 }
 
 /* log(1 + e) for e in [0, 1], small ones to their last place: a polynomial that interpolates log(1 + e) / e at Chebyshev points
