@@ -113,6 +113,10 @@ cdef extern from "simd.h" nogil:
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept
     vec transposed_max(const vec *) noexcept
+    vec even_lanes(vec, vec) noexcept
+    vec odd_lanes(vec, vec) noexcept
+    vec zip_low(vec, vec) noexcept
+    vec zip_high(vec, vec) noexcept
     vec exact_transposed_sum(const vec *, const vec *, vec *) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
@@ -612,6 +616,7 @@ include "losses.pxi"
 include "general.pxi"
 include "scores.pxi"
 include "packed.pxi"
+include "binary.pxi"
 include "features.pxi"
 include "sparse.pxi"
 include "descent.pxi"

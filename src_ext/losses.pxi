@@ -602,7 +602,7 @@ cdef struct HingeSums:
     # What is summed of a row's classes.
     vec loss
     vec low  # what loss lacks, as rounded
-    vec slack  # of squares: of margins times what they lack, which counts twice
+    vec slack  # of squares: what they lack because margins do
     vec pull
 
 
@@ -621,8 +621,8 @@ cdef inline void hinge_step(int layout, bint part, bint grad, int power, const W
             m = choose(idle, zero, sub(d, edge.m))
             sums.pull = add(sums.pull, m)
             put(layout, part, w, k, mul(m, share))
-        m = choose(idle, zero, d)
-        sums.slack = add_product_unless(idle, sums.slack, m, sub(rest, edge.m))
+        m, rest = choose(idle, zero, d), sub(rest, edge.m)
+        sums.slack = add_product_unless(idle, sums.slack, rest, add(mul(vset(2), m), rest))
         sums.loss = add_square(sums.loss, m, &sums.low)
 
 
@@ -666,7 +666,7 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
     if power == 1:
         own.loss = join_sums(layout == LANED or LANES < 8, own.loss, second, third, fourth, &own.low)
     else:
-        own.low = add(own.low, add(own.slack, own.slack))
+        own.low = add(own.low, own.slack)
     sums[0] = own
 
 
@@ -708,7 +708,7 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
 
 
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
-    cdef vec low = number_or_zero(s.low), loss, own
+    cdef vec low = choose(veq(sub(s.a, s.a), vset(0)), s.low, vset(0)), loss, own  # of an infinite sum, it may be any
     if o.power == 1:
         low = sub(low, mul(s.b, s.m))
     if o.general and o.counts_target and not o.paired:

@@ -388,11 +388,5 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
             packed_losses(False, p, s, far, live == own.n, y, mult, &patience, losses)
         if own.dst != NULL and s.streams:
             stream_bytes(<char *> own.dst, <char *> own.to, own.n * c * <Py_ssize_t> sizeof(stored))
-        for i in range(own.n, (own.n + TILE - 1) // TILE * TILE):
-            losses[i] = 0
-        if s.row_loss != NULL:
-            for i in range(own.n):
-                s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
-        for i in range((own.n + TILE - 1) // TILE):
-            add_products(sums, losses + i * TILE, mult + i * TILE)
+        keep_losses(s, row, own.n, (own.n + TILE - 1) // TILE * TILE, mult, losses, sums)
     return fold_doubles(sums)

@@ -30,7 +30,8 @@ cdef struct ScoresPass:
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
-    bint packed  # the layout: this, or
+    bint binary  # the layout: this,
+    bint packed  # this,
     bint laned  # this, or rowed
     bint streams  # the gradient goes past the caches
     char *scratch  # for each thread: transposed tiles, or what is kept of a group, and its gradient if it streams
@@ -133,6 +134,21 @@ cdef inline int tile_multipliers(const real *multiplier, Py_ssize_t row, int n, 
         mult[i] = multiplier[row + i] if i < n else 0
         live += mult[i] != 0
     return live
+
+
+cdef inline void keep_losses(const ScoresPass *s, Py_ssize_t row, int n, int size, const real *mult, real *losses,
+                             double *sums) noexcept nogil:
+    """Losses of n rows: to where they are asked for, and times multipliers to their sums; `size`: n in whole tiles."""
+    cdef int i
+    for i in range(n, size):
+        losses[i] = 0
+    if s.row_loss != NULL and s.row_loss_stride == 1:
+        memcpy(s.row_loss + row, losses, n * sizeof(real))
+    elif s.row_loss != NULL:
+        for i in range(n):
+            s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
+    for i in range(size // TILE):
+        add_products(sums, losses + i * TILE, mult + i * TILE)
 
 
 cdef inline const real *row_more(const Options *o, const Matrix *probabilities, Py_ssize_t row, Py_ssize_t c,
@@ -438,11 +454,7 @@ cdef double scores_laned(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
                 if far:
                     fetch_rows(&s.grad, next, min(next + TILE, stop), True)
                 store_tile(&s.grad, row + i * TILE, min(TILE, n - i * TILE), tile + i * c * TILE)
-        if s.row_loss != NULL:
-            for i in range(n):
-                s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
-        for i in range(tiles):
-            add_products(sums, losses + i * TILE, mult + i * TILE)
+        keep_losses(s, row, n, tiles * TILE, mult, losses, sums)
     return fold_doubles(sums)
 
 
@@ -978,13 +990,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
             keep_group_tops(s, row, n, mult)
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL, &late)
         keep_extras(s, extras, row, n)
-        for i in range(n, GROUP_ROWS):
-            losses[i] = 0
-        if s.row_loss != NULL:
-            for i in range(n):
-                s.row_loss[(row + i) * s.row_loss_stride] = losses[i]
-        for i in range((n + TILE - 1) // TILE):
-            add_products(sums, losses + i * TILE, mult + i * TILE)
+        keep_losses(s, row, n, (n + TILE - 1) // TILE * TILE, mult, losses, sums)
     finish(&late)
     return fold_doubles(sums)
 
@@ -1147,7 +1153,9 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    if s.packed:
+    if s.binary:
+        s.partial[k] = scores_binary(s, start, stop, scratch)
+    elif s.packed:
         s.partial[k] = scores_packed(s, start, stop, scratch)
     else:
         s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
@@ -1166,14 +1174,14 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.packed = is_packed(s)
-    s.laned = not s.packed and is_laned(&s.options, &s.scores, &s.grad)
+    s.binary, s.packed = is_binary(s), is_packed(s)
+    s.laned = not s.binary and not s.packed and is_laned(&s.options, &s.scores, &s.grad)
     s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
                  and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.packed else STREAM_BYTES))
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.packed or s.laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.binary or s.packed or s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
@@ -1183,7 +1191,9 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
-    if s.packed:
+    if s.binary:
+        s.scratch_size = 2 * BINARY_ROWS * <Py_ssize_t> sizeof(stored) if s.streams else 0
+    elif s.packed:
         s.scratch_size = packed_size(s.scores.columns) * <Py_ssize_t> sizeof(real)
     elif s.laned:
         s.scratch_size = 2 + keeps_slopes(&s.options)

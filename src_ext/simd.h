@@ -658,20 +658,28 @@ FL_INLINE vec exact_transposed_sum(const vec *p, const vec *low, vec *rest) {
 }
 
 /* The inverse of a zip round, on `width` vectors: even and odd lanes of neighbours apart. */
-#ifdef FL_MASK_REGISTERS
-#if FASTLOSS_BITS == 32
+#if VBYTES / (FASTLOSS_BITS / 8) == 16
 #define FL_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define FL_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#else
+#elif VBYTES / (FASTLOSS_BITS / 8) == 8
 #define FL_EVENS 0, 2, 4, 6, 8, 10, 12, 14
 #define FL_ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#elif VBYTES / (FASTLOSS_BITS / 8) == 4
+#define FL_EVENS 0, 2, 4, 6
+#define FL_ODDS 1, 3, 5, 7
+#else
+#define FL_EVENS 0, 2
+#define FL_ODDS 1, 3
 #endif
+FL_INLINE vec even_lanes(vec a, vec b) { return FL_SHUFFLE(a, b, FL_EVENS); }
+FL_INLINE vec odd_lanes(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ODDS); }
+#ifdef FL_MASK_REGISTERS
 FL_INLINE void unzip_round(vec *r, int width) {
     vec t[LANES];
 #pragma GCC unroll 8
     for (int k = 0; k < width / 2; k++) {
-        t[k] = FL_SHUFFLE(r[2 * k], r[2 * k + 1], FL_EVENS);
-        t[k + width / 2] = FL_SHUFFLE(r[2 * k], r[2 * k + 1], FL_ODDS);
+        t[k] = even_lanes(r[2 * k], r[2 * k + 1]);
+        t[k + width / 2] = odd_lanes(r[2 * k], r[2 * k + 1]);
     }
 #pragma GCC unroll 16
     for (int k = 0; k < width; k++) r[k] = t[k];

@@ -707,11 +707,12 @@ def _hinge(
 
     def settle(m, sy, own, known, sums, low, factor, options):
         total, pull = sums[0], sums[1]
-        rest = number_or_zero(low)
+        finite = total - total == zero  # of an infinite sum, what it lacks may be any
+        rest = choose(finite, low, zero)
         if linear:
             rest -= pull * known[1]
         else:
-            rest += number_or_zero(sums[2])
+            rest += choose(finite, sums[2], zero)
         if counts:
             own = choose(own > zero, own, zero)
             total, lost = exact_sum(total, own if linear else own * own)
