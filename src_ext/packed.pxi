@@ -1,4 +1,5 @@
-# Rows of few classes that lie end to end: softmax in a third layout, plain or with a temperature, label smoothing and z-loss.
+# Rows of few classes that lie end to end: softmax in a third layout, plain or with a temperature, label smoothing and z-loss; and
+# probabilities. (Not log-sum-exps: without a maximum that is left out of the sum, they were up to 2.2 units in the last place off.)
 #
 # LANES rows are as many vectors as they have classes, all full, without a transpose. Exponentials are kept as they come, with 0
 # in place of the target's; rows are then read one by one, for their sums, which are folded together; and the factor of each
@@ -13,7 +14,7 @@
 
 cdef enum:
     PACKED_LEAST = 4  # classes, from which on this is faster than transposes
-    PACKED_SPREAD = 8  # the same with label smoothing
+    PACKED_SPREAD = 8  # the same with label smoothing, and for probabilities
     PACKED_BYTES = 8192  # of scores that are handled together, and at most
     PACKED_ROWS = 256  # rows; but no less than a tile
     PATIENCE = 7  # times that scores are not tried again, once they were not usual
@@ -34,8 +35,11 @@ cdef inline bint is_flat(const ScoresPass *s) noexcept nogil:
 
 cdef bint is_packed(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
-    return (TABLE >= LANES and s.options.kind == SOFTMAX and (not s.options.general or is_flat(s)) and s.top == NULL
-            and PACKED_LEAST <= c < MANY_CLASSES and s.scores.column_stride == 1 and s.scores.row_stride == c
+    cdef int kind = s.options.kind
+    return (TABLE >= LANES and (kind == SOFTMAX or kind == PROBABILITIES)
+            and (not s.options.general or is_flat(s)) and s.top == NULL
+            and (PACKED_SPREAD if kind == PROBABILITIES else PACKED_LEAST) <= c < MANY_CLASSES
+            and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
 
@@ -183,6 +187,16 @@ cdef inline vec row_sums(const real *p, Py_ssize_t c, int n) noexcept nogil:
     return transposed_sum(rows)
 
 
+cdef inline void sum_rows(Packed *p) noexcept nogil:
+    """To p.a."""
+    cdef int i
+    for i in range(p.n // LANES):
+        vstore(p.a + i * LANES, row_sums(p.kept + i * LANES * p.c, p.c, LANES))
+    i = p.n // LANES * LANES
+    if i < p.n:
+        vstore(p.a + i, row_sums(p.kept + i * p.c, p.c, p.n - i))
+
+
 cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at) noexcept nogil:
     """L of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
     cdef vec rest = add(mul(sub(vload(p.shift + first), target), vset(p.steps.unit)), mul(vload(p.start + first), vset(<real> FL_LN2)))
@@ -268,7 +282,8 @@ cdef inline vec packed_slope(bint spreads, const real *kept, vec r, vec less, iv
 
 
 cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, const real *mult, bint all_live) noexcept nogil:
-    """The gradient. It may take the place of the exponentials: none is written over before it is read."""
+    """The gradient, or without targets (y is NULL) probabilities. It may take the place of the exponentials: none is written over
+    before it is read."""
     cdef Py_ssize_t k, c = p.c, left = p.n * c
     cdef const ivec *rows = p.rows
     cdef const real *kept = p.kept
@@ -285,7 +300,7 @@ cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, co
             k = left // LANES
             sstore_part(to + k * LANES, packed_slope(spreads, kept + k * LANES, r, less, rows[k]), left % LANES)
         kept, left = kept + c * LANES, left - c * LANES
-        for i in range(min(LANES, p.n - g * LANES)):
+        for i in range(min(LANES, p.n - g * LANES) if y != NULL else 0):
             one_by_one()
             sstore_one(to + i * c + y[g * LANES + i], p.b[g * LANES + i])
         to += c * LANES
@@ -309,13 +324,8 @@ cdef inline bint are_usual_factors(const real *mult, int n, real scale) noexcept
     return True
 
 
-cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
-                               const real *mult, int *patience, real *losses) noexcept nogil:
-    cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale * p.steps.unit)
-    cdef Py_ssize_t k
-    cdef int i
-    cdef Steps steps = p.steps if flat else plain_steps()
-    cdef vec unit
+cdef inline bint keep_exps(Packed *p, Steps steps, bint usual, bint far, int *patience) noexcept nogil:
+    """Exponentials of scores, if they may be of scores of a usual size; whether they are."""
     if usual and patience[0] == 0:
         usual = keep_usual(p, steps, True) if far else keep_usual(p, steps, False)
         patience[0] = 0 if usual else PATIENCE
@@ -323,15 +333,22 @@ cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint f
         usual, patience[0] = False, max(0, patience[0] - 1)
     if not usual:
         keep_any(p, far)
+    return usual
+
+
+cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
+                               const real *mult, int *patience, real *losses) noexcept nogil:
+    cdef Steps steps = p.steps if flat else plain_steps()
+    cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale * p.steps.unit)
+    cdef Py_ssize_t k
+    cdef int i
+    cdef vec unit
+    usual = keep_exps(p, steps, usual, far, patience)
     for i in range(p.n):
         k = i * p.c + y[i]
         p.target[i], p.kept[k] = p.kept[k], 0
-    for i in range(p.n // LANES):
-        vstore(p.a + i * LANES, row_sums(p.kept + i * LANES * p.c, p.c, LANES))
-    i = p.n // LANES * LANES
-    if i < p.n:
-        vstore(p.target + p.n, vset(1))
-        vstore(p.a + i, row_sums(p.kept + i * p.c, p.c, p.n - i))
+    vstore(p.target + p.n, vset(1))
+    sum_rows(p)
     if flat or not usual:
         for i in range(p.n):
             p.score[i] = sone(p.src + i * p.c + y[i])
@@ -352,6 +369,15 @@ cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint f
         put_packed(True, p, y, mult, all_live)
     elif p.dst != NULL:
         put_packed(False, p, y, mult, all_live)
+
+
+cdef inline void packed_probabilities(Packed *p, bint far, int *patience) noexcept nogil:
+    cdef int g
+    keep_exps(p, plain_steps(), True, far, patience)
+    sum_rows(p)
+    for g in range(p.groups):
+        vstore(p.a + g * LANES, div(vset(1), vload(p.a + g * LANES)))
+    put_packed(False, p, NULL, NULL, True)
 
 
 cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -382,7 +408,10 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
             for i in range(own.n):
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
         own.to = <stored *> own.kept if s.streams else own.dst
-        if s.options.general:
+        if s.options.kind == PROBABILITIES:
+            packed_probabilities(p, far, &patience)
+            memset(losses, 0, sizeof(losses))
+        elif s.options.general:
             packed_losses(True, p, s, far, live == own.n, y, mult, &patience, losses)
         else:
             packed_losses(False, p, s, far, live == own.n, y, mult, &patience, losses)

@@ -63,6 +63,36 @@ def test_rows_together_have_the_bits_of_rows_alone(level, dtype, options):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_probabilities_of_rows_together_are_those_of_rows_alone(level, dtype):
+    rng = np.random.default_rng(6)
+    for c in CLASSES:
+        for n in (1, 7, 23, 35, 300):
+            scores = odd_rows(n, c, dtype, rng)
+            found = fl.softmax(scores, backend=level)
+            for i in range(n) if n < 100 else (*range(16), 100, 255, 256, 299):
+                alone = fl.softmax(scores[i : i + 1].copy(), backend=level)
+                np.testing.assert_array_equal(wide(alone[0]), wide(found[i]), err_msg=f"C = {c}, row {i} of {n}")
+            expected = fl.softmax(wide(scores), backend="reference")
+            rtol = 1e-2 if dtype.itemsize < 4 else max(16 * np.finfo(dtype).eps, 1e-12)
+            np.testing.assert_allclose(wide(found), expected, rtol=rtol, atol=1e-6)
+            in_place = scores.copy()
+            fl.softmax(in_place, out=in_place, backend=level)
+            np.testing.assert_array_equal(wide(in_place), wide(found))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_large_probabilities_have_the_bits_of_small_ones(level, dtype):
+    """They go past the caches."""
+    n, rng = (17 << 20) // (10 * dtype.itemsize) + 1, np.random.default_rng(9)
+    scores = (rng.standard_normal((n, 10), np.float32) * 3).astype(dtype)
+    found = wide(fl.softmax(scores, backend=level))
+    for part in (slice(0, n // 2), slice(n // 2, n)):
+        np.testing.assert_array_equal(found[part], wide(fl.softmax(scores[part], backend=level)))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("c", "options"), [(5, {}), (10, OPTIONS[2]), (37, {}), (300, OPTIONS[3])], ids=str)
 def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, options):
     """They go past the caches."""
