@@ -15,6 +15,7 @@
 cdef enum:
     PACKED_LEAST = 4  # classes, from which on this is faster than transposes
     PACKED_SPREAD = 8  # the same with label smoothing, and for probabilities
+    PACKED_WEIGHED = 10  # and with class weights within smoothing
     PACKED_BYTES = 8192  # of scores that are handled together, and at most
     PACKED_ROWS = 256  # rows; but no less than a tile
     PATIENCE = 7  # times that scores are not tried again, once they were not usual
@@ -26,26 +27,34 @@ cdef inline Py_ssize_t packed_rows(Py_ssize_t c) noexcept nogil:
     return max(<Py_ssize_t> TILE, min(<Py_ssize_t> PACKED_ROWS, PACKED_BYTES // (c * <Py_ssize_t> sizeof(real))) // TILE * TILE)
 
 
-cdef inline bint is_flat(const ScoresPass *s) noexcept nogil:
-    """Whether options are such as are made for this layout."""
+cdef inline bint is_packable(const ScoresPass *s) noexcept nogil:
+    """Whether options are such as are made for this layout: the target's u is at least half of all."""
     cdef const Options *o = &s.options
-    return (form_of(o) == FLAT and not o.entropy and not o.shard and s.z == NULL and o.at_target >= 0.5 and o.steps.unit != 0
-            and (o.elsewhere == 0 or s.scores.columns >= PACKED_SPREAD))
+    cdef Py_ssize_t c = s.scores.columns, k
+    if o.entropy or o.shard or s.z != NULL or o.steps.unit == 0:
+        return False
+    if form_of(o) == WEIGHED and c >= PACKED_WEIGHED:
+        for k in range(c):
+            if not o.weighted_target * o.class_weight[k] >= o.all_weights:
+                return False
+        return True
+    return form_of(o) == FLAT and o.at_target >= 0.5 and (o.elsewhere == 0 or c >= PACKED_SPREAD)
 
 
 cdef bint is_packed(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
     cdef int kind = s.options.kind
     return (TABLE >= LANES and (kind == SOFTMAX or kind == PROBABILITIES)
-            and (not s.options.general or is_flat(s)) and s.top == NULL
+            and (not s.options.general or is_packable(s)) and s.top == NULL
             and (PACKED_SPREAD if kind == PROBABILITIES else PACKED_LEAST) <= c < MANY_CLASSES
             and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
 
-cdef inline Py_ssize_t packed_size(Py_ssize_t c) noexcept nogil:
+cdef inline Py_ssize_t packed_size(const ScoresPass *s) noexcept nogil:
     """Numbers of scratch, in whole vectors."""
-    return c * (LANES + packed_rows(c))
+    cdef Py_ssize_t c = s.scores.columns
+    return c * (LANES + packed_rows(c) + (LANES if s.options.class_weight != NULL else 0))
 
 
 cdef struct Packed:
@@ -57,6 +66,7 @@ cdef struct Packed:
     int n, groups  # rows, and groups of LANES
     const ivec *rows  # of c vectors: the row of its group that each lane holds
     real *kept  # exponentials
+    const real *weights  # u of classes but the target, of c vectors, as their lanes are; NULL: the same for all
     # Of each row: what is taken from its scores, and the power of 2 that exponentials start from, where scores are not usual;
     real shift[256]
     real start[256]
@@ -68,6 +78,7 @@ cdef struct Packed:
     # than their share.
     real score[256]
     real less[256]
+    real own[256]  # the target's of `weights`
     Steps steps
     real usual_size
 
@@ -203,33 +214,41 @@ cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at
     return add(vlog(others, vset(0), rest, &rest), sub(at, at))  # NaN where that is one
 
 
-cdef inline vec distances(const Packed *p, int first, int n, vec unit) noexcept nogil:
-    """Σ (s_y − s_j) unit of n <= LANES rows from `first` on: of the largest numbers too, which mask classes."""
+cdef inline vec weight_of(bint weighted, const real *weights, Py_ssize_t some, vec unit) noexcept nogil:
+    """Of `some` classes, times unit."""
+    if not weighted:
+        return unit
+    return mul(unit, vload(weights) if some == LANES else vload_part(weights, some, 0))
+
+
+cdef inline vec distances(bint weighted, const Packed *p, int first, int n, vec unit) noexcept nogil:
+    """Σ (s_y − s_j) u_j of n <= LANES rows from `first` on: of the largest numbers too, which mask classes."""
     cdef Py_ssize_t i, k, c = p.c, whole = c // LANES, some = c % LANES
     cdef const stored *q = p.src + first * c
     cdef const real *target = p.score + first
+    cdef const real *w = p.weights
     cdef vec rows[16]
-    cdef vec a, b, t
+    cdef vec a, b, t, last = weight_of(weighted, w + whole * LANES, some, unit)
     for i in range(n, LANES):
         rows[i] = vset(0)
     if whole == 0:
         for i in range(n):
-            rows[i] = mul(sub(vset(target[i]), sload_part(q + i * c, some, target[i])), unit)
+            rows[i] = mul(sub(vset(target[i]), sload_part(q + i * c, some, target[i])), last)
     else:
         for i in range(n):
             a, b, t = vset(0), vset(0), vset(target[i])
             if some:
-                a = mul(sub(t, sload_part(q + i * c + whole * LANES, some, target[i])), unit)
+                a = mul(sub(t, sload_part(q + i * c + whole * LANES, some, target[i])), last)
             for k in range(whole):
-                a, b = b, add(a, mul(sub(t, sload(q + i * c + k * LANES)), unit))
+                a, b = b, add(a, mul(sub(t, sload(q + i * c + k * LANES)), weight_of(weighted, w + k * LANES, LANES, unit)))
             rows[i] = add(a, b)
     return transposed_sum(rows)
 
 
-cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *o, const real *mult, real scale,
+cdef inline void settle_packed(bint flat, bint weighted, Packed *p, bint usual, const Options *o, const real *mult, real scale,
                                real *losses) noexcept nogil:
     """Losses, from the sums in p.a; and what the gradient needs."""
-    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target, pull, z, u
+    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target, pull, z, u, mine, each
     cdef mask dead, fits
     cdef int g, i
     for g in range(p.groups):
@@ -249,14 +268,17 @@ cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *
         factor = mul(factor, vset(scale))
         u = zero
         if flat:
-            u = vset(o.elsewhere * (o.classes - 1))
+            u, mine, each = vset(o.elsewhere * (o.classes - 1)), vset(o.at_target), vset(o.elsewhere)
+            if weighted:
+                mine, each = vload(p.own + i), vset(1)
+                u, mine = sub(vset(o.all_weights), mine), mul(mine, vset(o.weighted_target))
             factor = mul(factor, vset(p.steps.unit))
-            loss = mul(loss, add(u, vset(o.at_target)))
-            if o.elsewhere != 0:
+            loss = mul(loss, add(u, mine))
+            if weighted or o.elsewhere != 0:
                 # A target that is masked: its infinite loss is not made less by others.
                 total = add(loss, vload(p.less + i))
                 loss = choose(veq(sub(loss, loss), zero), total, loss)
-                vstore(p.less + i, choose(dead, zero, mul(factor, vset(o.elsewhere))))
+                vstore(p.less + i, choose(dead, zero, mul(factor, each)))
             if o.z_loss != 0:
                 z = log_in_full(add(others, at), zero, zero if usual else vload(p.start + i))
                 if not usual:
@@ -265,8 +287,8 @@ cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *
                 u = add(u, mul(vset(2 * o.z_loss), z))
         vstore(losses + i, choose(dead, zero, loss))
         if flat:
-            pull = sub(mul(u, mul(at, r)), mul(vset(o.at_target), mul(others, r)))
-            r = mul(r, add(u, vset(o.at_target)))
+            pull = sub(mul(u, mul(at, r)), mul(mine, mul(others, r)))
+            r = mul(r, add(u, mine))
             vstore(p.b + i, choose(dead, zero, mul(pull, factor)))
             vstore(p.a + i, choose(dead, zero, mul(r, factor)))
         else:
@@ -275,18 +297,21 @@ cdef inline void settle_packed(bint flat, Packed *p, bint usual, const Options *
             vstore(p.a + i, choose(dead, zero, r))
 
 
-cdef inline vec packed_slope(bint spreads, const real *kept, vec r, vec less, ivec row) noexcept nogil:
+cdef inline vec packed_slope(bint spreads, bint weighted, const real *kept, vec r, vec less, ivec row,
+                             const real *weights) noexcept nogil:
     if spreads:
-        return product_less(vload(kept), look_up(r, row), look_up(less, row))
+        less = look_up(less, row)
+        return product_less(vload(kept), look_up(r, row), mul(less, vload(weights)) if weighted else less)
     return mul(vload(kept), look_up(r, row))
 
 
-cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, const real *mult, bint all_live) noexcept nogil:
+cdef inline void put_packed(bint spreads, bint weighted, const Packed *p, const lane_int *y, const real *mult, bint all_live) noexcept nogil:
     """The gradient, or without targets (y is NULL) probabilities. It may take the place of the exponentials: none is written over
     before it is read."""
     cdef Py_ssize_t k, c = p.c, left = p.n * c
     cdef const ivec *rows = p.rows
     cdef const real *kept = p.kept
+    cdef const real *w = p.weights
     cdef stored *to = p.to
     cdef vec r, less = vset(0)
     cdef int g, i
@@ -295,10 +320,10 @@ cdef inline void put_packed(bint spreads, const Packed *p, const lane_int *y, co
         if spreads:
             less = vload(p.less + g * LANES)
         for k in range(min(c, left // LANES)):
-            sstore(to + k * LANES, packed_slope(spreads, kept + k * LANES, r, less, rows[k]))
+            sstore(to + k * LANES, packed_slope(spreads, weighted, kept + k * LANES, r, less, rows[k], w + k * LANES))
         if left < c * LANES and left % LANES:
             k = left // LANES
-            sstore_part(to + k * LANES, packed_slope(spreads, kept + k * LANES, r, less, rows[k]), left % LANES)
+            sstore_part(to + k * LANES, packed_slope(spreads, weighted, kept + k * LANES, r, less, rows[k], w + k * LANES), left % LANES)
         kept, left = kept + c * LANES, left - c * LANES
         for i in range(min(LANES, p.n - g * LANES) if y != NULL else 0):
             one_by_one()
@@ -336,10 +361,11 @@ cdef inline bint keep_exps(Packed *p, Steps steps, bint usual, bint far, int *pa
     return usual
 
 
-cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
+cdef inline void packed_losses(bint flat, bint weighted, Packed *p, const ScoresPass *s, bint far, bint all_live, const lane_int *y,
                                const real *mult, int *patience, real *losses) noexcept nogil:
     cdef Steps steps = p.steps if flat else plain_steps()
     cdef bint usual = are_usual_factors(mult, 1 if s.multiplier == NULL else p.n, s.scale * p.steps.unit)
+    cdef bint spreads = weighted or (flat and s.options.elsewhere != 0)
     cdef Py_ssize_t k
     cdef int i
     cdef vec unit
@@ -354,21 +380,26 @@ cdef inline void packed_losses(bint flat, Packed *p, const ScoresPass *s, bint f
             p.score[i] = sone(p.src + i * p.c + y[i])
         for i in range(p.n, p.groups * LANES):
             p.score[i] = 0
-    if flat and s.options.elsewhere != 0:
-        unit = vset(s.options.elsewhere * steps.unit)
+    if weighted:
+        for i in range(p.n):
+            p.own[i] = p.weights[y[i]]
+        for i in range(p.n, p.groups * LANES):
+            p.own[i] = 0
+    if spreads:
+        unit = vset(steps.unit if weighted else s.options.elsewhere * steps.unit)
         for i in range(p.n // LANES):
-            vstore(p.less + i * LANES, distances(p, i * LANES, LANES, unit))
+            vstore(p.less + i * LANES, distances(weighted, p, i * LANES, LANES, unit))
         i = p.n // LANES * LANES
         if i < p.n:
-            vstore(p.less + i, distances(p, i, p.n - i, unit))
+            vstore(p.less + i, distances(weighted, p, i, p.n - i, unit))
     if usual:
-        settle_packed(flat, p, True, &s.options, mult, s.scale, losses)
+        settle_packed(flat, weighted, p, True, &s.options, mult, s.scale, losses)
     else:
-        settle_packed(flat, p, False, &s.options, mult, s.scale, losses)
-    if p.dst != NULL and flat and s.options.elsewhere != 0:
-        put_packed(True, p, y, mult, all_live)
+        settle_packed(flat, weighted, p, False, &s.options, mult, s.scale, losses)
+    if p.dst != NULL and spreads:
+        put_packed(True, weighted, p, y, mult, all_live)
     elif p.dst != NULL:
-        put_packed(False, p, y, mult, all_live)
+        put_packed(False, False, p, y, mult, all_live)
 
 
 cdef inline void packed_probabilities(Packed *p, bint far, int *patience) noexcept nogil:
@@ -377,7 +408,7 @@ cdef inline void packed_probabilities(Packed *p, bint far, int *patience) noexce
     sum_rows(p)
     for g in range(p.groups):
         vstore(p.a + g * LANES, div(vset(1), vload(p.a + g * LANES)))
-    put_packed(False, p, NULL, NULL, True)
+    put_packed(False, False, p, NULL, NULL, True)
 
 
 cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -396,7 +427,11 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
     number_rows(c, <ivec *> scratch)
     own.steps = s.options.steps if s.options.general else plain_steps()
     own.usual_size = USUAL_SIZE / own.steps.unit
-    own.c, own.rows, own.kept = c, <ivec *> scratch, scratch + c * LANES
+    own.c, own.rows, own.kept, own.weights = c, <ivec *> scratch, scratch + c * LANES, NULL
+    if s.options.general and s.options.class_weight != NULL:
+        own.weights = own.kept + c * batch
+        for t in range(LANES):
+            memcpy(own.kept + (batch + t) * c, s.options.class_weight, c * sizeof(real))
     for t in range((stop - start + batch - 1) // batch):
         row = start + t * batch
         own.n = <int> min(batch, stop - row)
@@ -411,10 +446,12 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         if s.options.kind == PROBABILITIES:
             packed_probabilities(p, far, &patience)
             memset(losses, 0, sizeof(losses))
+        elif own.weights != NULL:
+            packed_losses(True, True, p, s, far, live == own.n, y, mult, &patience, losses)
         elif s.options.general:
-            packed_losses(True, p, s, far, live == own.n, y, mult, &patience, losses)
+            packed_losses(True, False, p, s, far, live == own.n, y, mult, &patience, losses)
         else:
-            packed_losses(False, p, s, far, live == own.n, y, mult, &patience, losses)
+            packed_losses(False, False, p, s, far, live == own.n, y, mult, &patience, losses)
         if own.dst != NULL and s.streams:
             stream_bytes(<char *> own.dst, <char *> own.to, own.n * c * <Py_ssize_t> sizeof(stored))
         keep_losses(s, row, own.n, (own.n + TILE - 1) // TILE * TILE, mult, losses, sums)

@@ -1194,7 +1194,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     if s.binary:
         s.scratch_size = 2 * BINARY_ROWS * <Py_ssize_t> sizeof(stored) if s.streams else 0
     elif s.packed:
-        s.scratch_size = packed_size(s.scores.columns) * <Py_ssize_t> sizeof(real)
+        s.scratch_size = packed_size(s) * <Py_ssize_t> sizeof(real)
     elif s.laned:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)

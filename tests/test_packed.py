@@ -14,8 +14,15 @@ OPTIONS = (
     {"temperature": 2.0},
     {"label_smoothing": 0.1, "z_loss": 1e-3},
     {"label_smoothing": 0.4, "temperature": 0.3},
+    {"label_smoothing": 0.1, "class_weight": True, "z_loss": 1e-3},
 )
 CLASSES = (4, 5, 10, 15, 16, 17, 31, 37, 100, 383)
+
+
+def softmax(c, options, **more):
+    """Class weights are different for all classes, if there are some."""
+    weights = np.linspace(0.5, 2, c) if "class_weight" in options else None
+    return fl.Softmax(**{**options, "class_weight": weights}, **more)
 
 
 def wide(a):
@@ -43,11 +50,11 @@ def odd_rows(n, c, dtype, rng):
 def test_rows_together_have_the_bits_of_rows_alone(level, dtype, options):
     rng = np.random.default_rng(4)
     for c in CLASSES:
+        loss = softmax(c, options, ignore_index=-1)
         for n in (7, 23, 35, 300):
             scores, y = odd_rows(n, c, dtype, rng), rng.integers(0, c, n)
             y[13 % n] = rng.integers(0, 2) * (c - 1)
             y[2 % n] = -1  # ignored
-            loss = fl.Softmax(ignore_index=-1, **options)
             out = np.empty_like(scores)
             losses, grad = loss.value_and_grad(scores, y, reduction="none", out=out, backend=level)
             for i in range(n) if n < 100 else (*range(16), 100, 255, 256, 299):
@@ -93,10 +100,10 @@ def test_large_probabilities_have_the_bits_of_small_ones(level, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("c", "options"), [(5, {}), (10, OPTIONS[2]), (37, {}), (300, OPTIONS[3])], ids=str)
+@pytest.mark.parametrize(("c", "options"), [(5, {}), (10, OPTIONS[2]), (37, {}), (100, OPTIONS[4]), (300, OPTIONS[3])], ids=str)
 def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, options):
     """They go past the caches."""
-    loss = fl.Softmax(**options)
+    loss = softmax(c, options)
     n, rng = (17 << 20) // (c * dtype.itemsize) + 1, np.random.default_rng(c)
     scores, y = (rng.standard_normal((n, c), np.float32) * 3).astype(dtype), rng.integers(0, c, n)
     losses, grad = loss.value_and_grad(scores, y, reduction="none", backend=level)
@@ -110,9 +117,10 @@ def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, options):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_odd_rows_against_the_reference(level, dtype, options):
-    rng, loss = np.random.default_rng(5), fl.Softmax(**options)
+    rng = np.random.default_rng(5)
     eps = np.finfo(np.float32 if dtype.itemsize < 4 else dtype).eps
     for c in CLASSES:
+        loss = softmax(c, options)
         scores, y = odd_rows(40, c, dtype, rng), rng.integers(0, c, 40)
         losses, grad = loss.value_and_grad(scores, y, reduction="none", backend=level)
         exact = wide(scores)
