@@ -1,8 +1,9 @@
-# Two classes, in rows that lie end to end: a row is one number, d = s_o − s_y, of its other class and its target, and all is kept in
-# registers from scores to gradient.
+# Two classes, in rows that lie end to end: a row is one number, d = s_o − s_y, of its other class and its target, and all is kept
+# in registers from scores to gradient.
 #
 # Softmax: ℓ = log(1 + exp d) = max(0, d) + log(1 + exp(−|d|)); the gradient's entries are ±exp d / (1 + exp d). Hinge: as in
-# losses.pxi, with one margin d + Δ. What d, as rounded, lacks is in all of them. So this layout knows its losses, as packed.pxi does.
+# losses.pxi, with one margin d + Δ. What d, as rounded, lacks is in all of them. So this layout knows its losses, as packed.pxi
+# does.
 
 cdef enum:
     BINARY_ROWS = 256  # that are handled together
@@ -14,34 +15,41 @@ cdef bint is_binary(const ScoresPass *s) noexcept nogil:
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == 2)))
 
 
-cdef inline vec binary_softmax(bint grad, vec own, vec other, vec *slope) noexcept nogil:
-    """Losses of LANES rows; and the gradient's entry of the other class, less that of the target's."""
-    cdef vec zero = vset(0), one = vset(1), rest, d = exact_sum(other, sub(zero, own), &rest), e, r, top
+cdef inline vec binary_softmax(bint grad, vec own, vec other, vec factor, vec *entry) noexcept nogil:
+    """Losses of LANES rows; and the gradient's entry of the other class, times factor: the target's is the opposite.
+
+    Exponentials are raised, as those of other rows: what a large factor makes of the smallest is not lost.
+    """
+    cdef vec zero = vset(0), one = vset(1), lower = vset(1 / RAISED), raised, e, r, top
+    cdef vec rest, d = exact_sum(other, sub(zero, own), &rest)
     cdef mask above = vlt(zero, d)
     top, rest = vmax(own, other), number_or_zero(rest)
-    e = vexp(with_sign(d, vset(-1)), zero)
-    e = mul(e, add(one, choose(above, sub(zero, rest), rest)))
+    raised = vexp(with_sign(d, vset(-1)), vset(-RAISED_BITS))
+    raised = mul(raised, add(one, choose(above, sub(zero, rest), rest)))
+    e = mul(raised, lower)
     top = sub(top, top)  # NaN where the maximum is infinite, else 0
     if grad:
         r = div(one, add(one, e))
-        slope[0] = add(choose(above, r, mul(e, r)), top)
+        entry[0] = mul(choose(above, r, mul(e, r)), factor)
+        entry[0] = choose(mandnot(vlt(raised, one), above), mul(mul(raised, factor), mul(r, lower)), entry[0])
+        entry[0] = add(entry[0], top)
     return add(add(choose(above, d, zero), add(vlog1p(e), choose(above, rest, zero))), top)
 
 
-cdef inline vec binary_hinge(int power, const Options *o, vec own, vec other, vec *slope) noexcept nogil:
+cdef inline vec binary_hinge(int power, const Options *o, vec own, vec other, vec factor, vec *entry) noexcept nogil:
     cdef vec zero = vset(0), lost, rest, d, m
     cdef mask idle
     aim_hinge(o, &lost, &own)
     d = exact_sum(other, own, &rest)
     idle = vle(d, lost)
     if power == 1:
-        slope[0] = choose(idle, zero, choose(vlt(lost, d), vset(o.per_class), d))
+        entry[0] = choose(idle, zero, choose(vlt(lost, d), mul(factor, vset(o.per_class)), d))
         return choose(idle, zero, mul(sub(d, lost), vset(o.per_class)))
     rest = choose(idle, zero, number_or_zero(sub(rest, lost)))
     d = choose(idle, zero, d)
     m = add(d, rest)
     rest = number_or_zero(sub(rest, sub(m, d)))
-    slope[0] = mul(m, vset(2 * o.per_class))
+    entry[0] = mul(m, mul(factor, vset(2 * o.per_class)))
     return mul(mul(m, add(m, add(rest, rest))), vset(o.per_class))
 
 
@@ -75,7 +83,7 @@ cdef inline double binary_case(int kind, int power, bint grad, const ScoresPass 
     cdef const stored *src
     cdef stored *dst
     cdef stored *to
-    cdef vec a, b, own, other, factor, loss, zero = vset(0), slope = zero, less
+    cdef vec a, b, own, other, factor, loss, zero = vset(0), entry = zero, opposite
     cdef mask second, dead
     cdef Options options = s.options
     cdef bint far = (grad and not s.streams and s.grad.raw != s.scores.raw
@@ -97,19 +105,18 @@ cdef inline double binary_case(int kind, int power, bint grad, const ScoresPass 
             second = ieq(iload(y + i), iset(1))
             own, other = even_lanes(a, b), odd_lanes(a, b)
             own, other = choose(second, other, own), choose(second, own, other)
+            factor = mul(vload(mult + i), vset(s.scale))
             if kind == SOFTMAX:
-                loss = binary_softmax(grad, own, other, &slope)
+                loss = binary_softmax(grad, own, other, factor, &entry)
             else:
-                loss = binary_hinge(power, &options, own, other, &slope)
-            factor = vload(mult + i)
+                loss = binary_hinge(power, &options, own, other, factor, &entry)
             if live < n:
-                dead = veq(factor, zero)
-                loss, slope = choose(dead, zero, loss), choose(dead, zero, slope)
+                dead = veq(vload(mult + i), zero)
+                loss, entry = choose(dead, zero, loss), choose(dead, zero, entry)
             vstore(losses + i, loss)
             if grad:
-                slope = mul(slope, mul(factor, vset(s.scale)))
-                less = sub(zero, slope)
-                a, b = choose(second, slope, less), choose(second, less, slope)
+                opposite = sub(zero, entry)
+                a, b = choose(second, entry, opposite), choose(second, opposite, entry)
                 put_two_vectors(to + at, 2 * (n - i), zip_low(a, b), zip_high(a, b))
         if grad and s.streams:
             stream_bytes(<char *> dst, <char *> to, 2 * n * <Py_ssize_t> sizeof(stored))

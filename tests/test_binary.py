@@ -9,8 +9,9 @@ from tests.conftest import BACKENDS
 
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
 TYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
+SOFTMAX = fl.Softmax()
 LOSSES = {
-    "softmax": fl.Softmax(),
+    "softmax": SOFTMAX,
     "hinge": fl.Hinge(margin=0.75),
     "hinge squared": fl.Hinge(power=2),
     "hinge squared mean": fl.Hinge(power=2, over="mean", margin=2.0),
@@ -52,6 +53,20 @@ def test_errors_in_units_in_the_last_place(level, dtype, loss):
         error = np.abs(grad[i, 1 - y] - other)
         # Of results that are no normal numbers nothing is left.
         assert (error <= np.where(other > 4 * tiny, 8 * np.spacing(other.astype(dtype)), 4 * tiny)).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("weight", [1e-36, 1e-30, 1e-8, 1e8, 1e14, 1e30])
+def test_weights_of_any_size(level, weight):
+    """What they make of the smallest probabilities, or leave of others, is not lost."""
+    d = np.concatenate([np.arange(-105, 100, 0.37), [-22.2, -22.17, 0]]).astype(np.float32)
+    scores, y = np.stack([d, np.zeros_like(d)], axis=1), np.ones(len(d), int)
+    weights = np.full(len(d), weight)
+    found = SOFTMAX.value_and_grad(scores, y, sample_weight=weights, reduction="sum", backend=level)[1]
+    expected = exact(SOFTMAX, scores, y)[1] * np.float32(weight)
+    normal = expected > 4e-38
+    np.testing.assert_allclose(found[normal, 0], expected[normal], rtol=1e-6)
+    np.testing.assert_allclose(found[~normal, 0], expected[~normal], atol=4e-38)
 
 
 @pytest.mark.parametrize("level", LEVELS)

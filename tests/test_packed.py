@@ -100,7 +100,9 @@ def test_large_probabilities_have_the_bits_of_small_ones(level, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("c", "options"), [(5, {}), (10, OPTIONS[2]), (37, {}), (100, OPTIONS[4]), (300, OPTIONS[3])], ids=str)
+@pytest.mark.parametrize(
+    ("c", "options"), [(5, {}), (10, OPTIONS[2]), (37, {}), (100, OPTIONS[4]), (300, OPTIONS[3])], ids=str
+)
 def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, options):
     """They go past the caches."""
     loss = softmax(c, options)
