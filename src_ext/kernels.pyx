@@ -76,7 +76,7 @@ cdef extern from "simd.h" nogil:
     ivec quotients(ivec, lane_int) noexcept
     ivec size_bits(vec) noexcept
     const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, NEAR_TANH
-    const double FL_LN2, FL_ROUND
+    const double FL_LN2, FL_LN2_HIGH, FL_LN2_LOW, FL_ROUND
     vec nearest_steps(vec) noexcept
     vec round_to_step(vec) noexcept
     vec vexp2(vec, vec) noexcept
@@ -86,8 +86,8 @@ cdef extern from "simd.h" nogil:
         real per_step, high, low, unit
     Steps plain_steps() noexcept
     Steps steps_of(double) noexcept
-    vec usual_exp(Steps, vec, vec) noexcept
-    vec any_exp(Steps, vec, vec) noexcept
+    vec usual_exp(bint, Steps, vec, vec) noexcept
+    vec any_exp(bint, Steps, vec, vec) noexcept
     vec raised_exp(vec, vec) noexcept
     vec expm1_in_step(vec) noexcept
     vec vexp(vec, vec) noexcept
@@ -110,13 +110,13 @@ cdef extern from "simd.h" nogil:
     lane_int ifirst(ivec) noexcept
     lane_int lane_least(ivec) noexcept
     vec look_up(vec, ivec) noexcept
+    ivec entries(ivec) noexcept
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept
+    vec transposed_sum_in_full(const vec *, vec *) noexcept
     vec transposed_max(const vec *) noexcept
-    vec even_lanes(vec, vec) noexcept
-    vec odd_lanes(vec, vec) noexcept
-    vec zip_low(vec, vec) noexcept
-    vec zip_high(vec, vec) noexcept
+    void split_rows(int c, vec *r) noexcept
+    void join_rows(int c, vec *r) noexcept
     vec exact_transposed_sum(const vec *, const vec *, vec *) noexcept
     void gather_columns(const stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, real *) noexcept
     void scatter_columns(stored *, Py_ssize_t, Py_ssize_t, Py_ssize_t, const real *) noexcept
@@ -616,7 +616,7 @@ include "losses.pxi"
 include "general.pxi"
 include "scores.pxi"
 include "packed.pxi"
-include "binary.pxi"
+include "short.pxi"
 include "features.pxi"
 include "sparse.pxi"
 include "descent.pxi"

@@ -606,24 +606,23 @@ cdef struct HingeSums:
     vec pull
 
 
-cdef inline void hinge_step(int layout, bint part, bint grad, int power, const Walk *w, Py_ssize_t k, vec s,
-                            mask skipped, const State *edge, vec share, HingeSums *sums) noexcept nogil:
-    """One vector of scores: its losses, added to `sums`; its gradient, and its pull."""
+cdef inline vec hinge_step(bint grad, int power, vec s, mask skipped, const State *edge, vec share,
+                           HingeSums *sums) noexcept nogil:
+    """One vector of scores: its losses, and its pull, added to `sums`; returns its gradient."""
     cdef vec zero = vset(0), rest = zero, d = exact_sum(s, edge.target, &rest), m
     cdef mask idle = mor(vle(d, edge.m), skipped)
     if power == 1:  # less edge.m for each that is active, once they are counted
         sums.pull = add_unless(idle, sums.pull, vset(1))
         sums.loss = add_unless(idle, sums.loss, d)
-        if grad:
-            put(layout, part, w, k, choose(idle, zero, choose(vlt(edge.m, d), share, d)))
-    else:
-        if grad:
-            m = choose(idle, zero, sub(d, edge.m))
-            sums.pull = add(sums.pull, m)
-            put(layout, part, w, k, mul(m, share))
-        m, rest = choose(idle, zero, d), sub(rest, edge.m)
-        sums.slack = add_product_unless(idle, sums.slack, rest, add(mul(vset(2), m), rest))
-        sums.loss = add_square(sums.loss, m, &sums.low)
+        return choose(idle, zero, choose(vlt(edge.m, d), share, d)) if grad else zero
+    m, rest = choose(idle, zero, d), sub(rest, edge.m)
+    sums.slack = add_product_unless(idle, sums.slack, rest, add(mul(vset(2), m), rest))
+    sums.loss = add_square(sums.loss, m, &sums.low)
+    if not grad:
+        return zero
+    m = choose(idle, zero, sub(d, edge.m))
+    sums.pull = add(sums.pull, m)
+    return mul(m, share)
 
 
 cdef inline vec hinge_score(int layout, bint part, const Options *o, const Walk *w, Py_ssize_t k) noexcept nogil:
@@ -642,15 +641,16 @@ cdef inline void add_target_term(int layout, bint part, int power, const Options
 cdef inline void block_hinge(int layout, bint careful, bint grad, int power, const Options *o, const Walk *w,
                              Py_ssize_t start, const State *edge, vec share, HingeSums *sums) noexcept nogil:
     # Four sums in turn, as in block_exps; of squares one (`add_square`).
-    cdef vec second = vset(0), third = second, fourth = second
+    cdef vec second = vset(0), third = second, fourth = second, g
     cdef HingeSums own
     cdef mask none = vlt(second, second)
     cdef ivec cls = classes_of(layout, start)
     cdef Py_ssize_t k, stop = min(w.vectors, start + 16), whole = whole_vectors(layout, careful, w, stop)
     own.loss = own.low = own.slack = own.pull = second
     for k in range(start, whole):
-        hinge_step(layout, False, grad, power, w, k, hinge_score(layout, False, o, w, k),
-                   ieq(cls, w.target) if careful else none, edge, share, &own)
+        g = hinge_step(grad, power, hinge_score(layout, False, o, w, k), ieq(cls, w.target) if careful else none, edge, share, &own)
+        if grad:
+            put(layout, False, w, k, g)
         if careful and counts_pair(o):
             add_target_term(layout, False, power, o, w, k, cls, &own)
         fetch_ahead(layout, grad, w, k)
@@ -658,8 +658,10 @@ cdef inline void block_hinge(int layout, bint careful, bint grad, int power, con
         if power == 1:
             own.loss, second, third, fourth = second, third, fourth, own.loss
     if careful and whole < stop:
-        hinge_step(layout, True, grad, power, w, whole, hinge_score(layout, True, o, w, whole),
-                   mor(ieq(cls, w.target), past_end(layout, w, cls)), edge, share, &own)
+        g = hinge_step(grad, power, hinge_score(layout, True, o, w, whole), mor(ieq(cls, w.target), past_end(layout, w, cls)), edge,
+                       share, &own)
+        if grad:
+            put(layout, True, w, whole, g)
         fetch_ahead(layout, grad, w, whole)
         if counts_pair(o):
             add_target_term(layout, True, power, o, w, whole, cls, &own)

@@ -1,5 +1,5 @@
 # Rows of few classes that lie end to end: softmax in a third layout, plain or with a temperature, label smoothing and z-loss; and
-# probabilities. (Not log-sum-exps: without a maximum that is left out of the sum, they were up to 2.2 units in the last place off.)
+# probabilities and log-sum-exps.
 #
 # LANES rows are as many vectors as they have classes, all full, without a transpose. Exponentials are kept as they come, with 0
 # in place of the target's; rows are then read one by one, for their sums, which are folded together; and the factor of each
@@ -44,7 +44,7 @@ cdef inline bint is_packable(const ScoresPass *s) noexcept nogil:
 cdef bint is_packed(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
     cdef int kind = s.options.kind
-    return (TABLE >= LANES and (kind == SOFTMAX or kind == PROBABILITIES)
+    return (TABLE >= LANES and (kind == SOFTMAX or kind == PROBABILITIES or kind == LOG_SUM)
             and (not s.options.general or is_packable(s)) and s.top == NULL
             and (PACKED_SPREAD if kind == PROBABILITIES else PACKED_LEAST) <= c < MANY_CLASSES
             and s.scores.column_stride == 1 and s.scores.row_stride == c
@@ -74,6 +74,7 @@ cdef struct Packed:
     real target[256 + 16]
     real a[256]
     real b[256]
+    real low[256]  # what sums lack, as rounded
     # With options, or scores that are not usual: the target's; and with smoothing its part of the loss, then what entries have less
     # than their share.
     real score[256]
@@ -84,10 +85,10 @@ cdef struct Packed:
 
 
 cdef void number_rows(Py_ssize_t c, ivec *rows) noexcept nogil:
-    """The row that each lane holds, of c vectors."""
+    """The row that each lane holds, of c vectors, to be looked up."""
     cdef Py_ssize_t k
     for k in range(c):
-        rows[k] = quotients(iadd(iota(), iset(<lane_int> (k * LANES))), <lane_int> c)
+        rows[k] = entries(quotients(iadd(iota(), iset(<lane_int> (k * LANES))), <lane_int> c))
 
 
 cdef inline void ask_ahead(const stored *src, stored *dst, Py_ssize_t ahead, bint far) noexcept nogil:
@@ -97,7 +98,7 @@ cdef inline void ask_ahead(const stored *src, stored *dst, Py_ssize_t ahead, bin
         prefetch_to_write(dst + ahead)
 
 
-cdef inline bint keep_usual(const Packed *p, Steps steps, bint far) noexcept nogil:
+cdef inline bint keep_usual(bint in_full, const Packed *p, Steps steps, bint far) noexcept nogil:
     """Exponentials of scores; False, once some have been written, if they are not of a usual size."""
     cdef ivec size = iset(0), most = size_bits(vset(p.usual_size))
     cdef Py_ssize_t start, k, ahead = p.n * p.c, vectors = (ahead + LANES - 1) // LANES
@@ -110,11 +111,11 @@ cdef inline bint keep_usual(const Packed *p, Steps steps, bint far) noexcept nog
             x = sload(src + k * LANES)
             ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
             size = imax(size, size_bits(x))
-            vstore(kept + k * LANES, usual_exp(steps, x, zero))
+            vstore(kept + k * LANES, usual_exp(in_full, steps, x, zero))
         if start + 16 >= vectors and ahead % LANES:
             x = sload_part(src + (vectors - 1) * LANES, ahead % LANES, 0)
             size = imax(size, size_bits(x))
-            vstore(kept + (vectors - 1) * LANES, usual_exp(steps, x, zero))
+            vstore(kept + (vectors - 1) * LANES, usual_exp(in_full, steps, x, zero))
         if not all_lanes(ige(most, size)):
             return False
     return True
@@ -135,11 +136,19 @@ cdef inline vec row_maxima(const stored *p, Py_ssize_t c, int n) noexcept nogil:
     return transposed_max(rows)
 
 
-cdef void keep_any(Packed *p, bint far) noexcept nogil:
+cdef inline bint start_from(Steps by, vec top, vec *shift, vec *start) noexcept nogil:
+    """What is taken from scores of rows whose maxima are `top`, and the power of 2 that their exponentials start from; whether
+    nothing is taken from any."""
+    cdef mask near = is_near(mul(top, vset(by.unit)))
+    cdef vec steps = sub(add(mul(top, vset(by.per_step)), vset(<real> FL_ROUND)), vset(<real> FL_ROUND))
+    shift[0], start[0] = choose(near, vset(0), top), sub(choose(near, steps, vset(0)), vset(RAISED_BITS))
+    return all_lanes(near)
+
+
+cdef inline void keep_any(bint in_full, Packed *p, bint far) noexcept nogil:
     """Exponentials of any scores, from whole powers of 2."""
     cdef Steps by = p.steps
-    cdef vec top, steps, start, shift, x, per_log_2 = vset(by.per_step)
-    cdef mask near
+    cdef vec top, start, shift, x
     cdef bint all_near = True
     cdef Py_ssize_t k, c = p.c, left, ahead = p.n * c
     cdef const stored *src = p.src
@@ -150,11 +159,9 @@ cdef void keep_any(Packed *p, bint far) noexcept nogil:
     for g in range(p.groups):
         i = g * LANES
         top = row_maxima(src + i * c, c, LANES) if p.n - i >= LANES else row_maxima(src + i * c, c, p.n - i)
-        near = is_near(mul(top, vset(by.unit)))
-        all_near = all_near and all_lanes(near)
-        steps = sub(add(mul(top, per_log_2), vset(<real> FL_ROUND)), vset(<real> FL_ROUND))
-        vstore(p.shift + i, choose(near, vset(0), top))
-        vstore(p.start + i, sub(choose(near, steps, vset(0)), vset(RAISED_BITS)))
+        all_near = start_from(by, top, &shift, &start) and all_near
+        vstore(p.shift + i, shift)
+        vstore(p.start + i, start)
     for g in range(p.groups):
         start, shift, left = vload(p.start + g * LANES), vload(p.shift + g * LANES), p.n * c - g * LANES * c
         for k in range(min(c, left // LANES)):
@@ -162,12 +169,20 @@ cdef void keep_any(Packed *p, bint far) noexcept nogil:
             ask_ahead(src + k * LANES, dst + k * LANES, ahead, far)
             if not all_near:
                 x = sub(x, look_up(shift, rows[k]))
-            vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
+            vstore(kept + k * LANES, any_exp(in_full, by, x, look_up(start, rows[k])))
         if left < c * LANES and left % LANES:
             k = left // LANES
             x = sub(sload_part(src + k * LANES, left % LANES, 0), look_up(shift, rows[k]))
-            vstore(kept + k * LANES, any_exp(by, x, look_up(start, rows[k])))
+            vstore(kept + k * LANES, any_exp(in_full, by, x, look_up(start, rows[k])))
         src, dst, kept = src + c * LANES, dst + c * LANES, kept + c * LANES
+
+
+cdef void keep_any_in_full(Packed *p, bint far) noexcept nogil:
+    keep_any(True, p, far)
+
+
+cdef void keep_any_as_usual(Packed *p, bint far) noexcept nogil:
+    keep_any(False, p, far)
 
 
 cdef inline vec row_sum(const real *p, Py_ssize_t whole, Py_ssize_t some) noexcept nogil:
@@ -180,8 +195,8 @@ cdef inline vec row_sum(const real *p, Py_ssize_t whole, Py_ssize_t some) noexce
     return add(add(first, second), add(third, fourth))
 
 
-cdef inline vec row_sums(const real *p, Py_ssize_t c, int n) noexcept nogil:
-    """Of n <= LANES rows."""
+cdef inline vec row_sums(bint in_full, const real *p, Py_ssize_t c, int n, vec *rest) noexcept nogil:
+    """Of n <= LANES rows; in_full: and what the last steps' sums, as rounded, lack."""
     cdef Py_ssize_t i, whole = c // LANES, some = c % LANES
     cdef vec rows[16]
     for i in range(n, LANES):
@@ -195,23 +210,48 @@ cdef inline vec row_sums(const real *p, Py_ssize_t c, int n) noexcept nogil:
     else:
         for i in range(n):
             rows[i] = row_sum(p + i * c, whole, some)
-    return transposed_sum(rows)
+    return transposed_sum_in_full(rows, rest) if in_full else transposed_sum(rows)
 
 
-cdef inline void sum_rows(Packed *p) noexcept nogil:
-    """To p.a."""
-    cdef int i
-    for i in range(p.n // LANES):
-        vstore(p.a + i * LANES, row_sums(p.kept + i * LANES * p.c, p.c, LANES))
-    i = p.n // LANES * LANES
-    if i < p.n:
-        vstore(p.a + i, row_sums(p.kept + i * p.c, p.c, p.n - i))
+cdef inline void sum_rows(bint in_full, Packed *p) noexcept nogil:
+    """To p.a; in_full: what they lack, as rounded, to p.low."""
+    cdef vec rest
+    cdef int g, i
+    for g in range(p.groups):
+        i = g * LANES
+        if p.n - i >= LANES:
+            vstore(p.a + i, row_sums(in_full, p.kept + i * p.c, p.c, LANES, &rest))
+        else:
+            vstore(p.a + i, row_sums(in_full, p.kept + i * p.c, p.c, p.n - i, &rest))
+        if in_full:
+            vstore(p.low + i, rest)
 
 
-cdef vec distant_loss(const Packed *p, int first, vec target, vec others, vec at) noexcept nogil:
-    """L of LANES rows from `first` on, where the target is so far below others that its exponential is 0 beside theirs."""
-    cdef vec rest = add(mul(sub(vload(p.shift + first), target), vset(p.steps.unit)), mul(vload(p.start + first), vset(<real> FL_LN2)))
-    return add(vlog(others, vset(0), rest, &rest), sub(at, at))  # NaN where that is one
+cdef vec distant_loss(Steps by, vec shift, vec start, vec target, vec others, vec at) noexcept nogil:
+    """L of rows where the target is so far below others that its exponential is 0 beside theirs."""
+    # Both parts may be hundreds of times the result: what they lack, as rounded, is in `low`.
+    cdef vec lost, away = exact_sum(shift, sub(vset(0), target), &lost), parts = mul(away, vset(by.unit))
+    cdef vec low = add(product_less(away, vset(by.unit), parts), mul(lost, vset(by.unit)))
+    parts = exact_sum(parts, mul(start, vset(<real> FL_LN2_HIGH)), &lost)
+    low = add(add(low, lost), mul(start, vset(<real> FL_LN2_LOW)))
+    return add(vlog(others, low, parts, &lost), sub(at, at))  # NaN where that is one
+
+
+cdef inline vec loss_of_ratio(vec others, vec low, vec at, vec *ratio, vec *r) noexcept nogil:
+    """L = log(1 + (others + low) / at), for a small low; others / at and 1 / (others + at)."""
+    cdef vec lost, total
+    ratio[0], r[0] = div(others, at), div(vset(1), add(others, at))
+    total = exact_sum(ratio[0], vset(1), &lost)
+    # What total lacks, as rounded, and what the ratio does, relative to it.
+    lost = mul(sub(add(low, mul(lost, at)), product_less(ratio[0], at, others)), r[0])
+    return log_in_full(total, lost, vset(0))
+
+
+cdef inline vec log_sums(const Packed *p, bint usual, int i, vec total, vec low) noexcept nogil:
+    """z of LANES rows from i on: of the sums of their exponentials as kept, and what they lack, relative to them."""
+    if usual:
+        return log_in_full(total, low, vset(0))
+    return add(log_in_full(total, low, vload(p.start + i)), mul(vload(p.shift + i), vset(p.steps.unit)))
 
 
 cdef inline vec weight_of(bint weighted, const real *weights, Py_ssize_t some, vec unit) noexcept nogil:
@@ -248,22 +288,18 @@ cdef inline vec distances(bint weighted, const Packed *p, int first, int n, vec 
 cdef inline void settle_packed(bint flat, bint weighted, Packed *p, bint usual, const Options *o, const real *mult, real scale,
                                real *losses) noexcept nogil:
     """Losses, from the sums in p.a; and what the gradient needs."""
-    cdef vec zero = vset(0), others, at, ratio, r, lost, total, loss, factor, target, pull, z, u, mine, each
+    cdef vec zero = vset(0), others, at, ratio, r, total, loss, factor, target, pull, z, u, mine, each
     cdef mask dead, fits
     cdef int g, i
     for g in range(p.groups):
         i = g * LANES
         others, at, factor = vload(p.a + i), vload(p.target + i), vload(mult + i)
-        ratio, r = div(others, at), div(vset(1), add(others, at))
-        total = exact_sum(ratio, vset(1), &lost)
-        # What total lacks, as rounded, and what the ratio does, relative to it.
-        lost = mul(sub(mul(lost, at), product_less(ratio, at, others)), r)
-        loss = log_in_full(total, lost, zero)
+        loss = loss_of_ratio(others, vload(p.low + i), at, &ratio, &r)
         target = vload(p.score + i) if flat or not usual else zero
         if not usual:
             fits = vle(ratio, vset(<real> (REAL_MAX / 8)))
             if not all_lanes(fits):
-                loss = choose(fits, loss, distant_loss(p, i, target, others, at))
+                loss = choose(fits, loss, distant_loss(p.steps, vload(p.shift + i), vload(p.start + i), target, others, at))
         dead = veq(factor, zero)
         factor = mul(factor, vset(scale))
         u = zero
@@ -280,9 +316,7 @@ cdef inline void settle_packed(bint flat, bint weighted, Packed *p, bint usual, 
                 loss = choose(veq(sub(loss, loss), zero), total, loss)
                 vstore(p.less + i, choose(dead, zero, mul(factor, each)))
             if o.z_loss != 0:
-                z = log_in_full(add(others, at), zero, zero if usual else vload(p.start + i))
-                if not usual:
-                    z = add(z, mul(vload(p.shift + i), vset(p.steps.unit)))
+                z = log_sums(p, usual, i, add(others, at), zero)
                 loss = add(loss, mul(vset(o.z_loss), mul(z, z)))
                 u = add(u, mul(vset(2 * o.z_loss), z))
         vstore(losses + i, choose(dead, zero, loss))
@@ -349,15 +383,18 @@ cdef inline bint are_usual_factors(const real *mult, int n, real scale) noexcept
     return True
 
 
-cdef inline bint keep_exps(Packed *p, Steps steps, bint usual, bint far, int *patience) noexcept nogil:
-    """Exponentials of scores, if they may be of scores of a usual size; whether they are."""
+cdef inline bint keep_exps(bint in_full, Packed *p, Steps steps, bint usual, bint far, int *patience) noexcept nogil:
+    """Exponentials of scores, if they may be of scores of a usual size; whether they are. in_full: see `usual_exp`."""
     if usual and patience[0] == 0:
-        usual = keep_usual(p, steps, True) if far else keep_usual(p, steps, False)
+        usual = keep_usual(in_full, p, steps, True) if far else keep_usual(in_full, p, steps, False)
         patience[0] = 0 if usual else PATIENCE
     else:
         usual, patience[0] = False, max(0, patience[0] - 1)
     if not usual:
-        keep_any(p, far)
+        if in_full:
+            keep_any_in_full(p, far)
+        else:
+            keep_any_as_usual(p, far)
     return usual
 
 
@@ -369,12 +406,12 @@ cdef inline void packed_losses(bint flat, bint weighted, Packed *p, const Scores
     cdef Py_ssize_t k
     cdef int i
     cdef vec unit
-    usual = keep_exps(p, steps, usual, far, patience)
+    usual = keep_exps(True, p, steps, usual, far, patience)
     for i in range(p.n):
         k = i * p.c + y[i]
         p.target[i], p.kept[k] = p.kept[k], 0
     vstore(p.target + p.n, vset(1))
-    sum_rows(p)
+    sum_rows(True, p)
     if flat or not usual:
         for i in range(p.n):
             p.score[i] = sone(p.src + i * p.c + y[i])
@@ -404,11 +441,29 @@ cdef inline void packed_losses(bint flat, bint weighted, Packed *p, const Scores
 
 cdef inline void packed_probabilities(Packed *p, bint far, int *patience) noexcept nogil:
     cdef int g
-    keep_exps(p, plain_steps(), True, far, patience)
-    sum_rows(p)
+    keep_exps(False, p, plain_steps(), True, far, patience)
+    sum_rows(False, p)
     for g in range(p.groups):
         vstore(p.a + g * LANES, div(vset(1), vload(p.a + g * LANES)))
     put_packed(False, False, p, NULL, NULL, True)
+
+
+cdef inline void packed_log_sums(Packed *p, int *patience, real *z) noexcept nogil:
+    cdef bint usual = keep_exps(True, p, plain_steps(), True, False, patience)
+    cdef const stored *row
+    cdef Py_ssize_t k
+    cdef int g, i
+    cdef vec total
+    sum_rows(True, p)
+    for g in range(p.groups):
+        i = g * LANES
+        total = vload(p.a + i)
+        vstore(z + i, add(log_sums(p, usual, i, total, div(vload(p.low + i), total)), sub(total, total)))  # NaN where that is one
+    for i in range(0 if usual else p.n):
+        if p.shift[i] - p.shift[i] != 0:  # a maximum that is infinite is the limit, unless there is NaN
+            row, z[i] = p.src + i * p.c, p.shift[i]
+            for k in range(p.c):
+                z[i] = z[i] if sone(row + k) == sone(row + k) else sone(row + k)
 
 
 cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, real *scratch) noexcept nogil:
@@ -446,6 +501,8 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         if s.options.kind == PROBABILITIES:
             packed_probabilities(p, far, &patience)
             memset(losses, 0, sizeof(losses))
+        elif s.options.kind == LOG_SUM:
+            packed_log_sums(p, &patience, losses)
         elif own.weights != NULL:
             packed_losses(True, True, p, s, far, live == own.n, y, mult, &patience, losses)
         elif s.options.general:

@@ -30,7 +30,7 @@ cdef struct ScoresPass:
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
-    bint binary  # the layout: this,
+    bint short_rows  # the layout: this,
     bint packed  # this,
     bint laned  # this, or rowed
     bint streams  # the gradient goes past the caches
@@ -1153,8 +1153,8 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    if s.binary:
-        s.partial[k] = scores_binary(s, start, stop, scratch)
+    if s.short_rows:
+        s.partial[k] = scores_short(s, start, stop, scratch)
     elif s.packed:
         s.partial[k] = scores_packed(s, start, stop, scratch)
     else:
@@ -1174,14 +1174,15 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.binary, s.packed = is_binary(s), is_packed(s)
-    s.laned = not s.binary and not s.packed and is_laned(&s.options, &s.scores, &s.grad)
+    s.short_rows = is_short(s)
+    s.packed = not s.short_rows and is_packed(s)
+    s.laned = not s.short_rows and not s.packed and is_laned(&s.options, &s.scores, &s.grad)
     s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
                  and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.packed else STREAM_BYTES))
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.binary or s.packed or s.laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.short_rows or s.packed or s.laned else 1)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
@@ -1191,8 +1192,8 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
-    if s.binary:
-        s.scratch_size = 2 * BINARY_ROWS * <Py_ssize_t> sizeof(stored) if s.streams else 0
+    if s.short_rows:
+        s.scratch_size = s.scores.columns * SHORT_ROWS * <Py_ssize_t> sizeof(stored) if s.streams else 0
     elif s.packed:
         s.scratch_size = packed_size(s) * <Py_ssize_t> sizeof(real)
     elif s.laned:

@@ -548,17 +548,25 @@ FL_INLINE real lane_greatest(vec v) {
 #endif
 }
 
-/* Entries of a table that fits in a register, TABLE numbers (0: there is no way); by the low bits of the indices. */
+/* Entries of a table that fits in a register, TABLE numbers (0: there is no way); by the low bits of what `entries` gives. */
 #ifdef FL_MASK_REGISTERS
 #define TABLE LANES
 FL_INLINE vec look_up(vec table, ivec at) { return FL_PASTE(FL_PREFIX, FL_PASTE(permutexvar_, FL_SUFFIX))((__m512i)at, table); }
-#elif VBYTES == 32 && FASTLOSS_BITS == 32
+#elif VBYTES == 32
 #define TABLE LANES
 FL_INLINE vec look_up(vec table, ivec at) { return (vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)at); }
 #else
 #define TABLE 0
 FL_INLINE vec look_up(vec table, ivec at) { return table; }
 #endif
+/* What look_up is given for entries `at`: where it takes halves of numbers, the places of both. */
+FL_INLINE ivec entries(ivec at) {
+#if VBYTES == 32 && FASTLOSS_BITS == 64
+    return (at + at) | ((at + at + iset(1)) << 32);
+#else
+    return at;
+#endif
+}
 
 /* ---- sums over lanes of several vectors at once, in two steps, by shuffles within 128 bits and then of 128 bits ----
  * fold_group: GROUP vectors, one a row, become one, in which each 128 bits hold a partial sum of each row. fold_groups: such
@@ -601,6 +609,30 @@ FL_INLINE vec transposed_sum(const vec *p) {
 #pragma GCC unroll 4
     for (int k = 0; k < LANES / GROUP; k++) groups[k] = fold_group(p + k * GROUP);
     return fold_groups(groups);
+}
+
+/* The same; *rest is what the sums of the last step lack, as rounded. */
+FL_INLINE vec fold_groups_in_full(const vec *p, vec *rest) {
+#if VBYTES == 64
+    vec low_a, low_b;
+    vec a = exact_sum(FL_QUARTERS(p[0], p[1], 0x44), FL_QUARTERS(p[0], p[1], 0xee), &low_a);
+    vec b = exact_sum(FL_QUARTERS(p[2], p[3], 0x44), FL_QUARTERS(p[2], p[3], 0xee), &low_b);
+    vec sum = exact_sum(FL_QUARTERS(a, b, 0x88), FL_QUARTERS(a, b, 0xdd), rest);
+    *rest += FL_QUARTERS(low_a, low_b, 0x88) + FL_QUARTERS(low_a, low_b, 0xdd);
+    return sum;
+#elif VBYTES == 32
+    __m256 a = (__m256)p[0], b = (__m256)p[1];
+    return exact_sum((vec)_mm256_permute2f128_ps(a, b, 0x20), (vec)_mm256_permute2f128_ps(a, b, 0x31), rest);
+#else
+    *rest = vset(0);
+    return p[0];
+#endif
+}
+FL_INLINE vec transposed_sum_in_full(const vec *p, vec *rest) {
+    vec groups[LANES / GROUP];
+#pragma GCC unroll 4
+    for (int k = 0; k < LANES / GROUP; k++) groups[k] = fold_group(p + k * GROUP);
+    return fold_groups_in_full(groups, rest);
 }
 
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
@@ -673,6 +705,54 @@ FL_INLINE vec exact_transposed_sum(const vec *p, const vec *low, vec *rest) {
 #endif
 FL_INLINE vec even_lanes(vec a, vec b) { return FL_SHUFFLE(a, b, FL_EVENS); }
 FL_INLINE vec odd_lanes(vec a, vec b) { return FL_SHUFFLE(a, b, FL_ODDS); }
+
+/* Rows of c numbers, 2 to 4, that lie end to end in c vectors: a vector of each column (split), and back (join). */
+#if VBYTES / (FASTLOSS_BITS / 8) == 16
+#define FL_EACH(f, k) \
+    f(0, k), f(1, k), f(2, k), f(3, k), f(4, k), f(5, k), f(6, k), f(7, k), f(8, k), f(9, k), f(10, k), f(11, k), f(12, k), \
+        f(13, k), f(14, k), f(15, k)
+#elif VBYTES / (FASTLOSS_BITS / 8) == 8
+#define FL_EACH(f, k) f(0, k), f(1, k), f(2, k), f(3, k), f(4, k), f(5, k), f(6, k), f(7, k)
+#elif VBYTES / (FASTLOSS_BITS / 8) == 4
+#define FL_EACH(f, k) f(0, k), f(1, k), f(2, k), f(3, k)
+#else
+#define FL_EACH(f, k) f(0, k), f(1, k)
+#endif
+/* Of threes: lane i of column k among the first two vectors, then with the third; lane i of vector k among the first two columns,
+ * then with the third. */
+#define FL_SPLIT_TWO(i, k) (3 * (i) + (k) < 2 * LANES ? 3 * (i) + (k) : 0)
+#define FL_SPLIT_THIRD(i, k) (3 * (i) + (k) < 2 * LANES ? (i) : 3 * (i) + (k) - LANES)
+#define FL_JOIN_TWO(i, k) (((k) * LANES + (i)) % 3 * LANES % (2 * LANES) + ((k) * LANES + (i)) / 3)
+#define FL_JOIN_THIRD(i, k) (((k) * LANES + (i)) % 3 < 2 ? (i) : LANES + ((k) * LANES + (i)) / 3)
+FL_INLINE void split_rows(int c, vec *r) {
+    const vec a = r[0], b = r[1], x = r[c - 2], y = r[c - 1];
+    if (c == 3) {
+        r[0] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_SPLIT_TWO, 0)), y, FL_EACH(FL_SPLIT_THIRD, 0));
+        r[1] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_SPLIT_TWO, 1)), y, FL_EACH(FL_SPLIT_THIRD, 1));
+        r[2] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_SPLIT_TWO, 2)), y, FL_EACH(FL_SPLIT_THIRD, 2));
+        return;
+    }
+    r[0] = even_lanes(a, b), r[1] = odd_lanes(a, b);
+    if (c == 4) {
+        const vec even = r[0], odd = r[1], more_even = even_lanes(x, y), more_odd = odd_lanes(x, y);
+        r[0] = even_lanes(even, more_even), r[2] = odd_lanes(even, more_even);
+        r[1] = even_lanes(odd, more_odd), r[3] = odd_lanes(odd, more_odd);
+    }
+}
+FL_INLINE void join_rows(int c, vec *r) {
+    const vec a = r[0], b = r[1], x = r[c - 2], y = r[c - 1];
+    if (c == 3) {
+        r[0] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_JOIN_TWO, 0)), y, FL_EACH(FL_JOIN_THIRD, 0));
+        r[1] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_JOIN_TWO, 1)), y, FL_EACH(FL_JOIN_THIRD, 1));
+        r[2] = FL_SHUFFLE(FL_SHUFFLE(a, b, FL_EACH(FL_JOIN_TWO, 2)), y, FL_EACH(FL_JOIN_THIRD, 2));
+    } else if (c == 2) {
+        r[0] = zip_low(a, b), r[1] = zip_high(a, b);
+    } else {
+        const vec even = zip_low(a, x), more_even = zip_high(a, x), odd = zip_low(b, y), more_odd = zip_high(b, y);
+        r[0] = zip_low(even, odd), r[1] = zip_high(even, odd);
+        r[2] = zip_low(more_even, more_odd), r[3] = zip_high(more_even, more_odd);
+    }
+}
 #ifdef FL_MASK_REGISTERS
 FL_INLINE void unzip_round(vec *r, int width) {
     vec t[LANES];
@@ -942,15 +1022,15 @@ static const real fl_powers[LANES] = {
     0x1.6a09e667f3bcdp+0, 0x1.8ace5422aa0dbp+0, 0x1.ae89f995ad3adp+0, 0x1.d5818dcfba487p+0,
 #endif
 };
-/* What they lack, as rounded. */
+/* What they lack, as rounded, relative to them. */
 static const real fl_powers_low[LANES] = {
 #if FASTLOSS_BITS == 32
-    0, 0x1.9f3122p-25f, -0x1.c15742p-27f, 0x1.ceac48p-25f, 0x1.4636e2p-25f, 0x1.824684p-25f,
-    -0x1.593abcp-25f, -0x1.5bd5ecp-27f, 0x1.9fcef4p-26f, -0x1.829fdp-25f, 0x1.15506ep-27f, 0x1.51f848p-27f,
-    -0x1.a94b14p-26f, -0x1.3d56b2p-27f, -0x1.822dbcp-27f, 0x1.52486cp-27f,
+    0, 0x1.8d96d4p-25f, -0x1.9c0c22p-27f, 0x1.964904p-25f, 0x1.12500p-25f, 0x1.370be4p-25f, -0x1.0a3550p-25f, -0x1.00d8acp-27f,
+    0x1.26055cp-26f, -0x1.05cb44p-25f, 0x1.67a1cap-28f, 0x1.a3b5e4p-28f, -0x1.f9c304p-27f, -0x1.6961b4p-28f, -0x1.a5217cp-28f,
+    0x1.61428ep-28f
 #else
-    0, -0x1.19041b9d78a76p-55, 0x1.6f46ad23182e4p-55, 0x1.d4397afec42e2p-56,
-    -0x1.bdd3413b26456p-54, 0x1.6e9f156864b27p-54, 0x1.7a1cd345dcc81p-54, 0x1.2ed02d75b3707p-55,
+    0, -0x1.01b15eaa59348p-55, 0x1.34d754db0abb6p-55, 0x1.690cebb7aafb0p-56,
+    -0x1.3b3efbf5e2228p-54, 0x1.db72fc1f0eab4p-55, 0x1.c1a7792cb3387p-55, 0x1.4a385a63d07a7p-56,
 #endif
 };
 /* exp(unit r) - 1 for at most half a step, such that adding 1 gives exp to 1e-8 in float, 4e-18 in double: its Taylor series.
@@ -974,7 +1054,7 @@ static const double fl_expm1[] = {
 };
 #endif
 #define FL_EXPM1 ((int)(sizeof fl_expm1 / sizeof *fl_expm1))
-FL_INLINE vec expm1_of(vec r, double unit) {
+FL_INLINE vec expm1_series(vec r, double unit) {
     double powers[FL_EXPM1];
     powers[FL_EXPM1 - 1] = unit;
 #pragma GCC unroll 12
@@ -982,10 +1062,10 @@ FL_INLINE vec expm1_of(vec r, double unit) {
     vec q = vset((real)(fl_expm1[0] * powers[0]));
 #pragma GCC unroll 12
     for (int k = 1; k < FL_EXPM1; k++) q = q * r + vset((real)(fl_expm1[k] * powers[k]));
-    return q * r;
+    return q;
 }
+FL_INLINE vec expm1_of(vec r, double unit) { return expm1_series(r, unit) * r; }
 FL_INLINE vec expm1_in_step(vec r) { return expm1_of(r, 1); }
-
 /* 2^n (1 + q), for t = FL_MAGIC + n. */
 FL_INLINE vec power_of_2(vec t, vec q) {
 #ifdef FL_MASK_REGISTERS
@@ -1004,11 +1084,13 @@ FL_INLINE vec power_of_2(vec t, vec q) {
 FL_INLINE vec less_powers(vec n, vec *low) {
     vec t = vset(FL_MAGIC) - n;
 #ifdef FL_MASK_REGISTERS
-    *low = VOP(scalef)(look_up(vload(fl_powers_low), (ivec)t), t - vset(FL_MAGIC));
+    const vec power = power_of_2(t, vset(0));
+    *low = power * look_up(vload(fl_powers_low), (ivec)t);
+    return power;
 #else
     *low = vset(0);
-#endif
     return power_of_2(t, vset(0));
+#endif
 }
 /* exp(x - from log 2), or NaN; `from` is a multiple of a step, |from| < 2 FL_NEAR. Below the
  * smallest normal number 0, where results are flushed to zero. No difference x - from log 2 is ever rounded: where x is
@@ -1036,13 +1118,15 @@ FL_INLINE Steps steps_of(double temperature) {
     const double mantissa = frexp(step, &exponent), high = ldexp(rint(mantissa * bits) / bits, exponent);
     return (Steps){(real)(1 / step), (real)high, (real)(step - high), (real)(1 / temperature)};
 }
-/* exp(x / T - from log 2) for normal results up to 2 RAISED: the bits of vexp with plain_steps. Whole powers of 2 are added to
+/* exp(x / T - from log 2) for normal results up to 2 RAISED: with plain_steps the bits of vexp; or `in_full`, what the parts of
+ * powers of 2 lack, as rounded, in it: then it is off by little more than its own rounding. Whole powers of 2 are added to
  * exponents, which is half the work of `scalef`. */
-FL_INLINE vec usual_exp(Steps s, vec x, vec from) {
+FL_INLINE vec usual_exp(int in_full, Steps s, vec x, vec from) {
     vec start = vset(FL_MAGIC) - from;
     vec t = x * vset(s.per_step) + start, n = t - start;
-    vec q = expm1_in_step((x - n * vset(s.high) - n * vset(s.low)) * vset(s.unit));
+    vec r = (x - n * vset(s.high) - n * vset(s.low)) * vset(s.unit), q = expm1_series(r, 1);
 #ifdef FL_MASK_REGISTERS
+    q = in_full ? q * r + look_up(vload(fl_powers_low), (ivec)t) : q * r;
     const int shift = FL_MANTISSA - (LANES == 16 ? 4 : 3); /* from the lowest bit of t, which is a step, to its place in exponents */
     const ivec powers = (ivec)vload(fl_powers) - (iota() << shift); /* without what is shifted of a part of a power */
 #if FASTLOSS_BITS == 32
@@ -1053,22 +1137,22 @@ FL_INLINE vec usual_exp(Steps s, vec x, vec from) {
     const vec power = (vec)(part + ((ivec)t << shift));
     return power * q + power;
 #else
-    return (q + vset(1)) * (vec)(((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA));
+    return (q * r + vset(1)) * (vec)(((ivec)t << FL_MANTISSA) + iset((lane_int)FL_BIAS << FL_MANTISSA));
 #endif
 }
 /* The same of any x, but where results are above 2 RAISED; of what is lower 0. */
-FL_INLINE vec any_exp(Steps s, vec x, vec from) {
+FL_INLINE vec any_exp(int in_full, Steps s, vec x, vec from) {
 #ifdef FL_MASK_REGISTERS
-    return usual_exp(s, VOP(max)((from - vset(FL_BIAS)) * vset(s.high + s.low), x), from); /* NaN stays; 0 is an exponent of 0 */
+    return usual_exp(in_full, s, VOP(max)((from - vset(FL_BIAS)) * vset(s.high + s.low), x), from); /* NaN stays; 0 is an exponent of 0 */
 #else
-    vec e = usual_exp(s, x, from);
+    vec e = usual_exp(in_full, s, x, from);
     return choose(vlt(x, (from - vset(FL_BIAS - 1)) * vset(s.high + s.low)), vset(0), e);
 #endif
 }
 /* vexp, bit for bit, but where results are above 2 RAISED: there vexp goes on to infinity. */
 FL_INLINE vec raised_exp(vec x, vec from) {
 #ifdef FL_MASK_REGISTERS
-    return any_exp(plain_steps(), x, from);
+    return any_exp(0, plain_steps(), x, from);
 #else
     return vexp(x, from);
 #endif

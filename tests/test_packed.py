@@ -89,6 +89,63 @@ def test_probabilities_of_rows_together_are_those_of_rows_alone(level, dtype):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_log_sum_exps_of_rows_together_are_those_of_rows_alone(level, dtype):
+    rng = np.random.default_rng(7)
+    for c in CLASSES:
+        for n in (1, 7, 23, 35, 300):
+            scores = odd_rows(n, c, dtype, rng)
+            scores[14 % n, : c // 2] = np.inf, *[np.nan] * (c // 2 - 1)
+            found = fl.logsumexp(scores, backend=level)
+            for i in range(n) if n < 100 else (*range(16), 100, 255, 256, 299):
+                alone = fl.logsumexp(scores[i : i + 1].copy(), backend=level)
+                np.testing.assert_array_equal(wide(alone[0]), wide(found[i]), err_msg=f"C = {c}, row {i} of {n}")
+            expected = fl.logsumexp(wide(scores), backend="reference")
+            eps = max(ml_dtypes.finfo(found.dtype).eps, 1e-15)
+            np.testing.assert_allclose(wide(found), expected, rtol=2 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_that_repeat(level, dtype):
+    """All errors of a row may then be in one direction."""
+    rng = np.random.default_rng(10)
+    for c in (3, 4, 5, 8, 10, 16, 17, 37, 100):
+        for scale in (1, 12, 100):
+            scores, y = (
+                np.round(rng.standard_normal((40000 // c, c)) * scale * 8).astype(dtype) / 8,
+                rng.integers(0, c, 40000 // c),
+            )
+            scores[::2] = scores[::2, rng.integers(0, c, c)] - rng.integers(0, 4)
+            e = np.exp(scores.astype(np.longdouble) - scores.max(axis=1, keepdims=True))
+            z = scores.max(axis=1) + np.log(e.sum(axis=1))
+            losses = z - scores[np.arange(len(y)), y]
+            for found, expected in (
+                (fl.logsumexp(scores, backend=level), z),
+                (fl.Softmax().value(scores, y, reduction="none", backend=level), losses),
+            ):
+                assert (np.abs(found - expected) <= 2 * np.spacing(np.maximum(1, np.abs(expected)).astype(dtype))).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_losses_where_the_target_is_far_below(level, dtype):
+    """So far that its exponential is nothing beside others: what they are relative to is no part of the loss."""
+    rng = np.random.default_rng(11)
+    far = 87 if dtype == np.float32 else 708
+    for c in (3, 4, 5, 10, 37, 100):
+        for temperature in (1.0, 0.5):
+            y = rng.integers(0, c, 4000)
+            scores = rng.standard_normal((4000, c)) + rng.uniform(-2 * far, 2 * far, (4000, 1))
+            scores[np.arange(4000), y] -= rng.uniform(0.8 * far, 1.5 * far, 4000) * temperature
+            scores = scores.astype(dtype)
+            d = (scores.astype(np.longdouble) - scores[np.arange(4000), y][:, None]) / np.longdouble(temperature)
+            losses = d.max(axis=1) + np.log(np.exp(d - d.max(axis=1, keepdims=True)).sum(axis=1))
+            found = fl.Softmax(temperature=temperature).value(scores, y, reduction="none", backend=level)
+            assert (np.abs(found - losses) <= 2 * np.spacing(losses.astype(dtype))).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_large_probabilities_have_the_bits_of_small_ones(level, dtype):
     """They go past the caches."""
     n, rng = (17 << 20) // (10 * dtype.itemsize) + 1, np.random.default_rng(9)

@@ -1,4 +1,6 @@
-"""Two classes in rows that lie end to end have kernels of their own: one number a row."""
+"""Rows of two to four classes that lie end to end have kernels of their own."""
+
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,7 @@ from tests.conftest import BACKENDS
 LEVELS = [name for name in BACKENDS if name.startswith("cython-")]
 TYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 SOFTMAX = fl.Softmax()
+CLASSES = (2, 3, 4)
 LOSSES = {
     "softmax": SOFTMAX,
     "hinge": fl.Hinge(margin=0.75),
@@ -26,61 +29,73 @@ def wide(a):
 
 
 def exact(loss, scores, y):
-    """Losses and the gradient's entry of the other class, in long double."""
+    """Losses and gradients, in long double."""
     i = np.arange(len(y))
-    d = scores[i, 1 - y].astype(np.longdouble) - scores[i, y]
+    d = scores.astype(np.longdouble) - scores[i, y][:, None]
+    d[i, y] = -np.inf
     if loss.kind == "softmax":
-        small = np.exp(-np.abs(d))
-        return np.maximum(d, 0) + np.log1p(small), np.where(d > 0, 1, small) / (1 + small)
-    m, share = np.maximum(0, d + loss.margin), 0.5 if loss.over == "mean" else 1
-    return share * m**loss.power, share * (m > 0 if loss.power == 1 else 2 * m)
+        top = np.maximum(d.max(axis=1), 0)
+        exps = np.exp(d - top[:, None])
+        total = exps.sum(axis=1) + np.exp(-top)
+        losses, grad = np.where(top > 0, top + np.log(total), np.log1p(exps.sum(axis=1))), exps / total[:, None]
+    else:
+        m, share = np.maximum(0, d + loss.margin), np.longdouble(1) / (scores.shape[1] if loss.over == "mean" else 1)
+        losses, grad = share * (m**loss.power).sum(axis=1), share * (m > 0 if loss.power == 1 else 2 * m)
+    grad[i, y] = -grad.sum(axis=1)
+    return losses, grad
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("c", CLASSES)
 @losses
-def test_errors_in_units_in_the_last_place(level, dtype, loss):
+def test_errors_in_units_in_the_last_place(level, dtype, c, loss):
     rng = np.random.default_rng(2)
     tiny = np.finfo(dtype).tiny
     for scale, offset in ((1, 0), (5, 0), (30, 0), (1000, 0), (1, 1e4), (1e-3, -300)):
-        scores = (rng.standard_normal((20000, 2)) * scale + offset).astype(dtype)
-        y = rng.integers(0, 2, len(scores))
+        scores = (rng.standard_normal((20000, c)) * scale + offset).astype(dtype)
+        y = rng.integers(0, c, len(scores))
         found, grad = loss.value_and_grad(scores, y, reduction="none", backend=level)
-        expected, other = exact(loss, scores, y)
+        expected, entries = exact(loss, scores, y)
         assert (np.abs(found - expected) <= 2 * np.spacing(np.maximum(1, expected).astype(dtype))).all()
-        i = np.arange(len(y))
-        np.testing.assert_array_equal(grad[i, y], -grad[i, 1 - y])
-        error = np.abs(grad[i, 1 - y] - other)
+        if c == 2:
+            np.testing.assert_array_equal(grad[:, 0], -grad[:, 1])
+        error, size = np.abs(grad - entries), np.abs(entries)
         # Of results that are no normal numbers nothing is left.
-        assert (error <= np.where(other > 4 * tiny, 8 * np.spacing(other.astype(dtype)), 4 * tiny)).all()
+        assert (error <= np.where(size > 4 * tiny, 8 * np.spacing(size.astype(dtype)), 4 * tiny)).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("c", CLASSES)
 @pytest.mark.parametrize("weight", [1e-36, 1e-30, 1e-8, 1e8, 1e14, 1e30])
-def test_weights_of_any_size(level, weight):
-    """What they make of the smallest probabilities, or leave of others, is not lost."""
+def test_weights_of_any_size(level, c, weight):
+    """What they make of the smallest probabilities, or leave of others, is not lost; of two classes however small."""
+    weight = weight if c == 2 else max(weight, 1e-20)
     d = np.concatenate([np.arange(-105, 100, 0.37), [-22.2, -22.17, 0]]).astype(np.float32)
-    scores, y = np.stack([d, np.zeros_like(d)], axis=1), np.ones(len(d), int)
+    masked = [np.full_like(d, -np.inf)] * (c - 2)
+    scores, y = np.stack([d, np.zeros_like(d), *masked], axis=1), np.ones(len(d), int)
     weights = np.full(len(d), weight)
     found = SOFTMAX.value_and_grad(scores, y, sample_weight=weights, reduction="sum", backend=level)[1]
-    expected = exact(SOFTMAX, scores, y)[1] * np.float32(weight)
-    normal = expected > 4e-38
-    np.testing.assert_allclose(found[normal, 0], expected[normal], rtol=1e-6)
-    np.testing.assert_allclose(found[~normal, 0], expected[~normal], atol=4e-38)
+    expected = exact(SOFTMAX, scores, y)[1][:, :2] * np.float32(weight)
+    normal = np.abs(expected[:, 0]) > 4e-38
+    np.testing.assert_allclose(found[normal, :2], expected[normal], rtol=1e-6)
+    np.testing.assert_allclose(found[~normal, :2], expected[~normal], atol=4e-38)
+    assert (found[:, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("c", CLASSES)
 @losses
-def test_rows_together_have_the_bits_of_rows_alone(level, dtype, loss):
+def test_rows_together_have_the_bits_of_rows_alone(level, dtype, c, loss):
     rng = np.random.default_rng(3)
     for n in (*range(1, 36), 255, 256, 257, 300):
-        scores, y = (rng.standard_normal((n, 2)) * 4).astype(dtype), rng.integers(0, 2, n)
+        scores, y = (rng.standard_normal((n, c)) * 4).astype(dtype), rng.integers(0, c, n)
         scores[3 % n] *= 100
         scores[4 % n, 0] = np.inf
         weights = rng.random(n)
         weights[::5] = 0
-        beside = np.full((n + 2, 2), 7, dtype)
+        beside = np.full((n + 2, c), 7, dtype)
         grad = beside[1:-1]
         value, _ = loss.value_and_grad(scores, y, sample_weight=weights, reduction="none", out=grad, backend=level)
         assert (wide(beside[[0, -1]]) == 7).all()
@@ -101,13 +116,14 @@ def test_rows_together_have_the_bits_of_rows_alone(level, dtype, loss):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("c", CLASSES)
 @losses
-def test_awkward_numbers_are_as_in_the_reference(level, dtype, loss):
+def test_awkward_numbers_are_as_in_the_reference(level, dtype, c, loss):
     """Infinite ones, NaN, and such as overflow where they are squared."""
     kind = ml_dtypes.finfo(dtype)
-    values = np.array([0, 1, -1, 50, -50, np.inf, -np.inf, np.nan, kind.max / 8, kind.min / 8])
-    scores = np.array([(a, b) for a in values for b in values]).astype(dtype)
-    for y in (0, 1):
+    values = np.array([0, 1, -1, 50, -50, np.inf, -np.inf, np.nan, kind.max / 64, kind.min / 64])
+    scores = np.array(list(itertools.product(values, repeat=c))).astype(dtype)
+    for y in range(c):
         targets = np.full(len(scores), y)
         found, grad = loss.value_and_grad(scores, targets, reduction="none", backend=level)
         expected, expected_grad = loss.value_and_grad(wide(scores), targets, reduction="none", backend="reference")
@@ -119,11 +135,12 @@ def test_awkward_numbers_are_as_in_the_reference(level, dtype, loss):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("c", CLASSES)
 @losses
-def test_large_gradients_have_the_bits_of_small_ones(level, dtype, loss):
+def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, loss):
     """They go past the caches."""
-    n, rng = (33 << 20) // (2 * dtype.itemsize) + 3, np.random.default_rng(4)
-    scores, y = rng.standard_normal((n, 2), np.float32).astype(dtype), rng.integers(0, 2, n)
+    n, rng = (33 << 20) // (c * dtype.itemsize) + 3, np.random.default_rng(4)
+    scores, y = rng.standard_normal((n, c), np.float32).astype(dtype), rng.integers(0, c, n)
     value, grad = loss.value_and_grad(scores, y, reduction="none", backend=level)
     for part in (slice(0, n // 2), slice(n // 2, n)):
         expected, expected_grad = loss.value_and_grad(scores[part], y[part], reduction="none", backend=level)
