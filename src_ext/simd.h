@@ -611,7 +611,7 @@ FL_INLINE vec transposed_sum(const vec *p) {
     return fold_groups(groups);
 }
 
-/* The same; *rest is what the sums of the last step lack, as rounded. */
+/* fold_groups and transposed_sum; *rest is what the sums of 128 bits lack, as rounded. */
 FL_INLINE vec fold_groups_in_full(const vec *p, vec *rest) {
 #if VBYTES == 64
     vec low_a, low_b;
