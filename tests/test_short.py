@@ -136,9 +136,10 @@ def test_awkward_numbers_are_as_in_the_reference(level, dtype, c, loss):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("c", CLASSES)
-@losses
-def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, loss):
-    """They go past the caches."""
+@pytest.mark.parametrize("name", ["softmax", "hinge squared"])
+def test_large_gradients_have_the_bits_of_small_ones(level, dtype, c, name):
+    """They go past the caches, in a way that knows no loss."""
+    loss = LOSSES[name]
     n, rng = (33 << 20) // (c * dtype.itemsize) + 3, np.random.default_rng(4)
     scores, y = rng.standard_normal((n, c), np.float32).astype(dtype), rng.integers(0, c, n)
     value, grad = loss.value_and_grad(scores, y, reduction="none", backend=level)
