@@ -59,6 +59,14 @@ cdef extern from "simd.h" nogil:
     bint none_of(mask) noexcept
     uint64_t bits_of(mask) noexcept
     int first_bit(uint64_t) noexcept
+    int count_bits(uint64_t) noexcept
+    mask first_bits(Py_ssize_t) noexcept
+    mask above_of(mask, vec, vec) noexcept
+    mask equal_of(mask, vec, vec) noexcept
+    mask unordered_of(mask, vec, vec) noexcept
+    mask differ_of(mask, ivec, ivec) noexcept
+    vec max_of(mask, vec, vec) noexcept
+    vec numbers_of(ivec) noexcept
     mask unordered(vec, vec) noexcept
     vec choose(mask, vec, vec) noexcept
     ivec ichoose(mask, ivec, ivec) noexcept
@@ -104,6 +112,7 @@ cdef extern from "simd.h" nogil:
     vec odd_polynomial(const real *, int, vec) noexcept
     vec less_product(vec, vec, vec) noexcept
     vec product_less(vec, vec, vec) noexcept
+    vec rest_of_quotient(vec, vec, vec) noexcept
     vec exact_sum(vec, vec, vec *) noexcept
     vec add_square(vec, vec, vec *) noexcept
     real first_lane(vec) noexcept
@@ -114,6 +123,7 @@ cdef extern from "simd.h" nogil:
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept
     vec transposed_sum_in_full(const vec *, vec *) noexcept
+    vec near_exact_transposed_sum(const vec *, vec *) noexcept
     vec transposed_max(const vec *) noexcept
     void split_rows(int c, vec *r) noexcept
     void join_rows(int c, vec *r) noexcept
@@ -617,6 +627,7 @@ include "general.pxi"
 include "scores.pxi"
 include "packed.pxi"
 include "short.pxi"
+include "narrow.pxi"
 include "features.pxi"
 include "sparse.pxi"
 include "descent.pxi"

@@ -18,6 +18,10 @@
 cdef enum:
     LANED = 0
     ROWED = 1
+    # Those of given scores that know their losses: short.pxi, packed.pxi, narrow.pxi.
+    SHORT = 2
+    PACKED = 3
+    NARROW = 4
 
 cdef enum:
     SOFTMAX = 0
@@ -729,7 +733,8 @@ cdef inline vec per_class_of(const Options *o, vec total, vec low) noexcept nogi
     if o.per_class == 1:
         return loss
     mean = div(loss, vset(o.classes))
-    low = mul(add(sub(total, loss), low), vset(o.per_class))
+    low = add(add(sub(total, loss), low), rest_of_quotient(loss, vset(o.classes), mean))
+    low = mul(low, vset(o.per_class))
     return add(mean, number_or_zero(low))
 
 

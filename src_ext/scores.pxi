@@ -30,9 +30,7 @@ cdef struct ScoresPass:
     Py_ssize_t *top  # the largest classes, where they are asked for; contiguous
     Py_ssize_t *unfit  # of each segment, the position of the first probability that is none, or -1; NULL: that is known
     Py_ssize_t segment
-    bint short_rows  # the layout: this,
-    bint packed  # this,
-    bint laned  # this, or rowed
+    int layout
     bint streams  # the gradient goes past the caches
     char *scratch  # for each thread: transposed tiles, or what is kept of a group, and its gradient if it streams
     Py_ssize_t scratch_size
@@ -1153,12 +1151,16 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
     cdef Py_ssize_t start = k * s.segment, stop = min(s.scores.rows, start + s.segment)
     cdef real *scratch = <real *> (s.scratch + thread * s.scratch_size)
     cdef unsigned mode = flush_to_zero()
-    if s.short_rows:
+    if s.layout == SHORT:
         s.partial[k] = scores_short(s, start, stop, scratch)
-    elif s.packed:
+    elif s.layout == PACKED:
         s.partial[k] = scores_packed(s, start, stop, scratch)
+    elif VBYTES == 64 and s.layout == NARROW:  # else it is not compiled
+        s.partial[k] = scores_narrow(s, start, stop, scratch)
+    elif s.layout == LANED:
+        s.partial[k] = scores_laned(s, start, stop, scratch)
     else:
-        s.partial[k] = scores_laned(s, start, stop, scratch) if s.laned else scores_rowed(s, start, stop, scratch)
+        s.partial[k] = scores_rowed(s, start, stop, scratch)
     if s.streams:
         streamed()
     restore_mode(mode)
@@ -1168,41 +1170,51 @@ cdef char *aligned(char *p) noexcept nogil:
     return p + (64 - <size_t> p % 64) % 64
 
 
+cdef int layout_of(const ScoresPass *s) noexcept nogil:
+    if is_short(s):
+        return SHORT
+    if is_packed(s):
+        return PACKED
+    if is_narrow(s):
+        return NARROW
+    return LANED if is_laned(&s.options, &s.scores, &s.grad) else ROWED
+
+
 cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     """Σ multiplier · ℓ over all rows, by segments."""
     cdef double partial[SEGMENTS]
     cdef double work, total = 0
     cdef Py_ssize_t k, segments
     cdef char *memory = NULL
-    s.short_rows = is_short(s)
-    s.packed = not s.short_rows and is_packed(s)
-    s.laned = not s.short_rows and not s.packed and is_laned(&s.options, &s.scores, &s.grad)
-    s.streams = (not s.laned and s.grad.raw != NULL and s.grad.raw != s.scores.raw
+    s.layout = layout_of(s)
+    s.streams = (s.layout != LANED and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
-                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.packed else STREAM_BYTES))
+                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.layout == PACKED else STREAM_BYTES))
     if s.scores.rows == 0:
         return 0
-    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, TILE if s.short_rows or s.packed or s.laned else 1)
+    s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, 1 if s.layout == ROWED else TILE)
     segments = (s.scores.rows + s.segment - 1) // s.segment
     work = <double> s.scores.rows * (s.scores.columns + ROW_WORK) * (sizeof(real) // 4)
     if s.options.kind != HINGE and s.options.kind != HINGE_MAX:
         work *= EXP_WORK
-    if (not s.laned and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES and not s.options.general):
+    if (s.layout != LANED and s.scores.rows <= LONG_ROWS and s.scores.columns > LONG_CLASSES and not s.options.general):
         # Three regions, not one, cost a little more.
         return scores_long(s, useful_threads(n_threads, SEGMENTS, 1, work, 1.125 * THREAD_WORK))
     n_threads = useful_threads(n_threads, s.scores.rows, s.segment, work, THREAD_WORK)
     s.partial, s.scratch, s.scratch_size = partial, NULL, 0
-    if s.short_rows:
+    if s.layout == SHORT:
         s.scratch_size = s.scores.columns * SHORT_ROWS * <Py_ssize_t> sizeof(stored) if s.streams else 0
-    elif s.packed:
+    elif s.layout == PACKED:
         s.scratch_size = packed_size(s) * <Py_ssize_t> sizeof(real)
-    elif s.laned:
+    elif s.layout == NARROW:
+        s.scratch_size = narrow_size(s)
+    elif s.layout == LANED:
         s.scratch_size = 2 + keeps_slopes(&s.options)
         s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
             s.grad.raw == s.scores.raw and keeps(&s.options) and is_many(&s.options, True, s.scores.columns))):
         s.scratch_size = (1 if STORED_IS_REAL else 2) * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)
-    if not s.packed and not s.laned and keeps_slopes(&s.options):
+    if s.layout == ROWED and keeps_slopes(&s.options):
         s.scratch_size = 2 * s.scores.columns + whole_columns(s.scores.columns)
         s.scratch_size *= group_rows(s.scores.columns) * <Py_ssize_t> sizeof(real)
     if s.scratch_size:

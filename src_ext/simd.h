@@ -191,6 +191,17 @@ FL_INLINE ivec ichoose(mask m, ivec a, ivec b) { return (ivec)_mm512_mask_blend_
 #endif
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & (mask)~b; }
+/* The same of some lanes: above_of, where a is not up to b, so that NaN is; differ_of; and the larger, else a. */
+FL_INLINE mask first_bits(ptrdiff_t n) { return (mask)((1u << n) - 1u); }
+FL_INLINE mask above_of(mask m, vec a, vec b) { return FL_COMPARE(mask_cmp)(m, a, b, _CMP_NLE_UQ); }
+FL_INLINE mask equal_of(mask m, vec a, vec b) { return FL_COMPARE(mask_cmp)(m, a, b, _CMP_EQ_OQ); }
+FL_INLINE mask unordered_of(mask m, vec a, vec b) { return FL_COMPARE(mask_cmp)(m, a, b, _CMP_UNORD_Q); }
+FL_INLINE vec max_of(mask m, vec a, vec b) { return VOP(mask_max)(a, m, a, b); }
+#if FASTLOSS_BITS == 32
+FL_INLINE mask differ_of(mask m, ivec a, ivec b) { return _mm512_mask_cmpneq_epi32_mask(m, (__m512i)a, (__m512i)b); }
+#else
+FL_INLINE mask differ_of(mask m, ivec a, ivec b) { return _mm512_mask_cmpneq_epi64_mask(m, (__m512i)a, (__m512i)b); }
+#endif
 FL_INLINE int all_lanes(mask m) { return m == (mask)((1u << LANES) - 1u); }
 FL_INLINE int none_of(mask m) { return m == 0; }
 FL_INLINE uint64_t bits_of(mask m) { return m; } /* one for each lane */
@@ -210,6 +221,11 @@ FL_INLINE mask ieq(ivec a, ivec b) { return (mask)(a == b); }
 FL_INLINE mask ige(ivec a, ivec b) { return (mask)(a >= b); }
 FL_INLINE mask mor(mask a, mask b) { return a | b; }
 FL_INLINE mask mandnot(mask a, mask b) { return a & ~b; }
+FL_INLINE mask first_bits(ptrdiff_t n) { return (mask)(iota() < iset((lane_int)n)); }
+FL_INLINE mask above_of(mask m, vec a, vec b) { return m & ~(mask)(a <= b); }
+FL_INLINE mask equal_of(mask m, vec a, vec b) { return m & (mask)(a == b); }
+FL_INLINE mask unordered_of(mask m, vec a, vec b) { return m & (mask)((a != a) | (b != b)); }
+FL_INLINE mask differ_of(mask m, ivec a, ivec b) { return m & (mask)(a != b); }
 FL_INLINE int all_lanes(mask m) {
 #ifdef __x86_64__
     return VOP(movemask)((vec)m) == (1 << LANES) - 1;
@@ -267,6 +283,7 @@ FL_INLINE void vstore_part(real *p, vec v, ptrdiff_t n) {
 #endif
 
 FL_INLINE int first_bit(uint64_t bits) { return __builtin_ctzll(bits); } /* of bits that are not all 0 */
+FL_INLINE int count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 
 /* |v|, and its bits, which are ordered as sizes are, with NaN above all; and |v| with the sign of another. */
 FL_INLINE ivec sign_bits(void) { return (ivec)vset(-(real)0.0); }
@@ -313,6 +330,12 @@ FL_INLINE vec product_less(vec a, vec b, vec c) {
 #endif
 }
 
+/* a - b q, where q is a / b as rounded and b an integer of few bits: in two parts, of which the first is exact. */
+FL_INLINE vec rest_of_quotient(vec a, vec b, vec q) {
+    vec high = (vec)((ivec)q & ~(ivec)iset((lane_int)(((lane_int)1 << FL_MANTISSA / 2) - 1)));
+    return (a - high * b) - (q - high) * b;
+}
+
 /* total - weight * d, but total where weight is 0: d may be infinite there. */
 FL_INLINE vec less_product(vec total, vec weight, vec d) {
 #ifdef FL_MASK_REGISTERS
@@ -341,6 +364,11 @@ FL_INLINE vec vmin(vec a, vec b) {
     return choose(vlt(a, b), a, b);
 #endif
 }
+#ifndef FL_MASK_REGISTERS
+FL_INLINE vec max_of(mask m, vec a, vec b) { return choose(m, vmax(a, b), a); }
+#endif
+/* Integers as numbers. */
+FL_INLINE vec numbers_of(ivec i) { return __builtin_convertvector(i, vec); }
 
 /* ---- numbers as they are stored, converted in registers; to 16 bits rounded to nearest, ties to even ---- */
 #if STORED_IS_REAL
@@ -687,6 +715,25 @@ FL_INLINE vec exact_transposed_sum(const vec *p, const vec *low, vec *rest) {
     FL_EXACT_ROUND(8) FL_EXACT_ROUND(4) FL_EXACT_ROUND(2) FL_EXACT_ROUND(1)
     *rest = l[0];
     return r[0];
+}
+
+/* The same for less: *rest is what the sums of all rounds but the first of four lack; where there are fewer, of all. */
+FL_INLINE vec near_exact_transposed_sum(const vec *p, vec *rest) {
+#if VBYTES == 64 && FASTLOSS_BITS == 32
+    typedef double pairs __attribute__((vector_size(VBYTES)));
+    vec groups[LANES / GROUP], lost[LANES / GROUP], sum;
+#pragma GCC unroll 4
+    for (int k = 0; k < LANES / GROUP; k++) {
+        const vec *r = p + k * GROUP;
+        pairs a = (pairs)FL_PAIR(r[0], r[1], ps), b = (pairs)FL_PAIR(r[2], r[3], ps);
+        groups[k] = exact_sum((vec)_mm512_unpacklo_pd(a, b), (vec)_mm512_unpackhi_pd(a, b), &lost[k]);
+    }
+    sum = fold_groups_in_full(groups, rest);
+    *rest += fold_groups(lost);
+    return sum;
+#else
+    return exact_transposed_sum(p, NULL, rest);
+#endif
 }
 
 /* The inverse of a zip round, on `width` vectors: even and odd lanes of neighbours apart. */
