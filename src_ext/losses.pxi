@@ -713,6 +713,11 @@ cdef inline void open_hinge(int layout, bint grad, int power, const Options *o, 
         s.a = add(loss, number_or_zero(lost))
 
 
+cdef inline vec pull_at_target(const Options *o, vec pull, vec factor) noexcept nogil:
+    """The gradient's entry of the target, from the sum of those of the others."""
+    return mul(pull, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
+
+
 cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept nogil:
     cdef vec low = choose(veq(sub(s.a, s.a), vset(0)), s.low, vset(0)), loss, own  # of an infinite sum, it may be any
     if o.power == 1:
@@ -722,8 +727,7 @@ cdef inline vec settle_hinge(const Options *o, State *s, vec factor) noexcept no
         s.a = exact_sum(s.a, own if o.power == 1 else mul(own, own), &own)
         low = add(low, number_or_zero(own))
     loss = add(s.a, low)
-    s.b = mul(s.b, sub(vset(0), mul(factor, vset(o.power * o.per_class))))
-    s.b = choose(veq(loss, loss), s.b, loss)  # active classes are counted, with NaN or not
+    s.b = choose(veq(loss, loss), pull_at_target(o, s.b, factor), loss)  # active classes are counted, with NaN or not
     return per_class_of(o, s.a, low)
 
 

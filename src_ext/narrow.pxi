@@ -51,6 +51,7 @@ cdef struct NarrowRows:
     Py_ssize_t ahead, to_ahead  # where the rows lie that come next
     bint far  # whether their gradients' lines are asked for too
     bint all_live
+    bint summed  # whether of losses but their sum is asked for
     int n
     real scale
 
@@ -66,6 +67,8 @@ cdef struct Narrow:
     real b[128]
     real low[128]
     lane_int active[128]  # classes
+    bint summed[16]  # of each group of LANES rows: whether its losses are in `totals` already
+    double totals[16]  # Σ multiplier · Σ_j of those, over lanes
 
 
 cdef inline void aim_narrow(const Options *o, const NarrowRows *p, Narrow *w) noexcept nogil:
@@ -74,6 +77,9 @@ cdef inline void aim_narrow(const Options *o, const NarrowRows *p, Narrow *w) no
     for i in range(p.n):
         w.target[i] = sone(p.src + i * p.step + w.y[i])
         one_by_one()
+    for i in range(p.n, (p.n + LANES - 1) // LANES * LANES):
+        w.target[i] = w.b[i] = 0
+        w.active[i] = 0
     for g in range((p.n + LANES - 1) // LANES):
         i = g * LANES
         m, target = vset(0), vload(w.target + i)
@@ -185,7 +191,7 @@ cdef inline void walk_over(int kind, int power, int vectors, bint grad, const Op
     """n rows from `start` on, into vectors and numbers that the next steps read."""
     cdef const stored *src = p.src + start * p.step
     cdef stored *to = p.to + start * p.to_step if grad else NULL
-    cdef real unit = p.scale * o.per_class * power
+    cdef real unit = power * o.per_class
     cdef vec share
     cdef ivec y
     cdef State edge
@@ -196,7 +202,7 @@ cdef inline void walk_over(int kind, int power, int vectors, bint grad, const Op
         first[i] = second[i] = low[i] = r.first
     for i in range(n):
         if p.all_live or w.mult[start + i] != 0:
-            y, share = iset(w.y[start + i]), vset(w.mult[start + i] * unit)
+            y, share = iset(w.y[start + i]), vset(w.mult[start + i] * p.scale * unit)
             edge.m, edge.target = vset(w.m[start + i]), vset(w.target[start + i])
             if kind == HINGE_MAX:
                 r = top_of(vectors, p, src, y, edge.target)
@@ -254,12 +260,37 @@ cdef inline void put_top(int vectors, const Options *o, const NarrowRows *p, con
         sstore_one(to + w.y[i], 0 - slope)
 
 
+cdef inline bint add_totals(bint counts, Narrow *w, int i, const vec *first, const vec *low) noexcept nogil:
+    """Σ multiplier · Σ_j of LANES rows from i on, if that is finite: what is summed need not be folded for each."""
+    cdef vec even = vset(0), odd = even
+    cdef real found[16]
+    cdef real ones[16]
+    cdef int r
+    for r in range(TILE):
+        found[r], ones[r] = 0, 1
+    for r in range(LANES // 2):
+        even = add(even, mul(vset(w.mult[i + 2 * r]), first[2 * r]))
+        odd = add(odd, mul(vset(w.mult[i + 2 * r + 1]), first[2 * r + 1]))
+    if counts:
+        odd = sub(odd, mul(mul(numbers_of(iload(w.active + i)), vload(w.m + i)), vload(w.mult + i)))
+    else:
+        for r in range(LANES):
+            odd = add(odd, mul(vset(w.mult[i + r]), low[r]))
+    even = add(even, odd)
+    if not all_lanes(veq(sub(even, even), vset(0))):
+        return False
+    vstore(found, even)
+    add_products(w.totals, found, ones)
+    return True
+
+
 cdef inline void narrow_batch(int kind, int power, int vectors, bint grad, const Options *options, const NarrowRows *rows, Narrow *w,
                               real *losses) noexcept nogil:
     """Losses and gradients of the rows; both 0 where the multiplier is 0."""
     cdef vec first[16]
     cdef vec second[16]
     cdef vec low[16]
+    cdef vec factor
     cdef State s
     cdef Options own = options[0]
     cdef const Options *o = &own
@@ -273,21 +304,30 @@ cdef inline void narrow_batch(int kind, int power, int vectors, bint grad, const
     for g in range((n + LANES - 1) // LANES):
         i = g * LANES
         walk_over(kind, power, vectors, grad, o, p, w, i, min(LANES, n - i), first, second, low)
-        if counts:
+        w.summed[g] = kind == HINGE and p.summed and add_totals(counts, w, i, first, low)
+        if kind == HINGE and not counts and w.summed[g]:
+            s.b = transposed_sum(second)
+        elif counts and not w.summed[g]:
             s.a = near_exact_transposed_sum(first, &s.low)
-        else:
+        elif not counts:
             fold(o, first, second, low, &s)
-        vstore(w.a + i, s.a)
-        if kind == HINGE:
+        if not w.summed[g]:
+            vstore(w.a + i, s.a)
+        if kind == HINGE and not w.summed[g]:
             vstore(w.low + i, s.low)
         if kind == HINGE and not counts:
             vstore(w.b + i, s.b)
     for g in range((n + LANES - 1) // LANES):
         i = g * LANES
-        s.m, s.target, s.a, s.low = vload(w.m + i), vload(w.target + i), vload(w.a + i), vload(w.low + i)
+        factor = mul(vload(w.mult + i), vset(p.scale))
         s.b = numbers_of(iload(w.active + i)) if counts else vload(w.b + i)
-        vstore(losses + i, settle(ROWED, grad, o, &s, mul(vload(w.mult + i), vset(p.scale))))
-        vstore(w.a + i, s.a)
+        if w.summed[g]:
+            s.b = pull_at_target(o, s.b, factor)
+            vstore(losses + i, vset(0))
+        else:
+            s.m, s.target, s.a, s.low = vload(w.m + i), vload(w.target + i), vload(w.a + i), vload(w.low + i)
+            vstore(losses + i, settle(ROWED, grad, o, &s, factor))
+            vstore(w.a + i, s.a)
         vstore(w.b + i, s.b)
     for i in range(n):
         if not p.all_live and w.mult[i] == 0:
@@ -337,7 +377,8 @@ cdef double scores_narrow(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
     cdef bint grad = s.grad.raw != NULL, held = is_held(s)
     cdef int i, live
     memset(sums, 0, sizeof(sums))
-    memset(&w, 0, sizeof(w))
+    memset(w.totals, 0, sizeof(w.totals))
+    p.summed = s.row_loss == NULL
     p.c, p.vectors, p.last, p.scale = c, <int> ((c + LANES - 1) // LANES), (c - 1) % LANES + 1, s.scale
     p.step, p.to_step = s.scores.row_stride, c if held else s.grad.row_stride
     p.ahead, p.to_ahead = batch * p.step, batch * p.to_step
@@ -364,4 +405,4 @@ cdef double scores_narrow(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         elif held:
             memcpy(dst, p.to, p.n * c * sizeof(stored))
         keep_losses(s, row, p.n, (p.n + TILE - 1) // TILE * TILE, w.mult, losses, sums)
-    return fold_doubles(sums)
+    return fold_doubles(sums) + fold_doubles(w.totals) / (1 if s.options.per_class == 1 else c)

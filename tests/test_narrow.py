@@ -108,6 +108,39 @@ def test_errors_in_units_in_the_last_place(level, dtype, loss):
 
 
 @levels
+@dtypes
+@losses
+def test_sums_of_losses_are_those_of_their_rows(level, dtype, loss):
+    """Where nothing is known of each row; gradients have the same bits."""
+    rng = np.random.default_rng(9)
+    kind = np.finfo(np.float64 if dtype == np.float64 else np.float32)
+    for c in (5, 7, *CLASSES):
+        for n, odd in ((1, False), (300, False), (300, True)):
+            scores = odd_rows(n, c, dtype, rng) if odd else (rng.standard_normal((n, c)) * 3).astype(dtype)
+            y, weights = rng.integers(0, c, n), rng.random(n)
+            weights[::7] = 0
+            options = {"sample_weight": weights, "backend": level}
+            rows, expected = loss.value_and_grad(scores, y, reduction="none", **options)
+            total, grad = loss.value_and_grad(scores, y, reduction="sum", **options)
+            np.testing.assert_array_equal(wide(grad), wide(expected), err_msg=f"C = {c}")
+            if odd:
+                assert not np.isfinite(total)
+                continue
+            size = np.abs(wide(rows)).sum()
+            np.testing.assert_allclose(total, rows.sum(dtype=np.float64), rtol=0, atol=4 * kind.eps * max(1, size))
+            assert loss.value(scores, y, reduction="sum", **options) == total
+
+
+@levels
+def test_sums_of_losses_that_overflow_in_float32(level):
+    """But not in float64, in which they are summed."""
+    for c in (8, 16, 37, 100):
+        scores, y = np.zeros((64, c), np.float32), np.zeros(64, int)
+        scores[:, 1] = 3e38
+        assert fl.Hinge().value(scores, y, reduction="sum", backend=level) == pytest.approx(64 * 3e38, rel=1e-6)
+
+
+@levels
 @pytest.mark.parametrize("name", ["hinge", "max"])
 def test_large_gradients_have_the_bits_of_small_ones(level, name):
     """They go past the caches, in a way that knows no loss."""
