@@ -83,7 +83,7 @@ cdef extern from "simd.h" nogil:
     ivec imax(ivec, ivec) noexcept
     ivec quotients(ivec, lane_int) noexcept
     ivec size_bits(vec) noexcept
-    const real REAL_MAX, FL_NEAR, RAISED, RAISED_BITS, NEAR_TANH
+    const real REAL_MAX, REAL_EPS, FL_NEAR, RAISED, RAISED_BITS, NEAR_TANH
     const double FL_LN2, FL_LN2_HIGH, FL_LN2_LOW, FL_ROUND
     vec nearest_steps(vec) noexcept
     vec round_to_step(vec) noexcept
@@ -119,6 +119,8 @@ cdef extern from "simd.h" nogil:
     lane_int ifirst(ivec) noexcept
     lane_int lane_least(ivec) noexcept
     vec look_up(vec, ivec) noexcept
+    ivec ilook_up(ivec, ivec) noexcept
+    ivec bit_counts(const char *, int) noexcept
     ivec entries(ivec) noexcept
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept
@@ -628,6 +630,7 @@ include "scores.pxi"
 include "packed.pxi"
 include "short.pxi"
 include "narrow.pxi"
+include "thin.pxi"
 include "features.pxi"
 include "sparse.pxi"
 include "descent.pxi"

@@ -18,10 +18,11 @@
 cdef enum:
     LANED = 0
     ROWED = 1
-    # Those of given scores that know their losses: short.pxi, packed.pxi, narrow.pxi.
+    # Those of given scores that know their losses: short.pxi, packed.pxi, narrow.pxi, thin.pxi.
     SHORT = 2
     PACKED = 3
     NARROW = 4
+    THIN = 5
 
 cdef enum:
     SOFTMAX = 0

@@ -314,6 +314,12 @@ cdef inline Py_ssize_t batch_tiles(Py_ssize_t columns) noexcept nogil:
     return max(<Py_ssize_t> 1, min(<Py_ssize_t> BATCH, BATCH_BYTES // (columns * TILE * <Py_ssize_t> sizeof(real))))
 
 
+cdef inline Py_ssize_t laned_size(const ScoresPass *s) noexcept nogil:
+    """Bytes of scratch."""
+    cdef Py_ssize_t c = s.scores.columns
+    return (2 + keeps_slopes(&s.options)) * batch_tiles(c) * TILE * c * <Py_ssize_t> sizeof(real)
+
+
 cdef inline void keep_extras(const ScoresPass *s, const real *extras, Py_ssize_t row, int n) noexcept nogil:
     if s.z != NULL:
         memcpy(s.z + row, extras, n * sizeof(real))
@@ -1157,6 +1163,8 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         s.partial[k] = scores_packed(s, start, stop, scratch)
     elif VBYTES == 64 and s.layout == NARROW:  # else it is not compiled
         s.partial[k] = scores_narrow(s, start, stop, scratch)
+    elif VBYTES == 64 and s.layout == THIN:
+        s.partial[k] = scores_thin(s, start, stop, scratch)
     elif s.layout == LANED:
         s.partial[k] = scores_laned(s, start, stop, scratch)
     else:
@@ -1175,6 +1183,8 @@ cdef int layout_of(const ScoresPass *s) noexcept nogil:
         return SHORT
     if is_packed(s):
         return PACKED
+    if is_thin(s):
+        return THIN
     if is_narrow(s):
         return NARROW
     return LANED if is_laned(&s.options, &s.scores, &s.grad) else ROWED
@@ -1208,9 +1218,10 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
         s.scratch_size = packed_size(s) * <Py_ssize_t> sizeof(real)
     elif s.layout == NARROW:
         s.scratch_size = narrow_size(s)
+    elif s.layout == THIN:
+        s.scratch_size = thin_size(s)
     elif s.layout == LANED:
-        s.scratch_size = 2 + keeps_slopes(&s.options)
-        s.scratch_size *= batch_tiles(s.scores.columns) * TILE * s.scores.columns * <Py_ssize_t> sizeof(real)
+        s.scratch_size = laned_size(s)
     elif s.grad.raw != NULL and (s.streams or not STORED_IS_REAL or (
             s.grad.raw == s.scores.raw and keeps(&s.options) and is_many(&s.options, True, s.scores.columns))):
         s.scratch_size = (1 if STORED_IS_REAL else 2) * whole_columns(s.scores.columns) * group_rows(s.scores.columns) * sizeof(real)

@@ -77,6 +77,7 @@ typedef int32_t lane_int;
 #define FL_ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, held in the low bits */
 #define FL_EXP_LOW -87.33654f /* log of the smallest normal number */
 #define REAL_MAX __FLT_MAX__
+#define REAL_EPS __FLT_EPSILON__
 #define FL_NEAR 256 /* see Origin in losses.pxi */
 #define RAISED_BITS 32
 #define FL_LN2_HIGH 0.693359375f
@@ -92,6 +93,7 @@ typedef int64_t lane_int;
 #define FL_ROUND 6755399441055744.0
 #define FL_EXP_LOW -708.3964185322641
 #define REAL_MAX __DBL_MAX__
+#define REAL_EPS __DBL_EPSILON__
 #define FL_NEAR 1536
 #define RAISED_BITS 64
 #define FL_LN2_HIGH 6.93147180369123816490e-01
@@ -587,6 +589,38 @@ FL_INLINE vec look_up(vec table, ivec at) { return (vec)_mm256_permutevar8x32_ps
 #define TABLE 0
 FL_INLINE vec look_up(vec table, ivec at) { return table; }
 #endif
+FL_INLINE ivec ilook_up(ivec table, ivec at) { return (ivec)look_up((vec)table, at); }
+/* How many bits are set of the n <= 16 from number `at` on, of 1024: bits p[0] & 1, p[0] & 2 and so on. */
+FL_INLINE ivec few_bits(const char *p, ivec at, int n) {
+    ivec v;
+#if defined(FL_MASK_REGISTERS) && FASTLOSS_BITS == 32
+    const ivec word = at >> 4; /* of 16 bits, and the next */
+    v = (ivec)_mm512_permutex2var_epi16(_mm512_loadu_si512(p), (__m512i)(word | (word + 1) << 16), _mm512_loadu_si512(p + 64));
+    v = (ivec)_mm512_srlv_epi32((__m512i)v, (__m512i)(at & 15));
+#elif defined(FL_MASK_REGISTERS)
+    const ivec word = at >> 6, start = at & 63;
+    const __m512i words = _mm512_loadu_si512(p);
+    v = (ivec)_mm512_srlv_epi64(_mm512_permutexvar_epi64((__m512i)word, words), (__m512i)start);
+    v |= (ivec)_mm512_sllv_epi64(_mm512_permutexvar_epi64((__m512i)(word + 1), words), (__m512i)(64 - start));
+#else
+    for (int k = 0; k < LANES; k++) {
+        v[k] = 0;
+        for (lane_int i = at[k]; i < at[k] + n; i++) v[k] |= (lane_int)(p[i / 8] >> i % 8 & 1) << (i - at[k]);
+    }
+#endif
+    v &= iset((1 << n) - 1);
+    v -= v >> 1 & 0x5555;
+    v = (v & 0x3333) + (v >> 2 & 0x3333);
+    v = (v + (v >> 4)) & 0x0f0f;
+    return (v + (v >> 8)) & 0xff;
+}
+/* How many bits are set of each n <= 4 * LANES, of which there are as many as lanes. */
+FL_INLINE ivec bit_counts(const char *p, int n) {
+    const ivec at = iota() * (lane_int)n;
+    ivec count = few_bits(p, at, n < 16 ? n : 16);
+    for (int k = 16; k < n; k += 16) count += few_bits(p, at + k, n - k < 16 ? n - k : 16);
+    return count;
+}
 /* What look_up is given for entries `at`: where it takes halves of numbers, the places of both. */
 FL_INLINE ivec entries(ivec at) {
 #if VBYTES == 32 && FASTLOSS_BITS == 64
