@@ -120,7 +120,7 @@ cdef extern from "simd.h" nogil:
     lane_int lane_least(ivec) noexcept
     vec look_up(vec, ivec) noexcept
     ivec ilook_up(ivec, ivec) noexcept
-    ivec bit_counts(const char *, int) noexcept
+    ivec bit_counts(const char *, int, int) noexcept
     ivec entries(ivec) noexcept
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept

@@ -1163,7 +1163,7 @@ cdef void scores_segment(void *job, Py_ssize_t k, int thread) noexcept nogil:
         s.partial[k] = scores_packed(s, start, stop, scratch)
     elif VBYTES == 64 and s.layout == NARROW:  # else it is not compiled
         s.partial[k] = scores_narrow(s, start, stop, scratch)
-    elif VBYTES == 64 and s.layout == THIN:
+    elif TABLE >= LANES and s.layout == THIN:
         s.partial[k] = scores_thin(s, start, stop, scratch)
     elif s.layout == LANED:
         s.partial[k] = scores_laned(s, start, stop, scratch)

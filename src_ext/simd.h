@@ -70,6 +70,7 @@ typedef uint16_t stored; /* the bits of float16 or bfloat16 */
 #if FASTLOSS_BITS == 32
 typedef float real;
 typedef int32_t lane_int;
+typedef uint32_t lane_bits;
 #define FL_SUFFIX ps
 #define FL_CHOICE __mmask16
 #define FL_MANTISSA 23
@@ -86,6 +87,7 @@ typedef int32_t lane_int;
 #else
 typedef double real;
 typedef int64_t lane_int;
+typedef uint64_t lane_bits;
 #define FL_SUFFIX pd
 #define FL_CHOICE __mmask8
 #define FL_MANTISSA 52
@@ -109,6 +111,7 @@ typedef int64_t lane_int;
 
 typedef real vec __attribute__((vector_size(VBYTES)));
 typedef lane_int ivec __attribute__((vector_size(VBYTES)));
+typedef lane_bits uvec __attribute__((vector_size(VBYTES)));
 typedef real vec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(real)), may_alias));
 typedef lane_int ivec_unaligned __attribute__((vector_size(VBYTES), aligned(sizeof(lane_int)), may_alias));
 
@@ -590,37 +593,6 @@ FL_INLINE vec look_up(vec table, ivec at) { return (vec)_mm256_permutevar8x32_ps
 FL_INLINE vec look_up(vec table, ivec at) { return table; }
 #endif
 FL_INLINE ivec ilook_up(ivec table, ivec at) { return (ivec)look_up((vec)table, at); }
-/* How many bits are set of the n <= 16 from number `at` on, of 1024: bits p[0] & 1, p[0] & 2 and so on. */
-FL_INLINE ivec few_bits(const char *p, ivec at, int n) {
-    ivec v;
-#if defined(FL_MASK_REGISTERS) && FASTLOSS_BITS == 32
-    const ivec word = at >> 4; /* of 16 bits, and the next */
-    v = (ivec)_mm512_permutex2var_epi16(_mm512_loadu_si512(p), (__m512i)(word | (word + 1) << 16), _mm512_loadu_si512(p + 64));
-    v = (ivec)_mm512_srlv_epi32((__m512i)v, (__m512i)(at & 15));
-#elif defined(FL_MASK_REGISTERS)
-    const ivec word = at >> 6, start = at & 63;
-    const __m512i words = _mm512_loadu_si512(p);
-    v = (ivec)_mm512_srlv_epi64(_mm512_permutexvar_epi64((__m512i)word, words), (__m512i)start);
-    v |= (ivec)_mm512_sllv_epi64(_mm512_permutexvar_epi64((__m512i)(word + 1), words), (__m512i)(64 - start));
-#else
-    for (int k = 0; k < LANES; k++) {
-        v[k] = 0;
-        for (lane_int i = at[k]; i < at[k] + n; i++) v[k] |= (lane_int)(p[i / 8] >> i % 8 & 1) << (i - at[k]);
-    }
-#endif
-    v &= iset((1 << n) - 1);
-    v -= v >> 1 & 0x5555;
-    v = (v & 0x3333) + (v >> 2 & 0x3333);
-    v = (v + (v >> 4)) & 0x0f0f;
-    return (v + (v >> 8)) & 0xff;
-}
-/* How many bits are set of each n <= 4 * LANES, of which there are as many as lanes. */
-FL_INLINE ivec bit_counts(const char *p, int n) {
-    const ivec at = iota() * (lane_int)n;
-    ivec count = few_bits(p, at, n < 16 ? n : 16);
-    for (int k = 16; k < n; k += 16) count += few_bits(p, at + k, n - k < 16 ? n - k : 16);
-    return count;
-}
 /* What look_up is given for entries `at`: where it takes halves of numbers, the places of both. */
 FL_INLINE ivec entries(ivec at) {
 #if VBYTES == 32 && FASTLOSS_BITS == 64
@@ -628,6 +600,45 @@ FL_INLINE ivec entries(ivec at) {
 #else
     return at;
 #endif
+}
+
+/* How many bits are set of the n <= 16 from number `at` on, of 32 * LANES, or if `more` 64: bits p[0] & 1, p[0] & 2 and so on. */
+FL_INLINE ivec few_bits(const char *p, ivec at, int n, int more) {
+#if defined(FL_MASK_REGISTERS) && FASTLOSS_BITS == 32
+    const ivec word = at >> 4; /* of 16 bits, and the next */
+    const __m512i words = _mm512_loadu_si512(p), both = (__m512i)(word | (word + 1) << 16);
+    uvec v = (uvec)(more ? _mm512_permutex2var_epi16(words, both, _mm512_loadu_si512(p + 64)) : _mm512_permutexvar_epi16(both, words));
+    v >>= (uvec)(at & 15);
+#elif defined(__AVX2__)
+    const int size = 8 * sizeof(real);
+    const ivec word = at / size, start = at % size, words = iload((const void *)p);
+    ivec first = ilook_up(words, entries(word)), next = ilook_up(words, entries(word + 1));
+    if (more && size == 32) {
+        const ivec others = iload((const void *)(p + VBYTES));
+        first = ichoose(ige(word, iset(LANES)), ilook_up(others, word), first);
+        next = ichoose(ige(word + 1, iset(LANES)), ilook_up(others, word + 1), next);
+    }
+    uvec v = (uvec)first >> (uvec)start | (uvec)next << 1 << (uvec)(size - 1 - start);
+#else
+    uvec v;
+    for (int k = 0; k < LANES; k++) {
+        v[k] = 0;
+        for (lane_int i = at[k]; i < at[k] + n; i++) v[k] |= (lane_int)(p[i / 8] >> i % 8 & 1) << (i - at[k]);
+    }
+#endif
+    v &= (uvec)iset((1 << n) - 1);
+    v -= v >> 1 & 0x5555;
+    v = (v & 0x3333) + (v >> 2 & 0x3333);
+    v = (v + (v >> 4)) & 0x0f0f;
+    return (ivec)((v + (v >> 8)) & 0xff);
+}
+/* How many bits are set of each n < 64, of which there are as many as lanes, from bit `first` < 8 on. */
+FL_INLINE ivec bit_counts(const char *p, int first, int n) {
+    const ivec at = iota() * (lane_int)n + (lane_int)first;
+    if (n <= 16) return few_bits(p, at, n, 0);
+    ivec count = few_bits(p, at, 16, n > 32);
+    for (int k = 16; k < n; k += 16) count += few_bits(p, at + k, n - k < 16 ? n - k : 16, n > 32);
+    return count;
 }
 
 /* ---- sums over lanes of several vectors at once, in two steps, by shuffles within 128 bits and then of 128 bits ----

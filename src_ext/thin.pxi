@@ -1,5 +1,5 @@
-# Rows of few classes of the hinge that lie end to end, where of losses but their sum is asked for: a sixth layout, for vectors whose
-# lanes have masks.
+# Rows of few classes of the hinge that lie end to end, where of losses but their sum is asked for: a sixth layout, for vectors in which
+# a table can be looked up.
 #
 # Scores are taken as they come, as in packed.pxi: full vectors, no transposes, and what belongs to a row is looked up for the lanes
 # that hold it. What is summed over all rows need not be folded for any, and active classes are counted by bits of masks: so what a
@@ -18,12 +18,14 @@ cdef enum:
 
 cdef inline bint is_thin_for(Py_ssize_t c) noexcept nogil:
     """Whether this is faster, for c classes, than what short.pxi and narrow.pxi have; and `bit_counts` can count them."""
-    return THIN_LEAST <= c <= 2 * LANES or (2 * LANES < c < 4 * LANES and c % LANES != 0)
+    if VBYTES == 64:
+        return THIN_LEAST <= c <= 2 * LANES or (2 * LANES < c < 4 * LANES and c % LANES != 0)
+    return THIN_LEAST <= c < min(64, 12 * LANES)
 
 
 cdef bint is_thin(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
-    return (VBYTES == 64 and s.options.kind == HINGE and s.options.power == 1 and not s.options.general and s.top == NULL
+    return (TABLE >= LANES and s.options.kind == HINGE and s.options.power == 1 and not s.options.general and s.top == NULL
             and s.row_loss == NULL and is_thin_for(c) and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
@@ -90,7 +92,10 @@ cdef inline void thin_step(bint last, bint grad, bint even, const ThinRows *p, P
     cdef uint64_t bits = bits_of(active)
     cdef vec entry
     ask_ahead(p.src + at, p.to + at, p.n * p.c, grad and p.far)
-    memcpy(w.active + at // 8, &bits, LANES // 8)
+    if LANES >= 8 or at % 8 == 0:
+        memcpy(w.active + at // 8, &bits, (LANES + 7) // 8)
+    else:
+        w.active[at // 8] |= <char> (bits << 4)
     total[0] = add_where(active, total[0], d if even else mul(d, look_up(mult, row)))
     if grad:
         entry = choose(active, share if even else look_up(share, row), vset(0))
@@ -129,11 +134,13 @@ cdef inline bint thin_batch(bint grad, bint even, const Options *o, const ThinRo
     cdef real ones[16]
     cdef vec found, mult, factor
     cdef mask finite = first_bits(LANES)
+    cdef Py_ssize_t at
     cdef int g, i, groups = (p.n + LANES - 1) // LANES
     aim_thin(o, p, w)
     walk_thin(grad, even, o, p, w)
     for g in range(groups):
-        found, mult = numbers_of(bit_counts(w.active + g * p.c * (LANES // 8), <int> p.c)), vload(w.mult + g * LANES)
+        at = g * LANES * p.c
+        found, mult = numbers_of(bit_counts(w.active + at // 8, 0 if LANES >= 8 else <int> (at % 8), <int> p.c)), vload(w.mult + g * LANES)
         factor = mul(mult, vset(p.scale))
         if grad:
             vstore(w.at_target + g * LANES, pull_at_target(o, found, factor))
