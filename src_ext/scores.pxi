@@ -6,7 +6,7 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches; of packed rows from half of that
+    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches; of packed and thin rows from half of that
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
@@ -1194,12 +1194,14 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     """Σ multiplier · ℓ over all rows, by segments."""
     cdef double partial[SEGMENTS]
     cdef double work, total = 0
-    cdef Py_ssize_t k, segments
+    cdef Py_ssize_t k, segments, most = STREAM_BYTES
     cdef char *memory = NULL
     s.layout = layout_of(s)
+    if s.layout == PACKED or s.layout == THIN:
+        most //= 2
     s.streams = (s.layout != LANED and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
-                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > (STREAM_BYTES // 2 if s.layout == PACKED else STREAM_BYTES))
+                 and s.scores.rows * s.scores.columns * <Py_ssize_t> sizeof(stored) > most)
     if s.scores.rows == 0:
         return 0
     s.segment = segment_rows(s.scores.rows, s.scores.columns + ROW_WORK, 1 if s.layout == ROWED else TILE)
