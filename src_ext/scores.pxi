@@ -6,7 +6,7 @@
 # group of rows at a time, and goes to memory past the caches: two passes over memory, where there would be three.
 
 cdef enum:
-    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches; of packed and thin rows from half of that
+    STREAM_BYTES = 1 << 25  # of a gradient: above, it would push all else out of the caches; if vectors are whole lines, half of that for packed and thin rows
     FAR_BYTES = 1 << 23  # of an array: above, the gradient's lines are asked for ahead too; below, they are near enough
     BATCH = 16  # transposed tiles that are handled together, at most,
     BATCH_BYTES = 8192  # and what they take
@@ -1197,7 +1197,7 @@ cdef double run_scores(ScoresPass *s, int n_threads) except? -1:
     cdef Py_ssize_t k, segments, most = STREAM_BYTES
     cdef char *memory = NULL
     s.layout = layout_of(s)
-    if s.layout == PACKED or s.layout == THIN:
+    if (s.layout == PACKED or s.layout == THIN) and VBYTES == 64:
         most //= 2
     s.streams = (s.layout != LANED and s.grad.raw != NULL and s.grad.raw != s.scores.raw
                  and s.grad.row_stride == s.grad.columns
