@@ -96,7 +96,7 @@ def test_sums_that_overflow_in_float32(level):
 def test_large_gradients_have_the_bits_of_small_ones(level, c):
     """They go past the caches."""
     rng = np.random.default_rng(3)
-    n = (17 << 20) // (4 * c) + 3
+    n = (33 << 20) // (4 * c) + 3
     scores, y = rng.standard_normal((n, c), np.float32), rng.integers(0, c, n)
     scores[n // 3] = np.nan
     total, grad = fl.Hinge().value_and_grad(scores, y, reduction="sum", backend=level)
