@@ -44,6 +44,17 @@ print(*dict.fromkeys(of(sys.argv[1])), sep="\n")
 endef
 export list_requirements
 
+# What compiling takes: the backend, and what that asks for here (Cython; CMake and Ninja, unless the system has them).
+define list_build_backend
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
+endef
+define list_build_requirements
+from scikit_build_core.build import get_requires_for_build_editable
+print(*get_requires_for_build_editable({}))
+endef
+export list_build_backend list_build_requirements
+
 .PHONY: help run test test-all bench docs lint peers clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # one pip at a time, but for the first two
@@ -53,7 +64,8 @@ help: ## list the targets
 	@echo 'ARGS="..." passes options on, as in: make run ARGS="--loss softmax --data PATH"'
 	@echo 'PYTHON=... names the Python that makes the environment, as in: make run PYTHON=python3.12'
 
-run: $(VENV)/built ## train softmax and hinge on real images; models and pictures go to out/
+# What trains needs the kernels of this machine alone: a third of the time to compile. If there are all, these.
+run: $(or $(wildcard $(VENV)/built),$(VENV)/native) ## train softmax and hinge on real images; models and pictures go to out/
 	$(BIN)/fastloss train $(ARGS)
 
 test: lint ## static checks and all tests but the full grids
@@ -80,13 +92,18 @@ clean: ## remove the environment and all that was built
 	rm -rf $(VENV) build dist out docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The files built, test, bench, peers and docs in the environment stand for what is installed in it. The package is installed
-# in place (editable): changes to Python files count at once, changes to what is named here build the kernels again.
-$(VENV)/built: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
+# The files built (native: with the kernels of this machine's level alone), test, bench, peers and docs in the environment stand for
+# what is installed in it. The package is installed in place (editable): changes to Python files count at once, changes to what is
+# named here build the kernels again.
+# Requirements of the build are installed too: in an environment of pip's own, which is another each time, all would be compiled anew.
+$(VENV)/native: export FASTLOSS_LEVELS := native
+$(VENV)/built $(VENV)/native: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
 	@$(BIN)/python -c "$$list_requirements" $(EXTRAS) >$(VENV)/requirements.txt
+	$(PIP) install $$($(BIN)/python -c "$$list_build_backend")
+	$(PIP) install $$($(BIN)/python -c "$$list_build_requirements")
 	@# Unpacking takes one core, beside compilers. What is left then are the package's own requirements, which pip knows by now.
 	$(PIP) install --constraint tests/constraints.txt --requirement $(VENV)/requirements.txt & others=$$!; \
-	$(PIP) install --no-deps --editable . || { kill $$others; exit 1; }; wait $$others
+	$(PIP) install --no-deps --no-build-isolation --editable . || { kill $$others; exit 1; }; wait $$others
 	$(PIP) install --constraint tests/constraints.txt "fastloss[$(EXTRAS)]"
 	@touch $@
 

@@ -62,8 +62,8 @@ def test_wheel_from_the_sdist_alone_works_in_a_fresh_environment(tmp_path):
     source = tmp_path / sdist.name.removesuffix(".tar.gz")
     # One level, without much optimisation, is enough here: the real build takes minutes, and came before the tests.
     level = fastloss.backends.get("cython").name.removeprefix("cython-")
-    settings = f"-Ccmake.define.FASTLOSS_LEVELS={level}", "-Ccmake.build-type=Debug"
-    run(sys.executable, "-m", "build", "--wheel", *settings, "--outdir", tmp_path, source, cwd=tmp_path)
+    command = sys.executable, "-m", "build", "--wheel", "-Ccmake.build-type=Debug", "--outdir", tmp_path, source
+    run(*command, cwd=tmp_path, FASTLOSS_LEVELS=level)
     (wheel,) = tmp_path.glob("*.whl")
 
     names = zipfile.ZipFile(wheel).namelist()
