@@ -47,11 +47,11 @@ export list_requirements
 # What compiling takes: the backend, and what that asks for here (Cython; CMake and Ninja, unless the system has them).
 define list_build_backend
 import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 endef
 define list_build_requirements
 from scikit_build_core.build import get_requires_for_build_editable
-print(*get_requires_for_build_editable({}))
+print(*get_requires_for_build_editable({}), sep="\n")
 endef
 export list_build_backend list_build_requirements
 
@@ -98,9 +98,9 @@ clean: ## remove the environment and all that was built
 # Requirements of the build are installed too: in an environment of pip's own, which is another each time, all would be compiled anew.
 $(VENV)/native: export FASTLOSS_LEVELS := native
 $(VENV)/built $(VENV)/native: pyproject.toml CMakeLists.txt $(wildcard src_ext/*) | $(BIN)/python
+	@for list in "$$list_build_backend" "$$list_build_requirements"; do \
+	  $(BIN)/python -c "$$list" >$(VENV)/requirements.txt && $(PIP) install --requirement $(VENV)/requirements.txt || exit 1; done
 	@$(BIN)/python -c "$$list_requirements" $(EXTRAS) >$(VENV)/requirements.txt
-	$(PIP) install $$($(BIN)/python -c "$$list_build_backend")
-	$(PIP) install $$($(BIN)/python -c "$$list_build_requirements")
 	@# Unpacking takes one core, beside compilers. What is left then are the package's own requirements, which pip knows by now.
 	$(PIP) install --constraint tests/constraints.txt --requirement $(VENV)/requirements.txt & others=$$!; \
 	$(PIP) install --no-deps --no-build-isolation --editable . || { kill $$others; exit 1; }; wait $$others

@@ -19,7 +19,7 @@ cdef inline int narrow_least(const Options *o) noexcept nogil:
 
 cdef bint is_narrow(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
-    return (VBYTES == 64 and (s.options.kind == HINGE or s.options.kind == HINGE_MAX) and not s.options.general and s.top == NULL
+    return (VBYTES == 64 and (s.options.kind == HINGE or s.options.kind == HINGE_MAX) and not s.options.general
             and narrow_least(&s.options) <= c < MANY_CLASSES and s.scores.column_stride == 1
             and (s.grad.raw == NULL or s.grad.column_stride == 1))
 
@@ -390,6 +390,7 @@ cdef double scores_narrow(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         p.to = <stored *> scratch if held else dst
         live = tile_multipliers(s.multiplier, row, p.n, (p.n + TILE - 1) // TILE * TILE, w.mult)
         p.all_live = live == p.n
+        keep_tops(s, row, p.n, w.mult)
         convert(&s.targets, row, p.n, w.y)
         if not p.all_live:
             for i in range(p.n):

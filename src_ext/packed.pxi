@@ -45,7 +45,7 @@ cdef bint is_packed(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
     cdef int kind = s.options.kind
     return (TABLE >= LANES and (kind == SOFTMAX or kind == PROBABILITIES or kind == LOG_SUM)
-            and (not s.options.general or is_packable(s)) and s.top == NULL
+            and (not s.options.general or is_packable(s))
             and (PACKED_SPREAD if kind == PROBABILITIES else PACKED_LEAST) <= c < MANY_CLASSES
             and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
@@ -493,6 +493,7 @@ cdef double scores_packed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop
         own.src, own.dst = s.scores.raw + row * c, s.grad.raw + row * c if s.grad.raw != NULL else NULL
         own.groups = (own.n + LANES - 1) // LANES
         live = tile_multipliers(s.multiplier, row, own.n, (own.n + TILE - 1) // TILE * TILE, mult)
+        keep_tops(s, row, own.n, mult)
         convert(&s.targets, row, own.n, y)
         if live < own.n:
             for i in range(own.n):

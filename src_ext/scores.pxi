@@ -372,6 +372,27 @@ cdef void keep_group_tops(const ScoresPass *s, Py_ssize_t row, int n, const real
             s.top[row + i] = row_argmax(&w)
 
 
+cdef void keep_all_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult) noexcept nogil:
+    cdef real tile[32 * 16]
+    cdef int k, i
+    if s.scores.columns <= 2 * LANES:
+        for k in range((n + TILE - 1) // TILE):
+            i = k * TILE
+            load_tile(&s.scores, row + i, min(TILE, n - i), tile)
+            keep_tile_tops(s, row + i, min(TILE, n - i), mult + i, tile)
+    else:
+        for k in range((n + GROUP_ROWS - 1) // GROUP_ROWS):
+            i = k * GROUP_ROWS
+            keep_group_tops(s, row + i, min(<int> GROUP_ROWS, n - i), mult + i)
+
+
+cdef inline void keep_tops(const ScoresPass *s, Py_ssize_t row, int n, const real *mult) noexcept nogil:
+    """The largest classes of n rows, each contiguous, if they are asked for: before gradients take the scores' place. Multipliers
+    are in whole tiles."""
+    if s.top != NULL:
+        keep_all_tops(s, row, n, mult)
+
+
 # Not inline: beside a second load of tiles, plain rows of 2 classes took 5 to 8 % longer.
 cdef void load_beside(const ScoresPass *s, Py_ssize_t row, int n, const lane_int *y, const real *mult,
                       real *tile) noexcept nogil:
@@ -923,6 +944,8 @@ cdef inline void by_plain_kind(int layout, int form, bint grad, const Call *t) n
         of_kind(layout, SOFTMAX, 1, form, True, t)
     elif kind == SOFTMAX:
         of_kind(layout, SOFTMAX, 1, form, False, t)
+    elif VBYTES == 64 and layout == ROWED and form == PLAIN and grad and (kind == HINGE or kind == HINGE_MAX):
+        return  # such rows are narrow, or of so many classes that they have the form MANY
     elif kind == HINGE and power == 1 and grad:
         of_kind(layout, HINGE, 1, form, True, t)
     elif kind == HINGE and grad:
@@ -990,8 +1013,7 @@ cdef double scores_rowed(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop,
                 y[i] = 0 if mult[i] == 0 else y[i]  # an ignored target may be no class
         if checks_apart(s):
             check_probabilities(s, row, n)
-        if s.top != NULL:
-            keep_group_tops(s, row, n, mult)
+        keep_tops(s, row, n, mult)
         group_losses(s, row, n, group, y, mult, scratch, losses, extras if s.z != NULL or s.entropy != NULL else NULL, &late)
         keep_extras(s, extras, row, n)
         keep_losses(s, row, n, (n + TILE - 1) // TILE * TILE, mult, losses, sums)

@@ -14,7 +14,7 @@ cdef enum:
 cdef bint is_short(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
     return (2 <= c <= SHORT_MOST and (s.options.kind == SOFTMAX or s.options.kind == HINGE) and not s.options.general
-            and s.top == NULL and s.scores.column_stride == 1 and s.scores.row_stride == c
+            and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
 
@@ -186,6 +186,7 @@ cdef inline double short_case(int c, int kind, int power, bint grad, const Score
         src, dst = s.scores.raw + c * first, s.grad.raw + c * first if grad else NULL
         to = held if s.streams else dst
         live = tile_multipliers(s.multiplier, first, n, (n + TILE - 1) // TILE * TILE, mult)
+        keep_tops(s, first, n, mult)
         convert(&s.targets, first, n, y)
         i, p, q = 0, src, to
         for end in range(2):
@@ -228,18 +229,12 @@ cdef inline double short_case(int c, int kind, int power, bint grad, const Score
 
 
 cdef inline double scores_of_short(int c, const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, stored *held) noexcept nogil:
-    cdef bint grad = s.grad.raw != NULL
-    if s.options.kind == SOFTMAX and grad:
-        return short_case(c, SOFTMAX, 1, True, s, start, stop, held)
+    cdef bint grad = s.grad.raw != NULL  # no constant: looking at it costs nothing, and half the code is saved
     if s.options.kind == SOFTMAX:
-        return short_case(c, SOFTMAX, 1, False, s, start, stop, held)
-    if s.options.power == 1 and grad:
-        return short_case(c, HINGE, 1, True, s, start, stop, held)
+        return short_case(c, SOFTMAX, 1, grad, s, start, stop, held)
     if s.options.power == 1:
-        return short_case(c, HINGE, 1, False, s, start, stop, held)
-    if grad:
-        return short_case(c, HINGE, 2, True, s, start, stop, held)
-    return short_case(c, HINGE, 2, False, s, start, stop, held)
+        return short_case(c, HINGE, 1, grad, s, start, stop, held)
+    return short_case(c, HINGE, 2, grad, s, start, stop, held)
 
 
 # A function for each: the arrays of one that holds them all would lie apart on the stack.

@@ -25,7 +25,7 @@ cdef inline bint is_thin_for(Py_ssize_t c) noexcept nogil:
 
 cdef bint is_thin(const ScoresPass *s) noexcept nogil:
     cdef Py_ssize_t c = s.scores.columns
-    return (TABLE >= LANES and s.options.kind == HINGE and s.options.power == 1 and not s.options.general and s.top == NULL
+    return (TABLE >= LANES and s.options.kind == HINGE and s.options.power == 1 and not s.options.general
             and s.row_loss == NULL and is_thin_for(c) and s.scores.column_stride == 1 and s.scores.row_stride == c
             and (s.grad.raw == NULL or (s.grad.column_stride == 1 and s.grad.row_stride == c)))
 
@@ -185,6 +185,7 @@ cdef double scores_thin(const ScoresPass *s, Py_ssize_t start, Py_ssize_t stop, 
             dst = s.grad.raw + row * c
         p.to = held if holds else dst
         live = tile_multipliers(s.multiplier, row, p.n, (p.n + TILE - 1) // TILE * TILE, w.mult)
+        keep_tops(s, row, p.n, w.mult)
         convert(&s.targets, row, p.n, w.y)
         if live < p.n:
             for i in range(p.n):

@@ -9,7 +9,7 @@ import pytest
 
 import fastloss as fl
 from fastloss import blocks
-from tests.conftest import layouts
+from tests.conftest import COMPILED, layouts
 
 SHAPES = [(0, 5), (1, 1), (5, 2), (37, 3), (33, 7), (70, 10), (17, 16), (40, 31), (9, 33), (3, 65), (5, 300), (2, 5003)]
 STORED = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
@@ -262,6 +262,31 @@ def test_argmax_is_of_the_scores_that_the_gradient_overwrites(compiled, dtype, c
         *_, extras = loss.value_and_grad(
             some, y, out=some, sample_weight=weight, outputs=("argmax",), reduction="none", backend=compiled
         )
+        np.testing.assert_array_equal(extras["argmax"], expected)
+
+
+@stored
+@pytest.mark.parametrize("c", [2, 3, 4, 5, 10, 16, 20, 37, 63, 100, 129, 383, 384])
+@pytest.mark.parametrize("level", [name for name in COMPILED if name != "numba"])
+def test_argmax_changes_nothing_else(level, c, stored):
+    """Whatever layout rows have, it is found beside what is computed anyway, and is that of the reference."""
+    rng = np.random.default_rng(c)
+    n = 300
+    scores = np.round(rng.standard_normal((n, c)) * 8) / 4  # with ties
+    scores[7, c - 1] = np.nan
+    scores[8] = -np.inf
+    scores[9, 0] = np.inf
+    scores, y, weight = scores.astype(stored), rng.integers(0, c, n), rng.integers(0, 3, n).astype(float)
+    losses = (
+        fl.Softmax(), fl.Softmax(label_smoothing=0.1), fl.Hinge(), fl.Hinge(over="mean"), fl.Hinge(power=2),
+        fl.Hinge(over="max"),
+    )  # fmt: skip
+    for loss, w in itertools.product(losses, (None, weight)):
+        expected = scores.astype(float).argmax(axis=1) * (True if w is None else w != 0)
+        value, grad = loss.value_and_grad(scores, y, sample_weight=w, backend=level)
+        same, again, extras = loss.value_and_grad(scores, y, sample_weight=w, outputs=("argmax",), backend=level)
+        np.testing.assert_array_equal(same, value)
+        assert again.tobytes() == grad.tobytes()
         np.testing.assert_array_equal(extras["argmax"], expected)
 
 
