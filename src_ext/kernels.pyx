@@ -124,6 +124,7 @@ cdef extern from "simd.h" nogil:
     ivec entries(ivec) noexcept
     real lane_greatest(vec) noexcept
     vec transposed_sum(const vec *) noexcept
+    void sums_over_vectors(int, const real *, Py_ssize_t, Py_ssize_t, vec *) noexcept
     vec transposed_sum_in_full(const vec *, vec *) noexcept
     vec near_exact_transposed_sum(const vec *, vec *) noexcept
     vec transposed_max(const vec *) noexcept

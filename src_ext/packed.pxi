@@ -186,30 +186,43 @@ cdef void keep_any_as_usual(Packed *p, bint far) noexcept nogil:
 
 
 cdef inline vec row_sum(const real *p, Py_ssize_t whole, Py_ssize_t some) noexcept nogil:
-    """Of `whole` vectors of a row, at least two, and `some` numbers, over lanes. Four sums in turn, as in block_exps."""
-    cdef vec first = vload(p), second = vload(p + LANES), third = vset(0), fourth = third
+    """Of `whole` vectors of a row and `some` numbers, over lanes. Four sums in turn, as in block_exps; of few vectors with the bits of
+    `sums_over_vectors`."""
+    cdef vec first, second, third = vset(0), fourth = third, end = vload_part(p + whole * LANES, some, 0)
     cdef Py_ssize_t k
+    if whole == 0:
+        return end
+    if whole == 1:
+        return add(vload(p), end)
+    first, second = vload(p), vload(p + LANES)
     for k in range(2, whole):
         third, fourth, first, second = fourth, first, second, add(third, vload(p + k * LANES))
-    third = add(third, vload_part(p + whole * LANES, some, 0))
-    return add(add(first, second), add(third, fourth))
+    return add(add(first, second), add(add(third, end), fourth))
+
+
+cdef inline vec folded_sums(bint in_full, int whole, const real *p, Py_ssize_t c, vec *rest) noexcept nogil:
+    """`row_sums` of LANES rows of few vectors, whose number is a constant."""
+    cdef vec rows[16]
+    sums_over_vectors(whole, p, c, c % LANES, rows)
+    return transposed_sum_in_full(rows, rest) if in_full else transposed_sum(rows)
 
 
 cdef inline vec row_sums(bint in_full, const real *p, Py_ssize_t c, int n, vec *rest) noexcept nogil:
     """Of n <= LANES rows; in_full: and what the last steps' sums, as rounded, lack."""
     cdef Py_ssize_t i, whole = c // LANES, some = c % LANES
     cdef vec rows[16]
+    if n == LANES and whole == 0:
+        return folded_sums(in_full, 0, p, c, rest)
+    if n == LANES and whole == 1:
+        return folded_sums(in_full, 1, p, c, rest)
+    if n == LANES and whole == 2:
+        return folded_sums(in_full, 2, p, c, rest)
+    if n == LANES and whole == 3:
+        return folded_sums(in_full, 3, p, c, rest)
     for i in range(n, LANES):
         rows[i] = vset(0)
-    if whole == 0:
-        for i in range(n):
-            rows[i] = vload_part(p + i * c, some, 0)
-    elif whole == 1:
-        for i in range(n):
-            rows[i] = add(vload(p + i * c), vload_part(p + i * c + LANES, some, 0))
-    else:
-        for i in range(n):
-            rows[i] = row_sum(p + i * c, whole, some)
+    for i in range(n):
+        rows[i] = row_sum(p + i * c, whole, some)
     return transposed_sum_in_full(rows, rest) if in_full else transposed_sum(rows)
 
 

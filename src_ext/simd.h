@@ -708,6 +708,17 @@ FL_INLINE vec transposed_sum_in_full(const vec *p, vec *rest) {
     return fold_groups_in_full(groups, rest);
 }
 
+/* Of LANES rows of c numbers, of `whole` (a constant, at most 3) vectors and `some` numbers more each, the sums over vectors: written out,
+ * so that they stay in registers until they are folded. */
+FL_INLINE void sums_over_vectors(int whole, const real *p, ptrdiff_t c, ptrdiff_t some, vec *sums) {
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; k++, p += c) {
+        sums[k] = vload_part(p + whole * LANES, some, 0);
+        if (whole & 1) sums[k] = vload(p) + sums[k];
+        if (whole & 2) sums[k] = (vload(p + (whole - 2) * LANES) + vload(p + (whole - 1) * LANES)) + sums[k];
+    }
+}
+
 /* ---- transposes: log2(LANES) rounds of zipping the first half of the vectors with the second ----
  * The rounds are written out, so that all vectors stay in registers.
  */
